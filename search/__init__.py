@@ -1,0 +1,1 @@
+"""The optimizer: studies, probes, surrogate, trials, front, certificate, plots, report, export."""

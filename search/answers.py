@@ -1,0 +1,90 @@
+"""Answers of the command line as text for people: aligned tables on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns; the first `left` of them are text, the others numbers."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def inspected(answer: Mapping[str, Any]) -> str:
+    """The model and its component table."""
+    rows = [
+        (
+            row["name"], row["kind"], "" if row["layer"] is None else str(row["layer"]), f"{row['parameters']:,}",
+            f"{row['share']:.2%}", "pinned" if row["pinned"] else "",
+        )
+        for row in answer["components"]
+    ]  # fmt: skip
+    head = (
+        f"family {answer['family']}, layout {answer['layout']}, {answer['parameters']:,} parameters, "
+        f"{answer['fp32_bytes']:,} bytes in FP32"
+    )
+    config = ", ".join(f"{key} {value}" for key, value in answer["config"].items() if key not in ("family", "layers"))
+    return f"{head}\n{config}\n\n" + table(("component", "kind", "layer", "parameters", "share", ""), rows, left=2)
+
+
+def probed(answer: Mapping[str, Any]) -> str:
+    """Sensitivities, the costliest lowering first."""
+    rows = [
+        (
+            row["component"], f"{row['from']} → {row['precision']}", f"{row['increase_percent']:+.4f}",
+            f"{1.96 * row['stderr_percent']:.4f}", f"{row['kl']:.2e}",
+        )
+        for row in sorted(answer["probes"], key=lambda row: -row["increase_percent"])
+    ]  # fmt: skip
+    return table(("component", "change", "increase %", "± 95 %", "KL (nats)"), rows, left=2)
+
+
+def fronted(answer: Mapping[str, Any]) -> str:
+    """The front as a table, the winner and its certificate."""
+    winner = answer["winner"]
+    rows = [
+        (
+            ("* " if point["trial"] == winner else "  ") + str(point["trial"]), point["origin"],
+            f"{point['compression']:.3f}×", f"{point['bytes']:,}", f"{point['perplexity']:.4f}",
+            f"{point['increase_percent']:+.3f}", f"{1.96 * point['stderr_percent']:.3f}",
+        )
+        for point in answer["front"]
+    ]  # fmt: skip
+    head = ("  trial", "from", "compression", "bytes", "perplexity", "increase %", "± 95 %")
+    baseline = answer["baseline"]
+    lines = [
+        f"{answer['trials']} trials; FP32 perplexity {baseline['perplexity']:.4f}, {baseline['bytes']:,} bytes; "
+        f"budget {answer['budget_percent']:g} %",
+        table(head, rows, left=2) if rows else "no evaluated map is within the budget",
+    ]
+    certificate = answer["certificate"]
+    if certificate is not None:
+        lines.append(
+            f"{certificate['verdict']}: {certificate['increase_percent']:+.3f} % "
+            f"on {certificate['windows']} unseen windows, at most {certificate['upper_percent']:+.3f} %"
+        )
+    lines += [f"{gate['verdict']:>4}  {gate['name']}: {gate['figures']}" for gate in answer.get("gates", [])]
+    return "\n".join(lines)
+
+
+def listed(answer: Mapping[str, Any]) -> str:
+    """Plain answers, a line a key."""
+    width = max(len(key) for key in answer)
+    return "\n".join(f"{key.ljust(width)}  {_shown(value)}" for key, value in answer.items() if key != "map")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,328 @@
+"""The command line, `ssm-mp`. Answers go to standard output, everything else to standard error.
+
+Exit codes: 0 done, 1 the answer is no, 2 the user's mistake, 3 the environment's.
+Heavy imports stand inside the commands, so that help and small questions answer at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ssm_mp.errors import SsmMpError
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from search.run_directory import RunDirectory
+    from search.spec import StudySpec
+
+app = typer.Typer(
+    name="ssm-mp",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find the smallest mixed-precision version of a state-space language model within a perplexity budget.\n\n"
+    "Start with:  ssm-mp search studies/reference.toml",
+)
+
+
+class Split(StrEnum):
+    """Windows that an evaluation may use."""
+
+    search = "search"
+    certify = "certify"
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+StudyPath = Annotated[Path, typer.Argument(help="Study file, TOML.", metavar="STUDY")]
+StudyOption = Annotated[Path, typer.Option("--study", help="Study file that says text, windows and scheme.")]
+RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; default runs/<study name>.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the study: section.key=value. May be repeated.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
+
+
+def _answer(content: Mapping[str, Any], as_json: bool, text: Callable[[Mapping[str, Any]], str]) -> None:
+    """Print an answer, as JSON or for people."""
+    print(json.dumps(content) if as_json else text(content))
+
+
+@app.command(epilog="Example:  ssm-mp inspect studies/reference/model.safetensors")
+def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], json_: Json = False) -> None:
+    """Show a checkpoint's family, layout, config and component table."""
+    from search.answers import inspected
+    from search.report import component_rows
+    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.components import find_components, fp32_bytes
+    from ssm_mp.config import config_to_json
+    from ssm_mp.precision_map import pinned_names
+
+    found = load_checkpoint(checkpoint)
+    for note in found.notes:
+        _say(f"note: {note}")
+    components = find_components(found)
+    content = {
+        "family": found.family,
+        "layout": found.layout,
+        "config": config_to_json(found.config),
+        "parameters": sum(component.count for component in components),
+        "fp32_bytes": fp32_bytes(components),
+        "components": component_rows(components, pinned_names(components)),
+    }
+    _answer(content, json_, inspected)
+
+
+@app.command(epilog="Example:  ssm-mp evaluate runs/reference/winner --study studies/reference.toml --split certify")
+def evaluate(
+    path: Annotated[Path, typer.Argument(help="Checkpoint, or artifact folder.", metavar="PATH")],
+    study: StudyOption,
+    split: Annotated[Split, typer.Option(help="Which windows.")] = Split.search,
+    json_: Json = False,
+) -> None:
+    """Measure the perplexity of a checkpoint or an artifact on a study's windows."""
+    from search.answers import listed
+    from search.spec import load_spec
+    from search.workspace import check_device, load_splits
+    from ssm_mp.artifact import MAP, read_artifact
+    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.evaluate import evaluate as measure
+    from ssm_mp.evaluate import require_better_than_guessing
+    from ssm_mp.models import build
+
+    spec = load_spec(study)
+    device = check_device(spec.search.device)
+    if (path / MAP).exists():
+        model = read_artifact(path, str(device)).model
+    else:
+        checkpoint = load_checkpoint(path)
+        model = build(checkpoint.config, checkpoint.tensors).to(device)
+    splits = load_splits(spec, model.config)
+    evaluation = measure(model, splits.certify if split is Split.certify else splits.search)
+    if not (path / MAP).exists():
+        require_better_than_guessing(evaluation, model.config.vocabulary)
+    content = {"perplexity": evaluation.perplexity, "windows": evaluation.windows, "tokens": evaluation.tokens}
+    _answer(content, json_, listed)
+
+
+@app.command(
+    epilog="Example:  ssm-mp convert studies/reference/model.safetensors --map aggressive "
+    "--study studies/reference.toml --out exports/aggressive"
+)
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")],
+    map_: Annotated[str, typer.Option("--map", help="conservative, aggressive, or a map file (TOML or JSON).")],
+    study: StudyOption,
+    out: Annotated[Path, typer.Option(help="Artifact folder to write.")],
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Convert a checkpoint by one precision map, without a search."""
+    from search.answers import listed
+    from search.export import export
+    from search.objective import measure_baseline
+    from search.spec import load_spec
+    from search.workspace import open_workspace
+    from ssm_mp.precision_map import PRESETS, PrecisionMap, read_rules
+
+    rules = None if map_ in PRESETS else read_rules(map_)
+    spec = load_spec(study, [f"checkpoint.path={json.dumps(str(checkpoint.resolve()))}"])
+    workspace = open_workspace(spec, _say)
+    components, pins = workspace.space.components, workspace.space.pins
+    if rules is None:
+        precision_map = PrecisionMap.preset(map_, components, pins)
+    else:
+        precision_map = PrecisionMap.from_rules(rules, components, pins)
+    exported = export(workspace, measure_baseline(workspace), precision_map, out, replace=force)
+    content = {
+        "path": str(out),
+        "compression": exported.compression,
+        "bytes": exported.artifact.tensor_bytes,
+        "file_bytes": exported.artifact.file_bytes,
+        "perplexity": exported.perplexity,
+        "increase_percent": exported.increase_percent,
+    }
+    _answer(content, json_, listed)
+
+
+@app.command(epilog="Example:  ssm-mp probe studies/reference.toml")
+def probe(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+    """Measure how sensitive each component is to each precision, from both ends."""
+    from search.answers import probed
+    from search.run import prepare
+    from search.run_directory import RunDirectory
+    from search.spec import load_spec
+
+    spec = load_spec(study, set_ or ())
+    run = RunDirectory.of(spec, run_dir)
+    with run.owned():
+        prepared = prepare(spec, run, _say)
+    _answer({"probes": [measured.to_json() for measured in prepared.probes]}, json_, probed)
+
+
+@app.command(
+    epilog="Examples:  ssm-mp search studies/reference.toml\n\n"
+    "ssm-mp search studies/reference.toml --trials 200   (adds to what is there)\n\n"
+    "ssm-mp search my.toml --set search.sampler=nsga2 --run-dir runs/other"
+)
+def search(
+    study: StudyPath,
+    trials: Annotated[int | None, typer.Option(min=1, help="Number of finished trials to reach.")] = None,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Run or continue a search: probes, trials, front, certificate, winner, plots, report."""
+    from search.answers import fronted
+    from search.gates import overall
+    from search.run import answer, run_search
+    from search.run_directory import REPORT, RunDirectory
+    from search.spec import load_spec
+
+    overrides = [*(set_ or ()), *([] if trials is None else [f"search.trials={trials}"])]
+    spec = load_spec(study, overrides)
+    run = RunDirectory.of(spec, run_dir)
+    result = run_search(spec, run, _say)
+    _say(f"report and plots: {run / REPORT}")
+    _answer(answer(result), json_, fronted)
+    if result.winner is None or overall(result.gates) == "fail":
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example:  ssm-mp front studies/reference.toml --json")
+def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+    """Show the Pareto front so far, while a search runs or after it."""
+    from search.answers import fronted
+    from search.front import pareto_front
+    from search.report import front_json
+    from search.run_directory import BASELINE, CERTIFICATE
+    from search.study import points
+
+    spec, run, trials = _opened(study, run_dir, set_)
+    found = points(trials, run.space())
+    within = pareto_front(found, spec.search.budget_percent)
+    certificate = run.read_json(CERTIFICATE)
+    content = front_json(found, within, run.read_json(BASELINE), spec.search.budget_percent, certificate)
+    _answer(content, json_, fronted)
+
+
+@app.command(epilog="Example:  ssm-mp plot studies/reference.toml")
+def plot(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+    """Draw the plots again from what the run directory holds."""
+    from search.answers import listed
+    from search.certify import certificate_from_json
+    from search.probe import probe_from_stored
+    from search.run import draw
+    from search.run_directory import BASELINE, CERTIFICATE, PROBES
+    from search.study import points
+    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.components import find_components
+
+    spec, run, trials = _opened(study, run_dir, set_)
+    stored = run.read_json(CERTIFICATE)
+    paths = draw(
+        run,
+        spec,
+        find_components(load_checkpoint(spec.checkpoint_path)),
+        points(trials, run.space()),
+        [probe_from_stored(line) for line in run.read_lines(PROBES)],
+        None if stored is None else certificate_from_json(stored),
+        run.read_json(BASELINE)["bytes"],
+    )
+    _answer({path.name: str(path) for path in paths}, json_, listed)
+
+
+@app.command(epilog="Example:  ssm-mp status studies/reference.toml")
+def status(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+    """Count the trials that are finished, running, failed and waiting."""
+    from search.answers import listed
+    from search.study import status as count
+
+    _, _, trials = _opened(study, run_dir, set_)
+    found = count(trials)
+    for reason, number in found.reasons.items():
+        _say(f"{number} failed: {reason}")
+    content = {
+        "finished": found.finished,
+        "running": found.running,
+        "failed": found.failed,
+        "waiting": found.waiting,
+    }
+    _answer(content, json_, listed)
+
+
+@app.command(
+    epilog="Examples:  ssm-mp export studies/reference.toml --out exports/reference\n\n"
+    "ssm-mp export studies/reference.toml --out exports/knee --pick knee"
+)
+def export(
+    study: StudyPath,
+    out: Annotated[Path, typer.Option(help="Artifact folder to write.")],
+    pick: Annotated[
+        str,
+        typer.Option(help="smallest (the certified winner), knee, or a trial's number.", metavar="smallest|knee|TRIAL"),
+    ] = "smallest",
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Export a map of the front as an artifact, re-read from disk and re-evaluated."""
+    from search.answers import listed
+    from search.picking import export_pick
+
+    spec, run, trials = _opened(study, run_dir, set_)
+    exported, verdict = export_pick(spec, run, trials, pick, out, replace=force, say=_say)
+    content = {
+        "path": str(out),
+        "map": exported.artifact.precision_map.to_json(),
+        "compression": exported.compression,
+        "bytes": exported.artifact.tensor_bytes,
+        "file_bytes": exported.artifact.file_bytes,
+        "perplexity": exported.perplexity,
+        "increase_percent": exported.increase_percent,
+        "certificate": verdict,
+        "verified": exported.facts.verified,
+    }
+    _answer(content, json_, listed)
+
+
+def _opened(study: Path, run_dir: Path | None, overrides: list[str] | None) -> tuple[StudySpec, RunDirectory, Study]:
+    """The study file, run directory and trials of a search that was started."""
+    from search.run_directory import RunDirectory
+    from search.spec import load_spec
+    from search.study import load_study
+
+    spec = load_spec(study, overrides or ())
+    run = RunDirectory.of(spec, run_dir)
+    run.require()
+    return spec, run, load_study(spec, run)
+
+
+def _say(line: str) -> None:
+    """Print a line for people."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Run the command line; a known failure is one clear line and its exit code, never a traceback."""
+    try:
+        app()
+    except SsmMpError as error:
+        _say(f"error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where it stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Export one map as an artifact folder: converted, written, re-read from disk and re-evaluated."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search.certify import Certificate, bounds
+from search.gates import Facts
+from search.objective import Baseline, Objective
+from search.plots import allocation_png
+from search.workspace import Workspace
+from ssm_mp.artifact import Artifact, read_artifact, save_artifact, stored_arrays
+from ssm_mp.benchmark import Benchmark, benchmark
+from ssm_mp.errors import ArtifactError
+from ssm_mp.evaluate import evaluate
+from ssm_mp.precision_map import PrecisionMap
+
+_VERSIONS = ("torch", "optuna", "numpy", "scipy", "safetensors")
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """A written artifact, as it was found when read back."""
+
+    artifact: Artifact
+    compression: float
+    perplexity: float
+    increase_percent: float
+    benchmark: Benchmark
+    facts: Facts
+
+
+def export(
+    workspace: Workspace,
+    baseline: Baseline,
+    precision_map: PrecisionMap,
+    out: str | Path,
+    *,
+    certificate: Certificate | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    replace: bool = False,
+) -> Exported:
+    """Write the artifact of a map and verify what is on disk.
+
+    Raises ArtifactError where the folder cannot be written, or where what is read back is not what was measured.
+    """
+    measured = Objective(workspace, baseline)(precision_map)
+    model = workspace.converter.convert(precision_map)
+    speed = benchmark(model, workspace.model, workspace.splits.search)
+    lower, upper = bounds(measured.increase, workspace.spec.search.confidence)
+    metrics = {
+        "fp32_bytes": baseline.bytes,
+        "compression": measured.compression,
+        "baseline_perplexity": baseline.perplexity,
+        "perplexity": measured.perplexity,
+        "increase_percent": measured.increase.percent,
+        "stderr_percent": measured.increase.stderr_percent,
+        "increase_interval_percent": [lower, upper],
+        "windows": measured.increase.windows,
+        "certificate": certificate.to_json() if certificate else None,
+        "benchmark": speed.to_json(),
+        "provenance": {**provenance_of(workspace), **(provenance or {})},
+    }
+    components = workspace.converter.components
+    picture = allocation_png(components, precision_map, workspace.spec.precision.activations)
+    save_artifact(
+        out,
+        model,
+        precision_map,
+        workspace.spec.precision.scheme,
+        metrics,
+        pins=workspace.space.pins,
+        extra={"allocation.png": picture},
+        replace=replace,
+    )
+    artifact = read_artifact(out, device=workspace.spec.search.device)
+    found = evaluate(artifact.model, workspace.splits.search).perplexity
+    predicted = precision_map.bytes(components, workspace.spec.precision.activations)
+    if found != measured.perplexity or artifact.tensor_bytes != predicted:
+        raise ArtifactError(
+            f"{out}: what was read back is not what was measured: perplexity {found!r} for {measured.perplexity!r}, "
+            f"{artifact.tensor_bytes} bytes for {predicted}"
+        )
+    arrays = stored_arrays(artifact.model).values()
+    facts = Facts(
+        compression=baseline.bytes / artifact.tensor_bytes,
+        speedup=next(p.speedup for p in speed.prefill if p.batch == max(q.batch for q in speed.prefill)),
+        float32_arrays=sum(array.dtype == torch.float32 for array in arrays),
+        verified=True,
+    )
+    return Exported(artifact, facts.compression, found, measured.increase.percent, speed, facts)
+
+
+def provenance_of(workspace: Workspace) -> dict[str, Any]:
+    """Where a result comes from: fingerprint, study, versions."""
+    return {
+        "study": workspace.spec.name,
+        "checkpoint": workspace.spec.checkpoint.path,
+        "text": workspace.spec.data.text,
+        "fingerprint": workspace.fingerprint() | {"certify windows": workspace.splits.certify.digest},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in _VERSIONS},
+    }

@@ -1,0 +1,78 @@
+"""Which map of a finished search to export: the certified winner, the knee, or a trial by number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from optuna.study import Study
+
+from search.certify import Certificate, certificate_from_json
+from search.errors import NothingFoundError, StudyError
+from search.export import Exported, export
+from search.front import Point, knee, pareto_front
+from search.objective import measure_baseline
+from search.run import certify_front
+from search.run_directory import CERTIFICATE, RunDirectory
+from search.spec import StudySpec
+from search.study import points
+from search.workspace import open_workspace
+
+
+def pick_point(pick: str, found: Sequence[Point], budget_percent: float, winner: int | None) -> Point:
+    """The point that `pick` names. Raises NothingFoundError where the study has none, StudyError for a wrong word."""
+    front = pareto_front(found, budget_percent)
+    if pick == "smallest":
+        chosen = next((point for point in front if point.trial == winner), None)
+        if chosen is None:
+            raise NothingFoundError(
+                "no map of this study is certified, so there is no smallest to export; see its report, "
+                "or name a map with --pick knee or --pick TRIAL"
+            )
+        return chosen
+    if pick == "knee":
+        point = knee(front)
+        if point is None:
+            raise NothingFoundError("no map of this study is within the budget, so its front has no knee")
+        return point
+    if not pick.isdecimal():
+        raise StudyError(f"--pick {pick}: expected smallest, knee or a trial's number")
+    for point in found:
+        if point.trial == int(pick):
+            return point
+    numbers = f"0 to {max(p.trial for p in found)}" if found else "none"
+    raise StudyError(f"--pick {pick}: no finished trial has this number (finished: {numbers})")
+
+
+def export_pick(
+    spec: StudySpec,
+    run: RunDirectory,
+    study: Study,
+    pick: str,
+    out: str | Path,
+    *,
+    replace: bool,
+    say: Callable[[str], None],
+) -> tuple[Exported, str]:
+    """Export a map of a study; returns it and its certificate's verdict.
+
+    A map other than the certified winner is held against the certify windows by itself.
+    """
+    stored = run.read_json(CERTIFICATE)
+    certificate: Certificate | None = None if stored is None else certificate_from_json(stored)
+    winner = None if certificate is None else certificate.winner
+    point = pick_point(pick, points(study, run.space()), spec.search.budget_percent, winner)
+    workspace = open_workspace(spec, say)
+    run.check_fingerprint(workspace.fingerprint())
+    if point.trial != winner:
+        certificate = certify_front(workspace, [point], say)
+    exported = export(
+        workspace,
+        measure_baseline(workspace),
+        workspace.space.map(point.map),
+        out,
+        certificate=certificate,
+        provenance={"trial": point.trial},
+        replace=replace,
+    )
+    return exported, certificate.verdict if certificate else "inconclusive"

@@ -1,0 +1,126 @@
+"""Sensitivity of each component to each precision, measured from both ends.
+
+From all-widest, one component is lowered; from all-lowest, one is raised. Everything before the layer
+where it acts is the same as in the map it departs from, so those activations are computed once a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from search.workspace import Workspace
+from ssm_mp.components import Component
+from ssm_mp.errors import EvaluationError
+from ssm_mp.evaluate import Evaluation, Prefix, advance, divergence, finish, paired_increase, start
+from ssm_mp.models import LanguageModel
+from ssm_mp.precision_map import PrecisionMap
+
+WIDEST, LOWEST = "widest", "lowest"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One measurement: `component` put to `precision` while all others stand as at the `end` it departs from.
+
+    `origin` is the component's own precision there. `log_increase` and `log_stderr` are of log-perplexity,
+    paired by window, against the map it departs from (so raising a component gives a negative increase);
+    `kl` is the divergence from that map in nats a token.
+    """
+
+    component: str
+    precision: str
+    end: str
+    origin: str
+    log_increase: float
+    log_stderr: float
+    kl: float
+
+    def to_json(self) -> dict[str, Any]:
+        """With the increase in percent, as the command line reports it."""
+        return {
+            "component": self.component,
+            "precision": self.precision,
+            "from": self.origin,
+            "increase_percent": 100 * math.expm1(self.log_increase),
+            "stderr_percent": 100 * math.exp(self.log_increase) * self.log_stderr,
+            "kl": self.kl,
+        }
+
+    def stored(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """One end of the probes: its map, the model, its evaluation and its last hidden states."""
+
+    name: str
+    map: PrecisionMap
+    model: LanguageModel
+    evaluation: Evaluation
+    final: Prefix
+
+
+def planned(workspace: Workspace) -> int:
+    """How many probes a study has."""
+    return sum(2 * (len(workspace.space.choices[c.name]) - 1) for c in workspace.space.free)
+
+
+def open_end(workspace: Workspace, name: str) -> End:
+    """Convert and evaluate one end, keeping its last hidden states."""
+    space, windows = workspace.space, workspace.splits.search
+    precision_map = space.widest() if name == WIDEST else space.lowest()
+    model = workspace.converter.convert(precision_map)
+    final = advance(model, start(model, windows), len(model.layers))
+    return End(name, precision_map, model, finish(model, final, windows), final)
+
+
+def run_probes(
+    workspace: Workspace, ends: Iterable[End], done: Iterable[Probe], save: Callable[[Probe], None]
+) -> list[Probe]:
+    """All probes of a study: those done before, and the others, each given to `save` when measured."""
+    probes = list(done)
+    known = {(probe.component, probe.precision, probe.end) for probe in probes}
+    for end in ends:
+        for probe in _from_end(workspace, end, known):
+            save(probe)
+            probes.append(probe)
+    return probes
+
+
+def _from_end(workspace: Workspace, end: End, known: set[tuple[str, str, str]]) -> Iterator[Probe]:
+    """The missing probes from one end, in the order of the data flow, so that the prefix only moves forward."""
+    prefix: Prefix | None = None
+    held = end.map.to_json()
+    for component in sorted(workspace.space.free, key=lambda component: component.stage):
+        for precision in workspace.space.choices[component.name]:
+            if precision == held[component.name] or (component.name, precision, end.name) in known:
+                continue
+            if component.stage > 0:
+                prefix = prefix or start(end.model, workspace.splits.search)
+                prefix = advance(end.model, prefix, component.stage - 1 - prefix.layer)
+            yield _measure(workspace, end, component, precision, prefix)
+
+
+def _measure(workspace: Workspace, end: End, component: Component, precision: str, prefix: Prefix | None) -> Probe:
+    windows = workspace.splits.search
+    model = workspace.converter.convert(end.map.changed({component.name: precision}))
+    origin = end.map[component.name]
+    # component.stage is 0 for what acts at the embedding: nothing before it to reuse
+    begin = prefix if prefix is not None and component.stage > 0 else start(model, windows)
+    final = advance(model, begin, len(model.layers) - begin.layer)
+    try:
+        evaluation = finish(model, final, windows)
+    except EvaluationError as error:
+        raise EvaluationError(f"probe of {component.name} at {precision} (from {end.name}): {error}") from None
+    increase = paired_increase(evaluation, end.evaluation)
+    kl = divergence(end.model, end.final, model, final)
+    return Probe(component.name, precision, end.name, origin, increase.log_mean, increase.log_stderr, kl)
+
+
+def probe_from_stored(values: Mapping[str, Any]) -> Probe:
+    """Inverse of `Probe.stored`."""
+    return Probe(**values)

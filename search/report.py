@@ -1,0 +1,207 @@
+"""`report.md`: what was run, the components, the front, the winner, its certificate, the gates, provenance."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from search.certify import Certificate
+from search.front import Point
+from search.gates import Gate, overall
+from search.spec import StudySpec
+from search.study import Status
+from search.surrogate import Surrogate
+from ssm_mp.benchmark import Benchmark
+from ssm_mp.components import Component
+
+_PRECISION_FIGURES = {"pass": "✓", "warn": "!", "fail": "✗"}
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """Everything that a finished search knows."""
+
+    spec: StudySpec
+    components: tuple[Component, ...]
+    pins: frozenset[str]
+    baseline_perplexity: float
+    baseline_bytes: int
+    points: Sequence[Point]
+    front: Sequence[Point]
+    status: Status
+    surrogate: Surrogate
+    certificate: Certificate | None
+    gates: Sequence[Gate]
+    benchmark: Benchmark | None
+    provenance: Mapping[str, Any]
+
+    @property
+    def winner(self) -> Point | None:
+        """The certified point."""
+        trial = None if self.certificate is None else self.certificate.winner
+        return next((point for point in self.points if point.trial == trial), None)
+
+
+def component_rows(components: Sequence[Component], pins: frozenset[str]) -> list[dict[str, Any]]:
+    """The component table, as `inspect` prints it."""
+    total = sum(component.count for component in components)
+    return [
+        {
+            "name": component.name,
+            "kind": component.kind,
+            "layer": component.layer,
+            "parameters": component.count,
+            "share": component.count / total,
+            "pinned": component.name in pins,
+        }
+        for component in components
+    ]
+
+
+def front_json(
+    points: Sequence[Point],
+    front: Sequence[Point],
+    baseline: Mapping[str, Any] | None,
+    budget_percent: float,
+    certificate: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The answer of `search` and `front`."""
+    return {
+        "baseline": baseline,
+        "budget_percent": budget_percent,
+        "trials": len(points),
+        "front": [point.to_json() for point in front],
+        "winner": None if certificate is None else certificate["winner"],
+        "certificate": certificate,
+    }
+
+
+def render(result: Result) -> str:
+    """The whole report as Markdown."""
+    sections = [
+        f"# Precision search: {result.spec.name}\n\n{_summary(result)}",
+        f"![Pareto front](front.png)\n\n## Gates: {overall(result.gates)}\n\n{_gates(result.gates)}",
+        f"## Front\n\n{_front(result)}",
+        f"## Certificate\n\n{_certificate(result)}",
+        f"## Winner\n\n{_winner(result)}",
+        f"## Components\n\n{_components(result)}",
+        f"## Sensitivities\n\n![Sensitivities](sensitivities.png)\n\n{_surrogate(result.surrogate)}",
+        f"## Provenance\n\n```json\n{json.dumps(result.provenance, indent=2)}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _summary(result: Result) -> str:
+    spec = result.spec
+    lines = [
+        f"Checkpoint `{spec.checkpoint.path}`, {sum(c.count for c in result.components):,} parameters, "
+        f"{result.baseline_bytes:,} bytes in FP32, perplexity {result.baseline_perplexity:.4f} on the search windows.",
+        f"{result.status.finished} precision maps were converted and evaluated ({result.status.failed} failed) with "
+        f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
+        f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %.",
+    ]
+    if result.winner is not None:
+        point = result.winner
+        lines.append(
+            f"**Winner: trial {point.trial}, {point.compression:.2f}× smaller ({point.bytes:,} bytes), "
+            f"perplexity {point.increase_percent:+.2f} %** on the search windows."
+        )
+    else:
+        lines.append("**No map was certified.**")
+    return "\n\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A Markdown table; the first `left` columns are text, the others numbers."""
+    rule = [":--" if i < left else "--:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, rule, *rows])
+
+
+def _gates(gates: Sequence[Gate]) -> str:
+    rows = [(f"{_PRECISION_FIGURES[gate.verdict]} {gate.verdict}", gate.name, gate.figures) for gate in gates]
+    return _table(("verdict", "gate", "figures"), rows, left=3)
+
+
+def _front(result: Result) -> str:
+    rows = [
+        (
+            str(point.trial),
+            point.origin,
+            f"{point.compression:.3f}×",
+            f"{point.bytes:,}",
+            f"{point.perplexity:.4f}",
+            f"{point.increase_percent:+.3f} ± {1.96 * point.stderr_percent:.3f}",
+            f"{sum(precision != 'fp16' for precision in point.map.values())} of {len(point.map)}",
+        )
+        for point in result.front
+    ]
+    head = ("trial", "from", "compression", "bytes", "perplexity", "increase % (95 %)", "below fp16")
+    return _table(head, rows, left=2) if rows else "No evaluated map is within the budget."
+
+
+def _certificate(result: Result) -> str:
+    certificate = result.certificate
+    if certificate is None:
+        return "Nothing to certify: no map is within the budget on the search windows."
+    rows = [
+        (
+            str(tried.trial), tried.verdict, f"{100 * tried.confidence:.2f} %", f"{tried.increase_percent:+.3f}",
+            f"{tried.lower_percent:+.3f}", f"{tried.upper_percent:+.3f}",
+        )
+        for tried in certificate.tries
+    ]  # fmt: skip
+    advice = (
+        " More windows are needed: raise `[data] certify_windows` and run the search again; no trial is repeated."
+        if certificate.verdict == "inconclusive"
+        else ""
+    )
+    return (
+        f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all tries, on {certificate.windows} "
+        f"windows that the search never saw, paired against the FP32 checkpoint.{advice}\n\n"
+        + _table(("trial", "verdict", "confidence", "increase %", "lower %", "upper %"), rows, left=2)
+    )
+
+
+def _winner(result: Result) -> str:
+    if result.winner is None:
+        return "None."
+    text = "![Allocation](allocation.png)\n\nThe artifact is in `winner/`, re-read from disk and re-evaluated."
+    if result.benchmark is None:
+        return text
+    figures = result.benchmark
+    pairs: list[tuple[str, float, float, float]] = [
+        ("stored bytes", figures.stored_bytes, figures.fp32_bytes, figures.stored_bytes / figures.fp32_bytes),
+        (
+            "resident bytes",
+            figures.resident_bytes,
+            figures.fp32_resident_bytes,
+            figures.resident_bytes / figures.fp32_resident_bytes,
+        ),
+    ]
+    pairs += [
+        (f"tokens/s, prefill, batch {p.batch}", p.tokens_per_second, p.fp32_tokens_per_second, p.speedup)
+        for p in figures.prefill
+    ]
+    rows = [(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ratio:.3f}") for name, ours, theirs, ratio in pairs]
+    return text + "\n\n" + _table(("", "winner", "FP32", "ratio"), rows)
+
+
+def _components(result: Result) -> str:
+    held = {} if result.winner is None else dict(result.winner.map)
+    rows = [
+        (
+            f"`{row['name']}`", row["kind"], f"{row['parameters']:,}", f"{row['share']:.2%}",
+            "pinned" if row["pinned"] else "", held.get(row["name"], "fp16" if held else ""),
+        )
+        for row in component_rows(result.components, result.pins)
+    ]  # fmt: skip
+    return _table(("component", "kind", "parameters", "share", "", "winner"), rows, left=2)
+
+
+def _surrogate(surrogate: Surrogate) -> str:
+    return (
+        "The effects of the probes are added up to predict other maps. For the lowest map the sum is off by "
+        f"{100 * surrogate.gap:+.3f} % of perplexity (measured minus predicted)."
+    )

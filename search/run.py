@@ -1,0 +1,234 @@
+"""A whole search: baseline, probes, seeds, trials, front, certificate, export, plots, report."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+
+from search import plots
+from search.certify import Certificate, certify
+from search.export import export, provenance_of
+from search.front import Point, pareto_front
+from search.gates import judge
+from search.objective import Baseline, Measured, Objective, measure_baseline
+from search.probe import LOWEST, WIDEST, End, Probe, open_end, planned, probe_from_stored, run_probes
+from search.progress import Progress
+from search.report import Result, front_json, render
+from search.run_directory import BASELINE, CERTIFICATE, FRONT, PROBES, REPORT, WINNER, RunDirectory
+from search.spec import StudySpec
+from search.study import Seed, enqueue, open_study, points, recover, run_trials, status
+from search.surrogate import Surrogate, fit
+from search.workspace import Workspace, open_workspace
+from ssm_mp.components import Component
+from ssm_mp.evaluate import Increase, evaluate, paired_increase
+from ssm_mp.precision_map import PRESETS, PrecisionMap
+
+Say = Callable[[str], None]
+
+
+def say_to_stderr(line: str) -> None:
+    """Print a line for people, away from the answer on standard output."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What trials need: the loaded study, its baseline, both ends and the surrogate of its probes."""
+
+    workspace: Workspace
+    baseline: Baseline
+    probes: list[Probe]
+    surrogate: Surrogate
+
+
+def prepare(spec: StudySpec, run: RunDirectory, say: Say = say_to_stderr) -> Prepared:
+    """Load, check the fingerprint, measure baseline and probes; what a former run measured is not measured again."""
+    workspace = open_workspace(spec, say)
+    run.check_fingerprint(workspace.fingerprint())
+    baseline = measure_baseline(workspace)
+    run.write_json(BASELINE, {"perplexity": baseline.perplexity, "bytes": baseline.bytes})
+    say(
+        f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
+        f"{baseline.bytes:,} bytes in FP32"
+    )
+    widest, lowest = open_end(workspace, WIDEST), open_end(workspace, LOWEST)
+    probes = _probe(workspace, (widest, lowest), run)
+    offsets = [paired_increase(end.evaluation, baseline.evaluation).log_mean for end in (widest, lowest)]
+    surrogate = fit(workspace.space, spec.precision.activations, probes, *offsets)
+    say(
+        f"probes: {len(probes)}; all-lowest costs {100 * math.expm1(offsets[1]):+.3f} %, "
+        f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
+    )
+    return Prepared(workspace, baseline, probes, surrogate)
+
+
+def _probe(workspace: Workspace, ends: tuple[End, End], run: RunDirectory) -> list[Probe]:
+    done = [probe_from_stored(line) for line in run.read_lines(PROBES)]
+    progress = Progress("probes", planned(workspace), len(done))
+
+    def save(probe: Probe) -> None:
+        run.append_line(PROBES, probe.stored())
+        progress.step()
+
+    return run_probes(workspace, ends, done, save)
+
+
+def seeds(prepared: Prepared) -> list[Seed]:
+    """The study's first maps: both ends, the presets, then the surrogate's predicted front."""
+    space, spec = prepared.workspace.space, prepared.workspace.spec
+    found: list[tuple[PrecisionMap, str]] = [
+        (space.widest(), f"uniform {spec.precision.choices[0]}"),
+        (space.lowest(), f"uniform {spec.precision.choices[-1]}"),
+    ]
+    found += [(space.within(PrecisionMap.preset(name, space.components)), name) for name in PRESETS]
+    budget = math.log1p(spec.search.budget_percent / 100)
+    found += [(predicted, "predicted front") for predicted in prepared.surrogate.front(spec.search.seeds, budget)]
+    return [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
+
+
+def run_search(spec: StudySpec, run: RunDirectory, say: Say = say_to_stderr) -> Result:
+    """Run or continue a study to its number of trials, then finish it: everything in the run directory."""
+    with run.owned():
+        prepared = prepare(spec, run, say)
+        space = prepared.workspace.space
+        choices = {component.name: space.choices[component.name] for component in space.free}
+        study = open_study(spec, run, choices)
+        again = recover(study)
+        if again:
+            say(f"{again} interrupted trial{'s' if again > 1 else ''} will be tried again")
+        enqueue(study, seeds(prepared))
+        _trials(study, spec, choices, prepared)
+        return _finish(study, prepared, run, say)
+
+
+def _trials(study: Study, spec: StudySpec, choices: Mapping[str, tuple[str, ...]], prepared: Prepared) -> None:
+    objective = Objective(prepared.workspace, prepared.baseline)
+    space = prepared.workspace.space
+    progress = Progress("trials", spec.search.trials, len(points(study, space.choices)))
+
+    def evaluate_params(params: Mapping[str, str]) -> Measured:
+        return objective(space.map(params))
+
+    def after(finished: bool) -> None:
+        if finished:
+            front = pareto_front(points(study, space.choices), spec.search.budget_percent)
+            best = (
+                f"best {front[0].compression:.2f}× at {front[0].increase_percent:+.2f} %"
+                if front
+                else "none within budget"
+            )
+            progress.step(best)
+
+    run_trials(
+        study, choices, evaluate_params, trials=spec.search.trials, budget_percent=spec.search.budget_percent,
+        sampler=spec.search.sampler, after=after,
+    )  # fmt: skip
+    progress.close()
+
+
+def _finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Result:
+    """Front, certificate, export of the winner, plots, report."""
+    workspace, baseline = prepared.workspace, prepared.baseline
+    spec = workspace.spec
+    found = points(study, workspace.space.choices)
+    front = pareto_front(found, spec.search.budget_percent)
+    certificate = certify_front(workspace, front, say)
+    run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
+    exported = None
+    shutil.rmtree(run / WINNER, ignore_errors=True)  # a former winner, which may have lost
+    winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
+    if winner is not None:
+        say(f"exporting trial {winner.trial} and reading it back")
+        exported = export(
+            workspace, baseline, workspace.space.map(winner.map), run / WINNER,
+            certificate=certificate, provenance={"trial": winner.trial},
+        )  # fmt: skip
+    result = Result(
+        spec=spec,
+        components=workspace.space.components,
+        pins=workspace.space.pins,
+        baseline_perplexity=baseline.perplexity,
+        baseline_bytes=baseline.bytes,
+        points=found,
+        front=front,
+        status=status(study),
+        surrogate=prepared.surrogate,
+        certificate=certificate,
+        gates=judge(certificate, exported.facts if exported else None),
+        benchmark=exported.benchmark if exported else None,
+        provenance=provenance_of(workspace),
+    )
+    draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
+    run.write_text(REPORT, render(result))
+    run.write_json(FRONT, answer(result))
+    return result
+
+
+def certify_front(workspace: Workspace, front: list[Point], say: Say) -> Certificate | None:
+    """Hold the front against the budget on the certify windows."""
+    spec, windows = workspace.spec, workspace.splits.certify
+    if not front:
+        return None
+    say(f"certifying on {len(windows)} windows")
+    reference = evaluate(workspace.model, windows)
+
+    def measure(point: Point) -> Increase:
+        model = workspace.converter.convert(workspace.space.map(point.map))
+        return paired_increase(evaluate(model, windows), reference)
+
+    return certify(
+        front, measure, budget_percent=spec.search.budget_percent, confidence=spec.search.confidence,
+        windows_digest=windows.digest,
+    )  # fmt: skip
+
+
+def draw(
+    run: RunDirectory,
+    spec: StudySpec,
+    components: tuple[Component, ...],
+    found: Sequence[Point],
+    probes: Sequence[Probe],
+    certificate: Certificate | None,
+    baseline_bytes: int,
+) -> list[Path]:
+    """The study's pictures, PNG and SVG. The allocation is the winner's, or the smallest front map's where none won."""
+    budget = spec.search.budget_percent
+    winner = None if certificate is None else certificate.winner
+    picture = plots.plot_front(found, budget, winner, describe(certificate), baseline_bytes)
+    paths = plots.save(picture, run.path, "front")
+    paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
+    front = pareto_front(found, budget)
+    shown = next((point for point in front if point.trial == winner), front[0] if front else None)
+    if shown is not None:
+        allocation = PrecisionMap(tuple(shown.map.items()))
+        paths += plots.save(
+            plots.plot_allocation(components, allocation, spec.precision.activations), run.path, "allocation"
+        )
+    return paths
+
+
+def describe(certificate: Certificate | None) -> str:
+    """The certificate in one sentence, for titles and the terminal."""
+    if certificate is None:
+        return "No map is within the budget on the search windows."
+    return (
+        f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows: "
+        f"{certificate.increase_percent:+.2f} %, at most {certificate.upper_percent:+.2f} % "
+        f"({100 * certificate.confidence:g} % confidence), budget {certificate.budget_percent:+g} %"
+    )
+
+
+def answer(result: Result) -> dict[str, Any]:
+    """What `search` and `front` answer, with the gates."""
+    certificate = None if result.certificate is None else result.certificate.to_json()
+    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes}
+    content = front_json(result.points, result.front, baseline, result.spec.search.budget_percent, certificate)
+    return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

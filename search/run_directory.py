@@ -1,0 +1,131 @@
+"""The run directory of a study: its database, probes, plots, front and log, with one owner at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from search.errors import StudyError
+from search.spec import StudySpec
+from ssm_mp.errors import MachineError
+
+FINGERPRINT = "study.json"
+PROBES = "probes.jsonl"
+BASELINE = "baseline.json"
+CERTIFICATE = "certificate.json"
+FRONT = "front.json"
+REPORT = "report.md"
+DATABASE = "study.db"
+WINNER = "winner"
+
+
+class RunDirectory:
+    """`runs/<study>/`, made on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, spec: StudySpec, path: str | Path | None = None) -> RunDirectory:
+        """The directory given, or `runs/<study name>` under the current folder."""
+        return cls(Path(path) if path is not None else Path("runs") / spec.name)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the directory for this process; raises StudyError where another process holds it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self / "lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise StudyError(
+                f"{self.path}: another process is working in this run directory; wait for it, or give --run-dir another"
+            ) from None
+        except OSError as error:
+            raise MachineError(f"{self.path}: the run directory cannot be used ({error})") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def require(self) -> None:
+        """Raise StudyError where nothing has been run here yet."""
+        if not (self / FINGERPRINT).exists():
+            raise StudyError(f"{self.path}: no search has been run here yet; start one with `ssm-mp search`")
+
+    def check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
+        """Store a study's fingerprint, or refuse, saying what changed, where another one is stored."""
+        stored = self.read_json(FINGERPRINT)
+        current = json.loads(json.dumps(fingerprint))
+        if stored is None:
+            self.write_json(FINGERPRINT, current)
+            return
+        changed = [key for key in current if stored.get(key) != current[key]]
+        if changed:
+            details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
+            raise StudyError(
+                f"{self.path}: this study was begun with another {', another '.join(changed)} ({details}). Its trials "
+                "cannot be compared with new ones: restore what changed, or give --run-dir another directory"
+            )
+
+    def space(self) -> dict[str, list[str]]:
+        """Every component's choices, as the fingerprint holds them."""
+        choices: dict[str, list[str]] = self.read_json(FINGERPRINT)["space"]
+        return choices
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a file whole: under another name first, then renamed."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text whole: under another name first, then renamed."""
+        partial = self / f".{name}.partial"
+        try:
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise MachineError(f"{self / name}: cannot be written ({error})") from None
+
+    def read_json(self, name: str) -> Any:
+        """The content of a file, None where there is none."""
+        path = self / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StudyError(f"{path}: damaged ({error}); remove it and run the search again") from None
+
+    def append_line(self, name: str, content: object) -> None:
+        """Add one line of JSON to a file and see it written."""
+        with (self / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read_lines(self, name: str) -> list[Any]:
+        """The whole lines of a file; a last line that was cut short by a crash does not count."""
+        path = self / name
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+
+def _difference(key: str, stored: object, current: object) -> str:
+    """What changed, in a few words."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]
+        shown = [f"{name}: {stored.get(name)!r} → {current.get(name)!r}" for name in names[:3]]
+        return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{key}: {str(stored)[:12]} → {str(current)[:12]}"

@@ -1,0 +1,104 @@
+"""The samplers of a study: Optuna's own, kept from proposing a map twice."""
+
+from __future__ import annotations
+
+import json
+import random
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+_ATTEMPTS = 4
+"""Proposals asked of the inner sampler before the last of them is varied instead."""
+
+
+def map_key(params: Mapping[str, Any]) -> str:
+    """One text a map, to compare maps by."""
+    return json.dumps(dict(params), sort_keys=True)
+
+
+def seen_maps(study: Study) -> set[str]:
+    """Keys of all maps that a study evaluated, is evaluating, or will."""
+    seen = set()
+    for trial in study.get_trials(deepcopy=False):
+        waiting = trial.state == TrialState.WAITING
+        params = trial.system_attrs.get("fixed_params", {}) if waiting else trial.params
+        seen.add(map_key(params))
+    return seen
+
+
+class Unrepeated(BaseSampler):
+    """Proposes through another sampler, over the whole space at once, and never a map that the study has.
+
+    Where the inner sampler keeps repeating itself, its last proposal is varied one component after another
+    until the map is new. The caller stops once the space is exhausted.
+    """
+
+    def __init__(self, inner: BaseSampler, space: dict[str, CategoricalDistribution], seed: int) -> None:
+        self._inner = inner
+        self._space: dict[str, BaseDistribution] = dict(space)
+        self._random = random.Random(seed)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        if "fixed_params" in trial.system_attrs:
+            return {}  # an enqueued map: nothing to propose
+        seen = seen_maps(study)
+        proposal: dict[str, Any] = {}
+        for _ in range(_ATTEMPTS):
+            proposal = self._inner.sample_relative(study, trial, search_space) or self._any()
+            if map_key(proposal) not in seen:
+                return proposal
+        while map_key(proposal) in seen:
+            name = self._random.choice(sorted(self._space))
+            proposal = {**proposal, name: self._random.choice(_choices(self._space[name]))}
+        return proposal
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._random.choice(_choices(param_distribution))
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        self._inner.reseed_rng()
+
+    def _any(self) -> dict[str, Any]:
+        """A map at random, for samplers that have nothing to go by yet."""
+        return {name: self._random.choice(_choices(held)) for name, held in self._space.items()}
+
+
+def _choices(distribution: BaseDistribution) -> list[Any]:
+    assert isinstance(distribution, CategoricalDistribution)
+    return list(distribution.choices)
+
+
+def make_sampler(name: str, space: dict[str, CategoricalDistribution], seed: int) -> Unrepeated:
+    """The sampler of a study by its name in the study file: `tpe`, `nsga2`, `gp` or `random`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        inner: BaseSampler
+        if name == "tpe":
+            inner = TPESampler(multivariate=True, seed=seed)
+        elif name == "nsga2":
+            inner = NSGAIISampler(population_size=16, seed=seed)
+        elif name == "gp":
+            inner = GPSampler(seed=seed)
+        else:
+            inner = RandomSampler(seed=seed)
+    return Unrepeated(inner, space, seed)

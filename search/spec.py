@@ -1,0 +1,210 @@
+"""The study file: TOML, validated, every key with a default except the checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from search.errors import StudyError
+from ssm_mp.convert import Scheme
+from ssm_mp.layers import ActivationScheme
+from ssm_mp.precision import PRECISIONS
+from ssm_mp.quantize import ScaleMethod, ScaleRule
+
+STDLIB = "python-stdlib"
+"""Name of the text that every user has: the standard library of the running interpreter."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CheckpointSection(_Section):
+    """`[checkpoint]`: what is searched."""
+
+    path: str = Field(min_length=1)
+
+
+class DataSection(_Section):
+    """`[data]`: the text, and how many windows each split gets. Paths are relative to the study file."""
+
+    text: str = STDLIB
+    tokenizer: str | None = None
+    window: int | None = Field(default=None, ge=2, le=65536)
+    calibration: Literal["text", "synthetic"] = "text"
+    calibration_windows: int | None = Field(default=None, ge=1)
+    search_windows: int = Field(default=128, ge=2)
+    certify_windows: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+    @property
+    def calibration_count(self) -> int:
+        """64 windows of text, or 1000 synthetic sequences, unless the study says otherwise."""
+        return self.calibration_windows or (1000 if self.calibration == "synthetic" else 64)
+
+
+class PrecisionSection(_Section):
+    """`[precision]`: what a component may become, and what quantised means."""
+
+    choices: tuple[str, ...] = ("fp16", "int8")
+    activations: ActivationScheme = "static"
+    weight_scale: ScaleMethod = "mse"
+    input_scale: ScaleMethod = "percentile"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    pin: tuple[str, ...] = ()
+    unpin: tuple[str, ...] = ()
+
+    @field_validator("choices", "pin", "unpin", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("choices")
+    @classmethod
+    def _known(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in choices if name not in PRECISIONS]
+        if unknown:
+            raise ValueError(f"unknown precision {unknown[0]!r}; known are {', '.join(map(repr, PRECISIONS))}")
+        if len(choices) < 2 or len(set(choices)) < len(choices):
+            raise ValueError(f"expected at least two different precisions, found {list(choices)}")
+        widest_first = tuple(name for name in PRECISIONS if name in choices)
+        if widest_first[0] != "fp16":
+            raise ValueError("'fp16' must be among the choices: it is where the pinned components and the probes stand")
+        return widest_first
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that these keys describe."""
+        return Scheme(
+            activations=self.activations,
+            weight_scales=ScaleRule(self.weight_scale, self.percentile),
+            input_scales=ScaleRule(self.input_scale, self.percentile),
+        )
+
+
+class SearchSection(_Section):
+    """`[search]`: how many maps are tried, how, and what counts as good enough."""
+
+    trials: int = Field(default=64, ge=1)
+    sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
+    seeds: int = Field(default=12, ge=0)
+    seed: int = Field(default=0, ge=0)
+    budget_percent: float = Field(default=5.0, gt=0)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    device: str = "cpu"
+
+    @field_validator("budget_percent", "confidence", mode="before")
+    @classmethod
+    def _as_float(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class StorageSection(_Section):
+    """`[storage]`: where the trials are kept; one SQLite file in the run directory unless said otherwise."""
+
+    url: str | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _sqlite_only(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith("sqlite:///"):
+            raise ValueError(f"expected sqlite:///PATH (this version searches in one process), found {url!r}")
+        return url
+
+
+class StudySpec(_Section):
+    """A whole study file."""
+
+    checkpoint: CheckpointSection
+    data: DataSection = DataSection()
+    precision: PrecisionSection = PrecisionSection()
+    search: SearchSection = SearchSection()
+    storage: StorageSection = StorageSection()
+    path: Path = Field(exclude=True)
+
+    @property
+    def name(self) -> str:
+        """The study's name: that of its file, without `.toml`."""
+        return self.path.stem
+
+    def resolve(self, path: str) -> Path:
+        """A path of the study file, which is relative to the file itself."""
+        return (self.path.parent / path).resolve() if not Path(path).is_absolute() else Path(path)
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.resolve(self.checkpoint.path)
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
+    """Read a study file; `overrides` are `section.key=value` with a TOML value.
+
+    Raises StudyError that says the file, the key, what was expected and what was found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StudyError(f"no study file at {path}: expected a .toml file, e.g. studies/reference.toml")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StudyError(f"{path}: not a TOML file ({error})") from None
+    for override in overrides:
+        content = _overridden(content, override)
+    if "path" in content:
+        raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
+    try:
+        return StudySpec.model_validate({**content, "path": path})
+    except ValidationError as error:
+        lines = [_explained(detail) for detail in error.errors()]
+        raise StudyError(f"{path}: " + "; ".join(lines)) from None
+
+
+def _overridden(content: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """The content with one `section.key=value` put in."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not key:
+        raise StudyError(f"--set {override}: expected section.key=value, e.g. --set search.trials=20")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    held = content.get(section, {})
+    return {**content, section: {**held, key: value} if isinstance(held, dict) else {key: value}}
+
+
+def _explained(detail: Any) -> str:
+    """One pydantic finding in the words of a study file."""
+    location = [str(part) for part in detail["loc"]]
+    where = f"[{location[0]}] " + ".".join(location[1:]) if len(location) > 1 else f"[{location[0]}]"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where}; {_nearest(location)}"
+    if detail["type"] == "missing":
+        return f'missing {where}: every study needs [checkpoint] path = "…"'
+    message = detail["msg"].removeprefix("Value error, ")
+    found = detail.get("input")
+    shown = "" if detail["type"] == "value_error" else f", found {found!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _nearest(location: list[str]) -> str:
+    """The known key nearest to an unknown one, in its own section or in another."""
+    sections = {
+        name: list(field.annotation.model_fields)
+        for name, field in StudySpec.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    if len(location) == 1:
+        close = difflib.get_close_matches(location[0], sections, n=1, cutoff=0.0)
+        return f"the nearest section is [{close[0]}]"
+    known = sections.get(location[0], [])
+    elsewhere = [name for name, keys in sections.items() if location[-1] in keys]
+    if elsewhere:
+        return f"it belongs to [{elsewhere[0]}]"
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+    return f"the nearest is {close[0]!r}"

@@ -1,0 +1,128 @@
+"""An additive model of log-perplexity increase, and the best maps that it predicts.
+
+The increase of a map over FP32 ≈ that of the widest map + one effect for each component and precision. An
+effect is the mean of what the probes from both ends say of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+from search.probe import LOWEST, WIDEST, Probe
+from search.space import Space
+from ssm_mp.layers import ActivationScheme
+from ssm_mp.precision_map import PrecisionMap
+
+
+@dataclass(frozen=True, eq=False)
+class Surrogate:
+    """`offset`: log-increase of the widest map over FP32; `effects`: component → precision → log-increase, widest 0.
+
+    `gap` is measured minus predicted log-increase of the lowest map: how far from additive the effects are.
+    """
+
+    space: Space
+    scheme: ActivationScheme
+    offset: float
+    effects: Mapping[str, Mapping[str, float]]
+    gap: float
+
+    def predict(self, precision_map: PrecisionMap) -> float:
+        """Predicted rise of log-perplexity over FP32."""
+        return self.offset + sum(
+            self.effects[name][precision] for name, precision in self.space.chosen(precision_map).items()
+        )
+
+    def bytes(self, precision_map: PrecisionMap) -> int:
+        """Stored bytes of a map."""
+        return precision_map.bytes(self.space.components, self.scheme)
+
+    def best_within(self, most_bytes: int) -> PrecisionMap | None:
+        """The map of least predicted increase among those of at most so many bytes; None where there is none."""
+        programme = _Programme(self)
+        return programme.solve(programme.effects, LinearConstraint(programme.bytes_row, ub=most_bytes))
+
+    def smallest_within(self, log_increase: float) -> PrecisionMap | None:
+        """The smallest map whose predicted increase is at most this much; None where there is none."""
+        programme = _Programme(self)
+        return programme.solve(programme.sizes, LinearConstraint(programme.effects_row, ub=log_increase - self.offset))
+
+    def front(self, count: int, budget: float) -> list[PrecisionMap]:
+        """At most `count` different maps, the smallest predicted within the budget (log-increase) first, then the
+        best at sizes spread evenly between the lowest and the widest map."""
+        if count <= 0:
+            return []
+        low, high = self.bytes(self.space.lowest()), self.bytes(self.space.widest())
+        found = [self.smallest_within(budget)]
+        found += [self.best_within(int(size)) for size in np.linspace(low, high, count + 1)[1:-1]]
+        return list(dict.fromkeys(candidate for candidate in found if candidate is not None))[:count]
+
+
+class _Programme:
+    """The integer programme over one-hot choices: variables are (free component, precision) pairs."""
+
+    def __init__(self, surrogate: Surrogate) -> None:
+        self._space = surrogate.space
+        free = surrogate.space.free
+        self._pairs = [(c, precision) for c in free for precision in surrogate.space.choices[c.name]]
+        self.sizes = np.array([c.bytes(p, surrogate.scheme) for c, p in self._pairs], dtype=float)
+        self.effects = np.array([surrogate.effects[c.name][p] for c, p in self._pairs])
+        fixed = surrogate.bytes(surrogate.space.widest()) - sum(
+            c.bytes(surrogate.space.choices[c.name][0], surrogate.scheme) for c in free
+        )
+        self.bytes_row = csr_array(self.sizes[None, :])
+        self.effects_row = csr_array(self.effects[None, :])
+        self._fixed = fixed
+        rows = [list(free).index(c) for c, _ in self._pairs]
+        self._one_each = csr_array((np.ones(len(rows)), (rows, range(len(rows)))), shape=(len(free), len(self._pairs)))
+
+    def solve(self, cost: np.ndarray, limit: LinearConstraint) -> PrecisionMap | None:
+        """The map of least cost under a limit, each component at exactly one precision."""
+        if not self._pairs:
+            return self._space.widest()
+        if limit.A is self.bytes_row:
+            limit = LinearConstraint(limit.A, ub=limit.ub - self._fixed)
+        scale = np.abs(cost).max() or 1.0  # effects are tiny; the solver's tolerances are absolute
+        result = milp(
+            cost / scale,
+            constraints=[LinearConstraint(self._one_each, 1, 1), limit],
+            integrality=np.ones(len(self._pairs)),
+            bounds=Bounds(0, 1),
+        )
+        if result.x is None:
+            return None
+        chosen = {c.name: precision for (c, precision), x in zip(self._pairs, result.x, strict=True) if x > 0.5}
+        return self._space.map(chosen)
+
+
+def fit(space: Space, scheme: ActivationScheme, probes: Iterable[Probe], widest: float, lowest: float) -> Surrogate:
+    """The surrogate of a set of probes; `widest` and `lowest` are both ends' measured log-increases over FP32."""
+    measured = {(probe.component, probe.precision, probe.end): probe.log_increase for probe in probes}
+    effects = {
+        component.name: {
+            precision: _effect(space.choices[component.name], component.name, precision, measured)
+            for precision in space.choices[component.name]
+        }
+        for component in space.free
+    }
+    predicted = widest + sum(held[space.choices[name][-1]] for name, held in effects.items())
+    return Surrogate(space, scheme, widest, effects, lowest - predicted)
+
+
+def _effect(
+    choices: tuple[str, ...], name: str, precision: str, measured: Mapping[tuple[str, str, str], float]
+) -> float:
+    """Log-increase of a component at a precision over its widest: the mean of both ends."""
+    top, bottom = choices[0], choices[-1]
+    if precision == top:
+        return 0.0
+    lowered = measured.get((name, precision, WIDEST), math.nan)
+    to_top = measured.get((name, top, LOWEST), math.nan)
+    to_precision = 0.0 if precision == bottom else measured.get((name, precision, LOWEST), math.nan)
+    return 0.5 * (lowered + (to_precision - to_top))

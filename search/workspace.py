@@ -1,0 +1,153 @@
+"""What a study works on, loaded once: checkpoint, windows, calibrated converter, search space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from search.errors import StudyError
+from search.space import Space, make_space
+from search.spec import STDLIB, StudySpec
+from ssm_mp.calibrate import calibrate
+from ssm_mp.checkpoint import Checkpoint, load_checkpoint
+from ssm_mp.components import find_components
+from ssm_mp.config import Config
+from ssm_mp.convert import Converter
+from ssm_mp.corpus import Part, stdlib_documents
+from ssm_mp.data import Splits, TokenIds, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
+from ssm_mp.models import LanguageModel, build
+from ssm_mp.precision_map import PrecisionMap, pinned_names
+
+_LONGEST_DEFAULT_WINDOW = 1024
+_DEFAULT_WINDOW = 256
+"""Window length where neither the study nor the model's positions say one."""
+
+_CALIBRATION_DOCUMENTS = 60
+"""Documents of the training part that calibration windows are drawn from; all would take a minute to tokenise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """Everything that turns a precision map into a number."""
+
+    spec: StudySpec
+    checkpoint: Checkpoint
+    model: LanguageModel
+    splits: Splits
+    converter: Converter
+    space: Space
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a study's results depend on; resuming with another is refused.
+
+        The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
+        """
+        return {
+            "checkpoint": self.checkpoint.digest,
+            "search windows": self.splits.search.digest,
+            "calibration windows": self.splits.calibration.digest,
+            "scheme": self.spec.precision.scheme.to_json(),
+            "space": self.space.to_json(),
+            "compute": f"{self.spec.search.device} float32",
+        }
+
+
+def open_workspace(spec: StudySpec, say: Callable[[str], None] = lambda line: None) -> Workspace:
+    """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit."""
+    device = check_device(spec.search.device)
+    checkpoint = load_checkpoint(spec.checkpoint_path)
+    for note in checkpoint.notes:
+        say(f"note: {note}")
+    model = build(checkpoint.config, checkpoint.tensors).to(device)
+    splits = load_splits(spec, checkpoint.config)
+    components = find_components(model)
+    pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
+    scheme = spec.precision.scheme
+    statistics = None
+    if scheme.activations == "static":
+        say(f"calibrating on {len(splits.calibration)} windows ({spec.data.calibration})")
+        statistics = calibrate(model, splits.calibration)
+    converter = Converter(model, scheme, statistics)
+    space = make_space(converter, spec.precision.choices, pins)
+    for (name, precision), reason in space.infeasible.items():
+        say(f"note: {name} is never {precision}: {reason}")
+    return Workspace(spec, checkpoint, model, splits, converter, space)
+
+
+def _extra_pins(spec: StudySpec, model: LanguageModel) -> frozenset[str]:
+    """Components that the study itself keeps at fp16."""
+    if not spec.precision.pin:
+        return frozenset()
+    components = find_components(model)
+    rules = {"*": "int8"} | dict.fromkeys(spec.precision.pin, "fp16")
+    resolved = PrecisionMap.from_rules(rules, components, frozenset())
+    return frozenset(name for name, precision in resolved if precision == "fp16")
+
+
+def check_device(name: str) -> torch.device:
+    """A torch device that this machine has. Raises StudyError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise StudyError(f"[search] device = {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def window_length(spec: StudySpec, config: Config) -> int:
+    """The study's window, else the model's positions, else a default. Raises StudyError beyond the positions."""
+    if spec.data.window is None:
+        return min(config.max_length or _DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
+    if config.max_length is not None and spec.data.window > config.max_length:
+        raise StudyError(
+            f"[data] window = {spec.data.window}, but the model has positions for {config.max_length} tokens"
+        )
+    return spec.data.window
+
+
+def load_splits(spec: StudySpec, config: Config) -> Splits:
+    """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short."""
+    data, length = spec.data, window_length(spec, config)
+    counts = (data.calibration_count, data.search_windows, data.certify_windows)
+    synthetic = data.calibration == "synthetic"
+    if data.text == STDLIB:
+        tokenizer = load_tokenizer(_tokenizer_path(spec), config.vocabulary)
+
+        def part(name: Part) -> TokenIds:
+            documents = stdlib_documents(name)
+            return tokenize(documents[:_CALIBRATION_DOCUMENTS] if name == "train" else documents, tokenizer)
+
+        search = draw(cut(part("search"), length), counts[1:2], data.seed, "the library's search part")[0]
+        certify = draw(cut(part("certify"), length), counts[2:], data.seed, "the library's certify part")[0]
+        if synthetic:
+            calibration = _synthetic(np.zeros(config.vocabulary, dtype=np.int64), counts[0], length, data.seed)
+        else:
+            calibration = draw(cut(part("train"), length), counts[:1], data.seed, "the library's train part")[0]
+        return Splits(calibration, search, certify)
+    path = spec.resolve(data.text)
+    text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(_tokenizer_path(spec), config.vocabulary)
+    tokens = read_tokens(path, text_tokenizer, config.vocabulary)
+    if synthetic:
+        search, certify = draw(cut(tokens, length), counts[1:], data.seed, str(path))
+        return Splits(
+            _synthetic(np.zeros(config.vocabulary, dtype=np.int64), counts[0], length, data.seed), search, certify
+        )
+    return Splits(*draw(cut(tokens, length), counts, data.seed, str(path)))
+
+
+def _synthetic(frequencies: TokenIds, windows: int, length: int, seed: int) -> Windows:
+    return synthetic_windows(frequencies, windows, length, seed)
+
+
+def _tokenizer_path(spec: StudySpec) -> Path:
+    """The study's tokenizer, else the `tokenizer.json` beside the checkpoint."""
+    if spec.data.tokenizer is not None:
+        return spec.resolve(spec.data.tokenizer)
+    checkpoint = spec.checkpoint_path
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"

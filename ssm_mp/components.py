@@ -1,0 +1,99 @@
+"""The components of a model: the smallest parts that get one precision each."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Literal, Protocol
+
+from ssm_mp.config import Config, Parameter
+from ssm_mp.layers import LINEAR_KINDS, ActivationScheme
+from ssm_mp.precision import Precision, get_precision
+
+ALWAYS_PINNED = frozenset({"A_log", "D"})
+"""Kinds that stay fp16 in every study."""
+DEFAULT_PINNED = frozenset({"norm", "router", "B", "C"})
+"""Kinds that stay fp16 unless a study lifts the pin."""
+
+Pin = Literal["always", "default"]
+
+
+class HasConfig(Protocol):
+    """A model or a checkpoint."""
+
+    @property
+    def config(self) -> Config: ...
+
+
+@dataclass(frozen=True)
+class Component:
+    """One part of a model that gets one precision: a projection with its bias, a norm, `A_log`, …
+
+    `stage` is where in the forward pass it first acts: 0 the embedding, i + 1 layer i, then the head.
+    A tied head belongs to the embedding.
+    """
+
+    name: str
+    kind: str
+    layer: int | None
+    stage: int
+    parameters: tuple[Parameter, ...]
+    multiplies_inputs: bool
+
+    @property
+    def pin(self) -> Pin | None:
+        """Whether its precision is pinned to fp16: always, by default, or not."""
+        if self.kind in ALWAYS_PINNED:
+            return "always"
+        return "default" if self.kind in DEFAULT_PINNED else None
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return sum(prod(parameter.shape) for parameter in self.parameters)
+
+    @property
+    def fp32_bytes(self) -> int:
+        return 4 * self.count
+
+    def has_input_scale(self, precision: Precision, scheme: ActivationScheme) -> bool:
+        """Whether a calibrated scale of its inputs is stored with it."""
+        return scheme == "static" and precision.quantizes_inputs and self.multiplies_inputs
+
+    def bytes(self, precision: str, scheme: ActivationScheme) -> int:
+        """Stored bytes at a precision, weight scales and input scale (2 bytes) included."""
+        held = get_precision(precision)
+        tensors = sum(held.bytes(parameter.shape, parameter.role) for parameter in self.parameters)
+        return tensors + (2 if self.has_input_scale(held, scheme) else 0)
+
+
+def find_components(source: HasConfig) -> tuple[Component, ...]:
+    """The components of a model or checkpoint, in the order of the data flow.
+
+    >>> from ssm_mp import find_components, load_checkpoint
+    >>> checkpoint = load_checkpoint("studies/reference/model.safetensors")
+    >>> find_components(checkpoint)[0].name
+    'embedding'
+    """
+    config = source.config
+    grouped: dict[str, list[Parameter]] = defaultdict(list)
+    for parameter in config.parameters():
+        grouped[parameter.component].append(parameter)
+    return tuple(_component(name, tuple(parameters), config) for name, parameters in grouped.items())
+
+
+def _component(name: str, parameters: tuple[Parameter, ...], config: Config) -> Component:
+    kind, layer = parameters[0].kind, parameters[0].layer
+    if layer is not None:
+        stage = layer + 1
+    else:
+        stage = 0 if kind in ("embedding", "position_embedding") else config.n_layers + 1
+    multiplies = kind in LINEAR_KINDS or (kind == "embedding" and config.tied)
+    return Component(name, kind, layer, stage, parameters, multiplies)
+
+
+def fp32_bytes(components: Iterable[Component]) -> int:
+    """Bytes of the FP32 tensors, tied ones once."""
+    return sum(component.fp32_bytes for component in components)

@@ -1,0 +1,176 @@
+"""The modules that a model is made of, one a component, whatever precision each is stored in.
+
+Dimensions: `b` batch, `l` length, `d` model, `I` inner, `K` convolution kernel, `V` vocabulary,
+`m` tokens (`b·l`), `n` outputs, `k` inputs of a product.
+
+The FP32 model and every converted model are built of the same classes; only their `Stored` tensors and
+input quantisers differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
+from torch import Tensor, nn
+
+from ssm_mp.config import Config
+from ssm_mp.precision import FloatTensor, Int8Tensor, Stored
+from ssm_mp.quantize import INT8_LIMIT, integer_product, quantize_tensor
+
+ActivationScheme = Literal["static", "dynamic", "none"]
+
+_SMALLEST_SCALE = 1e-12
+"""Keeps the dynamic scale of an all-zero token away from zero."""
+
+LINEAR_KINDS = frozenset({"in_proj", "x_proj", "dt_proj", "out_proj", "delta_proj", "w1", "w2", "router", "lm_head"})
+"""Component kinds that are linear layers."""
+
+
+class StaticInput(nn.Module):
+    """Quantises the inputs of a linear layer with one scale, calibrated beforehand."""
+
+    scale: Tensor
+
+    def __init__(self, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale)  # float16 [1]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [m, k]` → int8 `[m, k]` and its float32 scale `[1]`."""
+        scale = self.scale.float()
+        return quantize_tensor(x, scale), scale
+
+
+class DynamicInput(nn.Module):
+    """Quantises the inputs of a linear layer with one scale a token, taken from the token itself."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x [m, k]` → int8 `[m, k]` and float32 scales `[m, 1]`."""
+        scale = (x.abs().amax(dim=1, keepdim=True) / INT8_LIMIT).clamp_(min=_SMALLEST_SCALE)
+        return quantize_tensor(x, scale), scale
+
+
+InputQuantizer = StaticInput | DynamicInput
+
+
+def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
+    """`x [..., k]` times `weight [n, k]` transposed, plus `bias [n]`: float32 `[..., n]`.
+
+    With an input quantiser the product is one of integers, accumulated in int32. Without one, an int8
+    weight is unpacked first, and a float16 weight computes in float16 on a GPU.
+    """
+    if inputs is not None:
+        assert isinstance(weight, Int8Tensor)
+        flat = x.reshape(-1, x.shape[-1])  # [m, k]
+        quantized, input_scale = inputs(flat)
+        product = integer_product(quantized, weight.q).float()
+        product.mul_(weight.scale.float()).mul_(input_scale)
+        if bias is not None:
+            product.add_(bias.tensor())
+        return product.reshape(*x.shape[:-1], -1)
+    if x.is_cuda and isinstance(weight, FloatTensor) and weight.value.dtype == torch.float16:
+        half_bias = None if bias is None else bias.tensor().half()
+        return F.linear(x.half(), weight.value, half_bias).float()
+    return F.linear(x, weight.tensor(), None if bias is None else bias.tensor())
+
+
+class Linear(nn.Module):
+    """A projection with its optional bias."""
+
+    def __init__(self, weight: Stored, bias: Stored | None = None, inputs: InputQuantizer | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.inputs = inputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → `[..., n]`."""
+        return linear(x, self.weight, self.bias, self.inputs)
+
+
+class Embedding(nn.Module):
+    """The token embedding, and with the same rows the tied head."""
+
+    def __init__(self, weight: Stored, inputs: InputQuantizer | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.inputs = inputs
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `[b, l]` → `[b, l, d]`."""
+        return self.weight.rows(ids)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The tied head: `x [..., d]` → logits `[..., V]`."""
+        return linear(x, self.weight, None, self.inputs)
+
+
+class PositionEmbedding(nn.Module):
+    """Learned absolute positions."""
+
+    def __init__(self, weight: Stored) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, length: int) -> Tensor:
+        """The first `length` positions: `[l, d]`."""
+        return self.weight.tensor()[:length]
+
+
+class Norm(nn.Module):
+    """LayerNorm (with bias) or RMSNorm (without) over the last dimension."""
+
+    def __init__(self, weight: Stored, bias: Stored | None, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., d]` → `[..., d]`."""
+        weight = self.weight.tensor()
+        if self.bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, self.bias.tensor(), self.eps)
+
+
+class DepthwiseConv(nn.Module):
+    """Causal depthwise convolution along the length, left padding K−1; weight-only in every precision."""
+
+    def __init__(self, weight: Stored, bias: Stored | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [b, l, I]` → `[b, l, I]`; K shifted products, which need no transposed copy of `x`."""
+        weight = self.weight.tensor()[:, 0, :]  # [I, K]
+        kernel, length = weight.shape[1], x.shape[1]
+        padded = F.pad(x, (0, 0, kernel - 1, 0))  # [b, l + K − 1, I]
+        y = padded[:, :length] * weight[:, 0]
+        for k in range(1, kernel):
+            y = torch.addcmul(y, padded[:, k : k + length], weight[:, k])
+        return y if self.bias is None else y + self.bias.tensor()
+
+
+def component_module(
+    kind: str, tensors: Mapping[str, Stored], config: Config, inputs: InputQuantizer | None = None
+) -> nn.Module:
+    """The module of one component.
+
+    tensors: its stored tensors by leaf name (`weight`, `bias`; the kind itself for bare values such as `A_log`).
+    """
+    if kind in LINEAR_KINDS:
+        return Linear(tensors["weight"], tensors.get("bias"), inputs)
+    if kind == "embedding":
+        return Embedding(tensors["weight"], inputs)
+    if kind == "position_embedding":
+        return PositionEmbedding(tensors["weight"])
+    if kind == "norm":
+        return Norm(tensors["weight"], tensors.get("bias"), config.norm_eps)
+    if kind == "conv1d":
+        return DepthwiseConv(tensors["weight"], tensors.get("bias"))
+    return tensors[kind]  # A_log, D, B, C: the stored value itself

@@ -1,0 +1,42 @@
+"""Model families: `build` puts component modules together into a language model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ssm_mp.config import Config, MambaConfig
+from ssm_mp.layers import component_module
+from ssm_mp.models.itera import IteraLayer
+from ssm_mp.models.language_model import LanguageModel, Parts
+from ssm_mp.models.mamba import MambaLayer
+from ssm_mp.models.scan import Scan, selective_scan
+from ssm_mp.precision import FloatTensor, Stored
+
+__all__ = ["LanguageModel", "assemble", "build"]
+
+
+def assemble(config: Config, modules: Mapping[str, nn.Module], scan: Scan = selective_scan) -> LanguageModel:
+    """A model of component modules by component name, in eval mode. `scan` is used by family `mamba`."""
+    parts = Parts(modules)
+    at = [parts.within(f"layers.{i}") for i in range(config.n_layers)]
+    layers: list[nn.Module]
+    if isinstance(config, MambaConfig):
+        layers = [MambaLayer(config, part, scan) for part in at]
+    else:
+        layers = [IteraLayer(sizes, config.top_k, part) for sizes, part in zip(config.layers, at, strict=True)]
+    return LanguageModel(config, parts, layers).eval()
+
+
+def build(config: Config, tensors: Mapping[str, Tensor], scan: Scan = selective_scan) -> LanguageModel:
+    """The model of canonical float tensors, held as they are (no copy)."""
+    stored: dict[str, dict[str, Stored]] = defaultdict(dict)
+    kinds: dict[str, str] = {}
+    for parameter in config.parameters():
+        leaf = parameter.name.rsplit(".", 1)[-1]
+        stored[parameter.component][leaf] = FloatTensor(tensors[parameter.name])
+        kinds[parameter.component] = parameter.kind
+    modules = {name: component_module(kinds[name], held, config) for name, held in stored.items()}
+    return assemble(config, modules, scan)

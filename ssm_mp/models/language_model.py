@@ -1,0 +1,74 @@
+"""What both families share: embedding, positions, a stack of layers, final norm and head.
+
+Dimensions: `b` batch, `l` length, `d` model, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ssm_mp.config import Config
+from ssm_mp.errors import DataError
+from ssm_mp.precision import Stored
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Component modules by name, seen from inside one branch of the model."""
+
+    modules: Mapping[str, nn.Module]
+    prefix: str = ""
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self.modules[self.prefix + name]
+
+    def value(self, name: str) -> Stored:
+        """A component that is a bare stored value, such as `A_log`."""
+        module = self[name]
+        assert isinstance(module, Stored)
+        return module
+
+    def within(self, branch: str) -> Parts:
+        """The same modules seen from `branch`, so that layers need not know where they stand."""
+        return Parts(self.modules, f"{self.prefix}{branch}.")
+
+
+class LanguageModel(nn.Module):
+    """Token ids `[b, l]` → logits `[b, l, V]`, in three stages that can be run apart: embed, layers, head."""
+
+    def __init__(self, config: Config, parts: Parts, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = parts["embedding"]
+        self.position_embedding = None if config.max_length is None else parts["position_embedding"]
+        self.layers = nn.ModuleList(layers)
+        self.norm = parts["norm"]
+        self.lm_head = None if config.tied else parts["lm_head"]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token ids `[b, l]` → `[b, l, d]`, positions added. Raises DataError where there are too few positions."""
+        x: Tensor = self.embedding(ids)
+        if self.position_embedding is None:
+            return x
+        length, most = ids.shape[1], self.config.max_length
+        if most is not None and length > most:
+            raise DataError(f"a sequence of {length} tokens, but the model has positions for {most}")
+        positions: Tensor = self.position_embedding(length)
+        return x + positions
+
+    def head(self, x: Tensor) -> Tensor:
+        """Last hidden state `[..., d]` → logits `[..., V]`."""
+        normed = self.norm(x)
+        head = self.embedding.project if self.lm_head is None else self.lm_head
+        logits: Tensor = head(normed)  # type: ignore[operator]  # nn.Module attributes are untyped
+        return logits
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `[b, l]` → logits `[b, l, V]`."""
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)

@@ -1,0 +1,142 @@
+"""Symmetric quantisation as pure functions: scales, rounding, and the integer product.
+
+Dimensions: `r` rows (one scale each), `n` values in a row, `m` tokens, `k` inner size of a product.
+
+A scale is chosen in float32, rounded up to float16 (so the largest value is never clipped by the
+rounding of its scale), and only then used: the stored scale is the one that quantised the values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ssm_mp.errors import InfeasibleError
+
+ScaleMethod = Literal["minmax", "percentile", "mse"]
+
+INT8_LIMIT = 127
+"""Largest magnitude of a symmetric int8 value; −128 is not used."""
+
+_EXACT_FLOAT32_TERMS = (1 << 24) // (INT8_LIMIT * INT8_LIMIT)
+"""How many int8 × int8 products float32 adds up without rounding (integers below 2^24 are exact)."""
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """How a scale is chosen: the largest magnitude, a percentile of the magnitudes, or the least square error."""
+
+    method: ScaleMethod = "minmax"
+    percentile: float = 99.99
+
+
+def weight_scales(rows: Tensor, rule: ScaleRule, limit: int = INT8_LIMIT) -> Tensor:
+    """Scales of `rows [r, n]` (float32), one a row: float16 `[r]`, as they are stored.
+
+    Raises InfeasibleError where float16 cannot hold a scale. A row of zeros has scale 1.
+    """
+    if rule.method == "mse":
+        return _least_square_scales(rows, limit)
+    magnitudes = rows.abs()
+    if rule.method == "minmax":
+        largest = magnitudes.amax(dim=1)
+    else:
+        rank = max(1, min(rows.shape[1], -int(-rule.percentile * rows.shape[1] // 100)))
+        largest = magnitudes.kthvalue(rank, dim=1).values
+        # a row whose percentile is zero still has values to hold
+        largest = torch.where(largest > 0, largest, magnitudes.amax(dim=1))
+    return stored_scales(largest / limit)
+
+
+def _least_square_scales(rows: Tensor, limit: int, steps: int = 51) -> Tensor:
+    """For each row, the stored scale of least squared error among `steps` clippings of its range."""
+    full = rows.abs().amax(dim=1) / limit
+    best = stored_scales(full)
+    best_error = _square_error(rows, best, limit)
+    for step in range(1, steps):
+        scales = stored_scales(full * (1.0 - 0.5 * step / (steps - 1)))
+        error = _square_error(rows, scales, limit)
+        better = error < best_error
+        best = torch.where(better, scales, best)
+        best_error = torch.where(better, error, best_error)
+    return best
+
+
+def _square_error(rows: Tensor, scales: Tensor, limit: int) -> Tensor:
+    """Squared quantisation error of each row: float32 `[r]`."""
+    return (dequantize_rows(quantize_rows(rows, scales, limit), scales) - rows).square().sum(dim=1)
+
+
+def stored_scales(scales: Tensor) -> Tensor:
+    """Positive float32 scales rounded up to float16; zeros become 1 (nothing to scale).
+
+    Raises InfeasibleError where float16 overflows. Tiny scales round up to the smallest float16, which
+    is refused too, once it is more than twice the scale asked for: the values would all but vanish.
+    """
+    half = scales.half()
+    # the bits of positive float16 numbers, as integers, are in the order of the numbers
+    up = (half.view(torch.int16) + 1).view(torch.float16)
+    half = torch.where(half.float() < scales, up, half)
+    if bool(torch.isinf(half).any()):
+        raise InfeasibleError(f"a scale of {scales.max().item():.3g} is above float16's largest value, 65504")
+    too_small = (scales > 0) & (half.float() > 2 * scales)
+    if bool(too_small.any()):
+        smallest = scales[too_small].min().item()
+        raise InfeasibleError(f"a scale of {smallest:.3g} is below float16's smallest value, 6e-8")
+    return torch.where(scales > 0, half, torch.ones_like(half))
+
+
+def quantize_rows(rows: Tensor, scales: Tensor, limit: int = INT8_LIMIT) -> Tensor:
+    """`clamp(round(rows / scale), −limit, limit)` of `rows [r, n]`: int8 `[r, n]`."""
+    return (rows / scales.float()[:, None]).round_().clamp_(-limit, limit).to(torch.int8)
+
+
+def dequantize_rows(quantized: Tensor, scales: Tensor) -> Tensor:
+    """Inverse of `quantize_rows` up to rounding: float32 `[r, n]`."""
+    return quantized.float() * scales.float()[:, None]
+
+
+def histogram_scale(counts: Tensor, largest: float, rule: ScaleRule, limit: int = INT8_LIMIT) -> Tensor:
+    """Scale of activations from a histogram of their magnitudes over `[0, largest]`: float16 `[1]`.
+
+    counts: float64 `[bins]`, equal bins. Raises InfeasibleError where float16 cannot hold the scale.
+    """
+    bins = counts.shape[0]
+    edges = torch.arange(1, bins + 1, dtype=torch.float64) * (largest / bins)
+    if rule.method == "minmax" or largest == 0:
+        clip = torch.tensor(largest, dtype=torch.float64)
+    elif rule.method == "percentile":
+        reached = counts.cumsum(0) >= counts.sum() * (rule.percentile / 100)
+        clip = edges[int(reached.nonzero()[0])]
+    else:
+        centres = edges - 0.5 * largest / bins
+        clips = largest * torch.linspace(0.05, 1.0, 191, dtype=torch.float64)
+        scales = clips[:, None] / limit
+        restored = (centres / scales).round().clamp(max=limit) * scales  # [clips, bins]
+        clip = clips[int(((restored - centres).square() @ counts).argmin())]
+    return stored_scales((clip / limit).float().reshape(1))
+
+
+def quantize_tensor(values: Tensor, scale: Tensor) -> Tensor:
+    """Activations of any shape with one float32 scale (a scalar, or one a token `[…, 1]`): int8."""
+    return (values / scale).round_().clamp_(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)
+
+
+def integer_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a [m, k] @ b [n, k]ᵀ` of int8 matrices, accumulated in int32: `[m, n]`."""
+    if a.is_cuda and (a.shape[0] <= 16 or a.shape[1] % 8 or b.shape[0] % 8):
+        return integer_product_emulated(a, b)  # shapes that cuBLAS refuses
+    product: Tensor = torch._int_mm(a, b.t())
+    return product
+
+
+def integer_product_emulated(a: Tensor, b: Tensor) -> Tensor:
+    """The same product, exact on any device: float32 products of blocks short enough not to round."""
+    total = torch.zeros(a.shape[0], b.shape[0], dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], _EXACT_FLOAT32_TERMS):
+        block = slice(start, start + _EXACT_FLOAT32_TERMS)
+        total += (a[:, block].float() @ b[:, block].float().t()).to(torch.int32)
+    return total
