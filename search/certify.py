@@ -1,8 +1,9 @@
 """The winner's certificate: its increase on windows that the search never saw, with a confidence bound.
 
-The front is tried from the smallest map on, each try on the same certify windows, so the error allowed in all
-(1 − confidence) is divided among the tries before the first is made: half of what is left for each, all of it
-for the last. With a single candidate this is the plain one-sided bound.
+The front is tried from the smallest map on, on windows that are the same or overlap from try to try, so the error
+allowed in all (1 − confidence) is divided among the tries: half of it for the first try that a study ever makes,
+a quarter for the second, and so on. A study keeps the list of its tries, so that continuing it, enlarging the
+certify split or exporting other maps spends what is left, not the whole again.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ from typing import Any, Literal
 
 from scipy import stats
 
+from search.errors import StudyError
 from search.front import Point
 from ssm_mp.evaluate import Increase
 
 Verdict = Literal["certified", "not certified", "inconclusive"]
-
-MOST_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Try:
     increase_percent: float
     lower_percent: float
     upper_percent: float
+    budget_percent: float
+    windows: int
+    windows_digest: str
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,6 @@ class Certificate:
     increase_percent: float
     upper_percent: float
     windows: int
-    windows_digest: str
     tries: tuple[Try, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -60,18 +62,33 @@ def certificate_from_json(values: Mapping[str, Any]) -> Certificate:
     return Certificate(**{**values, "tries": tuple(Try(**tried) for tried in values["tries"])})
 
 
+def standing_certificate(
+    values: Mapping[str, Any] | None, front: Sequence[Point], budget_percent: float, confidence: float, where: str
+) -> Certificate | None:
+    """A stored certificate, where it still answers the question: same budget and confidence, winner on this front.
+
+    Raises StudyError where what is stored is no certificate.
+    """
+    if values is None:
+        return None
+    try:
+        certificate = certificate_from_json(values)
+    except (KeyError, TypeError) as error:
+        raise StudyError(f"{where}: not a certificate of this version ({error}); run the search again") from None
+    same = (certificate.budget_percent, certificate.confidence) == (budget_percent, confidence)
+    stands = certificate.winner is None or certificate.winner in {point.trial for point in front}
+    return certificate if same and stands else None
+
+
 def bounds(increase: Increase, confidence: float) -> tuple[float, float]:
     """One-sided lower and upper bounds of the perplexity increase in percent, each at `confidence` (Student's t)."""
     reach = float(stats.t.ppf(confidence, increase.windows - 1)) * increase.log_stderr
     return 100 * math.expm1(increase.log_mean - reach), 100 * math.expm1(increase.log_mean + reach)
 
 
-def error_shares(tries: int, error: float) -> list[float]:
-    """The error allowed to each of `tries` tries; they sum to `error`."""
-    shares = [error / 2 ** (i + 1) for i in range(tries)]
-    if shares:
-        shares[-1] *= 2
-    return shares
+def error_share(number: int, error: float) -> float:
+    """The error allowed to a study's try of this number (from 1); all of them together stay below `error`."""
+    return error / 2.0**number
 
 
 def certify(
@@ -81,20 +98,25 @@ def certify(
     budget_percent: float,
     confidence: float,
     windows_digest: str,
-    most_tries: int = MOST_TRIES,
+    former: Sequence[Try] = (),
 ) -> Certificate | None:
     """Try the front from its smallest map on until one is certified; None for an empty front.
 
-    measure: a point's increase over FP32 on the certify windows, paired.
+    measure: a point's increase over FP32 on the certify windows, paired. former: all tries that the study has
+    made; one of the same map on the same windows and budget is not made again, the others raise the confidence
+    that a new try must reach.
     """
-    candidates = list(front[:most_tries])
+    known = {(tried.trial, tried.windows_digest, tried.budget_percent): tried for tried in former}
+    made = len(former)
     tries: list[Try] = []
-    windows = 0
-    for point, error in zip(candidates, error_shares(len(candidates), 1 - confidence), strict=True):
-        increase = measure(point)
-        windows = increase.windows
-        tries.append(_try(point.trial, increase, 1 - error, budget_percent))
-        if tries[-1].verdict == "certified":
+    for point in front:
+        tried = known.get((point.trial, windows_digest, budget_percent))
+        if tried is None:
+            made += 1
+            needed = 1 - error_share(made, 1 - confidence)
+            tried = _try(point.trial, measure(point), needed, budget_percent, windows_digest)
+        tries.append(tried)
+        if tried.verdict == "certified":
             break
     if not tries:
         return None
@@ -106,20 +128,21 @@ def certify(
         confidence=confidence,
         increase_percent=decisive.increase_percent,
         upper_percent=decisive.upper_percent,
-        windows=windows,
-        windows_digest=windows_digest,
+        windows=decisive.windows,
         tries=tuple(tries),
     )
 
 
-def _try(trial: int, increase: Increase, confidence: float, budget_percent: float) -> Try:
+def _try(trial: int, increase: Increase, confidence: float, budget_percent: float, windows_digest: str) -> Try:
     lower, upper = bounds(increase, confidence)
     verdict: Verdict = "inconclusive"
     if upper < budget_percent:
         verdict = "certified"
     elif lower > budget_percent:
         verdict = "not certified"
-    return Try(trial, verdict, confidence, increase.percent, lower, upper)
+    return Try(
+        trial, verdict, confidence, increase.percent, lower, upper, budget_percent, increase.windows, windows_digest
+    )
 
 
 def _decisive(tries: Sequence[Try]) -> Try:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from ssm_mp.errors import SsmMpError
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -131,8 +130,13 @@ def convert(
     from search.objective import measure_baseline
     from search.spec import load_spec
     from search.workspace import open_workspace
+    from ssm_mp.artifact import require_free
+    from ssm_mp.errors import PrecisionMapError
     from ssm_mp.precision_map import PRESETS, PrecisionMap, read_rules
 
+    require_free(out, force)
+    if map_ not in PRESETS and not Path(map_).exists():
+        raise PrecisionMapError(f"--map {map_}: expected {', '.join(PRESETS)} or an existing map file")
     rules = None if map_ in PRESETS else read_rules(map_)
     spec = load_spec(study, [f"checkpoint.path={json.dumps(str(checkpoint.resolve()))}"])
     workspace = open_workspace(spec, _say)
@@ -190,7 +194,11 @@ def search(
     overrides = [*(set_ or ()), *([] if trials is None else [f"search.trials={trials}"])]
     spec = load_spec(study, overrides)
     run = RunDirectory.of(spec, run_dir)
-    result = run_search(spec, run, _say)
+    try:
+        result = run_search(spec, run, _say)
+    except KeyboardInterrupt:
+        _say("interrupted; the same command continues where it stopped")
+        raise
     _say(f"report and plots: {run / REPORT}")
     _answer(answer(result), json_, fronted)
     if result.winner is None or overall(result.gates) == "fail":
@@ -203,14 +211,18 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     from search.answers import fronted
     from search.front import pareto_front
     from search.report import front_json
-    from search.run_directory import BASELINE, CERTIFICATE
+    from search.results import stored_baseline, stored_certificate
     from search.study import points
 
     spec, run, trials = _opened(study, run_dir, set_)
     found = points(trials, run.space())
     within = pareto_front(found, spec.search.budget_percent)
-    certificate = run.read_json(CERTIFICATE)
-    content = front_json(found, within, run.read_json(BASELINE), spec.search.budget_percent, certificate)
+    certificate = stored_certificate(run, spec, within)
+    if certificate is None:
+        _say("note: no certificate for this front and budget yet; `ssm-mp search` makes it")
+    content = front_json(
+        found, within, stored_baseline(run), spec.search.budget_percent, certificate.to_json() if certificate else None
+    )
     _answer(content, json_, fronted)
 
 
@@ -218,26 +230,10 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
 def plot(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
     """Draw the plots again from what the run directory holds."""
     from search.answers import listed
-    from search.certify import certificate_from_json
-    from search.probe import probe_from_stored
-    from search.run import draw
-    from search.run_directory import BASELINE, CERTIFICATE, PROBES
-    from search.study import points
-    from ssm_mp.checkpoint import load_checkpoint
-    from ssm_mp.components import find_components
+    from search.results import redraw
 
     spec, run, trials = _opened(study, run_dir, set_)
-    stored = run.read_json(CERTIFICATE)
-    paths = draw(
-        run,
-        spec,
-        find_components(load_checkpoint(spec.checkpoint_path)),
-        points(trials, run.space()),
-        [probe_from_stored(line) for line in run.read_lines(PROBES)],
-        None if stored is None else certificate_from_json(stored),
-        run.read_json(BASELINE)["bytes"],
-    )
-    _answer({path.name: str(path) for path in paths}, json_, listed)
+    _answer({path.name: str(path) for path in redraw(spec, run, trials)}, json_, listed)
 
 
 @app.command(epilog="Example:  ssm-mp status studies/reference.toml")
@@ -290,7 +286,7 @@ def export(
         "perplexity": exported.perplexity,
         "increase_percent": exported.increase_percent,
         "certificate": verdict,
-        "verified": exported.facts.verified,
+        "verified": True,  # export raises where what is read back is not what was measured
     }
     _answer(content, json_, listed)
 
@@ -304,7 +300,7 @@ def _opened(study: Path, run_dir: Path | None, overrides: list[str] | None) -> t
     spec = load_spec(study, overrides or ())
     run = RunDirectory.of(spec, run_dir)
     run.require()
-    return spec, run, load_study(spec, run)
+    return spec, run, load_study(run)
 
 
 def _say(line: str) -> None:
@@ -316,12 +312,28 @@ def main() -> None:
     """Run the command line; a known failure is one clear line and its exit code, never a traceback."""
     try:
         app()
-    except SsmMpError as error:
-        _say(f"error: {error}")
-        sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        _say("interrupted; the same command continues where it stopped")
         sys.exit(130)
+    except Exception as error:  # every failure is told apart in one place
+        sys.exit(_explained(error))
+
+
+def _explained(error: Exception) -> int:
+    """Print what went wrong and return the exit code; a traceback only for a defect of ours."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    from ssm_mp.errors import MachineError, SsmMpError
+
+    if isinstance(error, SsmMpError):
+        _say(f"error: {error}")
+        return error.exit_code
+    if isinstance(error, OSError | MemoryError | SQLAlchemyError | StorageInternalError):
+        reason = str(error.__cause__ or error).split("\n")[0]
+        _say(f"error: this machine did not let it finish ({type(error).__name__}: {reason})")
+    else:
+        traceback.print_exception(error)
+    return MachineError.exit_code
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from search.gates import Facts
 from search.objective import Baseline, Objective
 from search.plots import allocation_png
 from search.workspace import Workspace
-from ssm_mp.artifact import Artifact, read_artifact, save_artifact, stored_arrays
+from ssm_mp.artifact import Artifact, read_artifact, require_free, save_artifact, stored_arrays
 from ssm_mp.benchmark import Benchmark, benchmark
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import evaluate
@@ -51,6 +51,7 @@ def export(
 
     Raises ArtifactError where the folder cannot be written, or where what is read back is not what was measured.
     """
+    require_free(out, replace)
     measured = Objective(workspace, baseline)(precision_map)
     model = workspace.converter.convert(precision_map)
     speed = benchmark(model, workspace.model, workspace.splits.search)
@@ -68,34 +69,36 @@ def export(
         "benchmark": speed.to_json(),
         "provenance": {**provenance_of(workspace), **(provenance or {})},
     }
-    components = workspace.converter.components
-    picture = allocation_png(components, precision_map, workspace.spec.precision.activations)
+    scheme, components = workspace.spec.precision.scheme, workspace.converter.components
+    predicted = precision_map.bytes(components, scheme.activations)
+
+    def verify(folder: Path) -> None:
+        artifact = read_artifact(folder, device=workspace.spec.search.device)
+        found = evaluate(artifact.model, workspace.splits.search).perplexity
+        if found != measured.perplexity or artifact.tensor_bytes != predicted:
+            raise ArtifactError(
+                f"{out}: what was read back is not what was measured, and was not kept: perplexity {found!r} for "
+                f"{measured.perplexity!r}, {artifact.tensor_bytes} bytes for {predicted}"
+            )
+
     save_artifact(
         out,
         model,
         precision_map,
-        workspace.spec.precision.scheme,
+        scheme,
         metrics,
         pins=workspace.space.pins,
-        extra={"allocation.png": picture},
+        extra={"allocation.png": allocation_png(components, precision_map, scheme.activations)},
         replace=replace,
+        verify=verify,
     )
     artifact = read_artifact(out, device=workspace.spec.search.device)
-    found = evaluate(artifact.model, workspace.splits.search).perplexity
-    predicted = precision_map.bytes(components, workspace.spec.precision.activations)
-    if found != measured.perplexity or artifact.tensor_bytes != predicted:
-        raise ArtifactError(
-            f"{out}: what was read back is not what was measured: perplexity {found!r} for {measured.perplexity!r}, "
-            f"{artifact.tensor_bytes} bytes for {predicted}"
-        )
-    arrays = stored_arrays(artifact.model).values()
     facts = Facts(
         compression=baseline.bytes / artifact.tensor_bytes,
-        speedup=next(p.speedup for p in speed.prefill if p.batch == max(q.batch for q in speed.prefill)),
-        float32_arrays=sum(array.dtype == torch.float32 for array in arrays),
-        verified=True,
+        speedup=max(speed.prefill, key=lambda prefill: prefill.batch).speedup,
+        float32_arrays=sum(array.dtype == torch.float32 for array in stored_arrays(artifact.model).values()),
     )
-    return Exported(artifact, facts.compression, found, measured.increase.percent, speed, facts)
+    return Exported(artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts)
 
 
 def provenance_of(workspace: Workspace) -> dict[str, Any]:

@@ -34,7 +34,6 @@ class Facts:
     compression: float
     speedup: float
     float32_arrays: int
-    verified: bool
 
 
 def overall(gates: Sequence[Gate]) -> GateVerdict:
@@ -42,14 +41,25 @@ def overall(gates: Sequence[Gate]) -> GateVerdict:
     return max((gate.verdict for gate in gates), key=_ORDER.index, default="fail")
 
 
-def judge(certificate: Certificate | None, facts: Facts | None) -> list[Gate]:
-    """All gates; `certificate` is None where no map is within the budget, `facts` where none was exported."""
+def judge(certificate: Certificate | None, facts: Facts | None, failure: str = "") -> list[Gate]:
+    """All gates; `certificate` is None where no map is within the budget, `facts` where none was exported.
+
+    failure: why the winner could not be exported and read back.
+    """
     if certificate is None:
         return [Gate("quality", "fail", "no evaluated map is within the budget on the search windows")]
     gates = [_quality(certificate)]
+    if failure:
+        return [*gates, Gate("loads", "fail", failure)]
     if facts is None:
         return gates
-    return [*gates, _compression(facts.compression), _precision(facts), _loads(facts), _speed(facts.speedup)]
+    return [
+        *gates,
+        _compression(facts.compression),
+        _precision(facts),
+        Gate("loads", "pass", "re-read from disk, same perplexity"),
+        _speed(facts.speedup),
+    ]
 
 
 def _quality(certificate: Certificate) -> Gate:
@@ -75,11 +85,6 @@ def _compression(compression: float) -> Gate:
 def _precision(facts: Facts) -> Gate:
     count = facts.float32_arrays
     return Gate("no FP32 left", "fail" if count else "pass", f"{count} float32 arrays in the file")
-
-
-def _loads(facts: Facts) -> Gate:
-    figures = "re-read from disk, same perplexity" if facts.verified else "re-read from disk, perplexity differs"
-    return Gate("loads", "pass" if facts.verified else "fail", figures)
 
 
 def _speed(speedup: float) -> Gate:

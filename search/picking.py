@@ -7,16 +7,17 @@ from pathlib import Path
 
 from optuna.study import Study
 
-from search.certify import Certificate, certificate_from_json
 from search.errors import NothingFoundError, StudyError
 from search.export import Exported, export
 from search.front import Point, knee, pareto_front
 from search.objective import measure_baseline
+from search.results import stored_certificate
 from search.run import certify_front
-from search.run_directory import CERTIFICATE, RunDirectory
+from search.run_directory import RunDirectory
 from search.spec import StudySpec
 from search.study import points
 from search.workspace import open_workspace
+from ssm_mp.artifact import require_free
 
 
 def pick_point(pick: str, found: Sequence[Point], budget_percent: float, winner: int | None) -> Point:
@@ -26,8 +27,8 @@ def pick_point(pick: str, found: Sequence[Point], budget_percent: float, winner:
         chosen = next((point for point in front if point.trial == winner), None)
         if chosen is None:
             raise NothingFoundError(
-                "no map of this study is certified, so there is no smallest to export; see its report, "
-                "or name a map with --pick knee or --pick TRIAL"
+                "no map of this study is certified for this budget and confidence, so there is no smallest to export; "
+                "run its search (again), or name a map with --pick knee or --pick TRIAL"
             )
         return chosen
     if pick == "knee":
@@ -58,14 +59,17 @@ def export_pick(
 
     A map other than the certified winner is held against the certify windows by itself.
     """
-    stored = run.read_json(CERTIFICATE)
-    certificate: Certificate | None = None if stored is None else certificate_from_json(stored)
+    require_free(out, replace)
+    search = spec.search
+    found = points(study, run.space())
+    front = pareto_front(found, search.budget_percent)
+    certificate = stored_certificate(run, spec, front)
     winner = None if certificate is None else certificate.winner
-    point = pick_point(pick, points(study, run.space()), spec.search.budget_percent, winner)
+    point = pick_point(pick, found, search.budget_percent, winner)
     workspace = open_workspace(spec, say)
     run.check_fingerprint(workspace.fingerprint())
     if point.trial != winner:
-        certificate = certify_front(workspace, [point], say)
+        certificate = certify_front(workspace, run, [point], say)
     exported = export(
         workspace,
         measure_baseline(workspace),

@@ -17,6 +17,7 @@ from matplotlib.patches import Patch, Rectangle
 from search.front import Point, pareto_front
 from search.probe import WIDEST, Probe
 from ssm_mp.components import Component
+from ssm_mp.errors import MachineError
 from ssm_mp.layers import ActivationScheme
 from ssm_mp.precision_map import PrecisionMap
 
@@ -221,7 +222,7 @@ def plot_sensitivities(probes: Sequence[Probe], components: Sequence[Component])
         )
         handles = [
             Line2D([], [], marker="o", color=BLUE, linestyle="none", label="lowered alone, others at their widest"),
-            Line2D([], [], marker="s", color=ORANGE, linestyle="none", label="low over raised alone, others at their lowest"),
+            Line2D([], [], marker="s", color=ORANGE, linestyle="none", label="low over raised, others at their lowest"),
         ]  # fmt: skip
         figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
     return figure
@@ -300,8 +301,14 @@ def allocation_png(components: Sequence[Component], precision_map: PrecisionMap,
 
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG."""
+    """Write a figure as PNG and SVG, each whole or not at all."""
     paths = [folder / f"{name}.png", folder / f"{name}.svg"]
     for path in paths:
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+        partial = path.with_name(f".partial-{path.name}")
+        try:
+            figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise MachineError(f"{path}: cannot be written ({error})") from None
     return paths

@@ -7,14 +7,14 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from optuna.study import Study
 
 from search import plots
-from search.certify import Certificate, certify
+from search.certify import Certificate, Try, certify
 from search.export import export, provenance_of
 from search.front import Point, pareto_front
 from search.gates import judge
@@ -22,12 +22,13 @@ from search.objective import Baseline, Measured, Objective, measure_baseline
 from search.probe import LOWEST, WIDEST, End, Probe, open_end, planned, probe_from_stored, run_probes
 from search.progress import Progress
 from search.report import Result, front_json, render
-from search.run_directory import BASELINE, CERTIFICATE, FRONT, PROBES, REPORT, WINNER, RunDirectory
+from search.run_directory import BASELINE, CERTIFICATE, FRONT, PROBES, REPORT, TRIES, WINNER, RunDirectory
 from search.spec import StudySpec
 from search.study import Seed, enqueue, open_study, points, recover, run_trials, status
 from search.surrogate import Surrogate, fit
 from search.workspace import Workspace, open_workspace
 from ssm_mp.components import Component
+from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import Increase, evaluate, paired_increase
 from ssm_mp.precision_map import PRESETS, PrecisionMap
 
@@ -71,11 +72,12 @@ def prepare(spec: StudySpec, run: RunDirectory, say: Say = say_to_stderr) -> Pre
 
 
 def _probe(workspace: Workspace, ends: tuple[End, End], run: RunDirectory) -> list[Probe]:
-    done = [probe_from_stored(line) for line in run.read_lines(PROBES)]
+    owner = workspace.fingerprint_digest
+    done = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES) if line["fingerprint"] == owner]
     progress = Progress("probes", planned(workspace), len(done))
 
     def save(probe: Probe) -> None:
-        run.append_line(PROBES, probe.stored())
+        run.append_line(PROBES, {"fingerprint": owner, "probe": probe.stored()})
         progress.step()
 
     return run_probes(workspace, ends, done, save)
@@ -100,11 +102,13 @@ def run_search(spec: StudySpec, run: RunDirectory, say: Say = say_to_stderr) -> 
         prepared = prepare(spec, run, say)
         space = prepared.workspace.space
         choices = {component.name: space.choices[component.name] for component in space.free}
-        study = open_study(spec, run, choices)
-        again = recover(study)
+        study = open_study(spec, run, choices, prepared.workspace.fingerprint())
+        again = recover(study, choices)
         if again:
             say(f"{again} interrupted trial{'s' if again > 1 else ''} will be tried again")
         enqueue(study, seeds(prepared))
+        if status(study).finished < spec.search.trials:
+            (run / CERTIFICATE).unlink(missing_ok=True)  # of a front that is about to change
         _trials(study, spec, choices, prepared)
         return _finish(study, prepared, run, say)
 
@@ -140,17 +144,22 @@ def _finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Re
     spec = workspace.spec
     found = points(study, workspace.space.choices)
     front = pareto_front(found, spec.search.budget_percent)
-    certificate = certify_front(workspace, front, say)
-    run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
-    exported = None
-    shutil.rmtree(run / WINNER, ignore_errors=True)  # a former winner, which may have lost
+    certificate = certify_front(workspace, run, front, say)
+    exported, failure = None, ""
     winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
     if winner is not None:
         say(f"exporting trial {winner.trial} and reading it back")
-        exported = export(
-            workspace, baseline, workspace.space.map(winner.map), run / WINNER,
-            certificate=certificate, provenance={"trial": winner.trial},
-        )  # fmt: skip
+        try:
+            exported = export(
+                workspace, baseline, workspace.space.map(winner.map), run / WINNER,
+                certificate=certificate, provenance={"trial": winner.trial}, replace=True,
+            )  # fmt: skip
+        except ArtifactError as error:  # the report must still say what was found, and that this failed
+            failure = str(error)
+            say(f"error: {failure}")
+    else:
+        shutil.rmtree(run / WINNER, ignore_errors=True)  # a former winner, which has lost
+    run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
     result = Result(
         spec=spec,
         components=workspace.space.components,
@@ -162,7 +171,7 @@ def _finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Re
         status=status(study),
         surrogate=prepared.surrogate,
         certificate=certificate,
-        gates=judge(certificate, exported.facts if exported else None),
+        gates=judge(certificate, exported.facts if exported else None, failure),
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
     )
@@ -172,8 +181,8 @@ def _finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Re
     return result
 
 
-def certify_front(workspace: Workspace, front: list[Point], say: Say) -> Certificate | None:
-    """Hold the front against the budget on the certify windows."""
+def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:
+    """Hold the front against the budget on the certify windows, and note each new try in the run directory."""
     spec, windows = workspace.spec, workspace.splits.certify
     if not front:
         return None
@@ -184,10 +193,19 @@ def certify_front(workspace: Workspace, front: list[Point], say: Say) -> Certifi
         model = workspace.converter.convert(workspace.space.map(point.map))
         return paired_increase(evaluate(model, windows), reference)
 
-    return certify(
-        front, measure, budget_percent=spec.search.budget_percent, confidence=spec.search.confidence,
+    former = [Try(**line) for line in run.read_lines(TRIES)]
+    certificate = certify(
+        front,
+        measure,
+        budget_percent=spec.search.budget_percent,
+        confidence=spec.search.confidence,
         windows_digest=windows.digest,
-    )  # fmt: skip
+        former=former,
+    )
+    for tried in certificate.tries if certificate else ():
+        if tried not in former:
+            run.append_line(TRIES, asdict(tried))
+    return certificate
 
 
 def draw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ FINGERPRINT = "study.json"
 PROBES = "probes.jsonl"
 BASELINE = "baseline.json"
 CERTIFICATE = "certificate.json"
+TRIES = "tries.jsonl"
 FRONT = "front.json"
 REPORT = "report.md"
 DATABASE = "study.db"
 WINNER = "winner"
+
+_RESTORE = "restore it, or give --run-dir another directory"
 
 
 class RunDirectory:
@@ -67,19 +70,26 @@ class RunDirectory:
         stored = self.read_json(FINGERPRINT)
         current = json.loads(json.dumps(fingerprint))
         if stored is None:
+            left = [name for name in (DATABASE, PROBES) if (self / name).exists()]
+            if left:
+                raise StudyError(
+                    f"{self / FINGERPRINT} is missing, so nobody knows what {left[0]} belongs to; {_RESTORE}"
+                )
             self.write_json(FINGERPRINT, current)
             return
-        changed = [key for key in current if stored.get(key) != current[key]]
-        if changed:
-            details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
-            raise StudyError(
-                f"{self.path}: this study was begun with another {', another '.join(changed)} ({details}). Its trials "
-                "cannot be compared with new ones: restore what changed, or give --run-dir another directory"
-            )
+        require_same(stored, current, str(self.path))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the study that was run here. Raises StudyError where nothing was."""
+        self.require()
+        stored = self.read_json(FINGERPRINT)
+        if not isinstance(stored, dict) or "space" not in stored:
+            raise StudyError(f"{self / FINGERPRINT}: damaged; {_RESTORE}")
+        return stored
 
     def space(self) -> dict[str, list[str]]:
         """Every component's choices, as the fingerprint holds them."""
-        choices: dict[str, list[str]] = self.read_json(FINGERPRINT)["space"]
+        choices: dict[str, list[str]] = self.fingerprint()["space"]
         return choices
 
     def write_json(self, name: str, content: object) -> None:
@@ -104,14 +114,20 @@ class RunDirectory:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise StudyError(f"{path}: damaged ({error}); remove it and run the search again") from None
+            raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
 
     def append_line(self, name: str, content: object) -> None:
         """Add one line of JSON to a file and see it written."""
-        with (self / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(content) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with (self / name).open("ab+") as file:
+                # a crash can leave half a line at the end: cut it off, or it would spoil the next one
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                file.write(json.dumps(content).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise MachineError(f"{self / name}: cannot be written ({error})") from None
 
     def read_lines(self, name: str) -> list[Any]:
         """The whole lines of a file; a last line that was cut short by a crash does not count."""
@@ -119,7 +135,21 @@ class RunDirectory:
         if not path.exists():
             return []
         lines = path.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+        try:
+            return [json.loads(line) for line in lines[:-1] if line]
+        except ValueError as error:
+            raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
+
+
+def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+    """Raise StudyError, saying what changed, where two fingerprints differ."""
+    changed = [key for key in current if stored.get(key) != current[key]]
+    if changed:
+        details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
+        raise StudyError(
+            f"{where}: this study was begun with another {', another '.join(changed)} ({details}). Its trials "
+            "cannot be compared with new ones: restore what changed, or give --run-dir another directory"
+        )
 
 
 def _difference(key: str, stored: object, current: object) -> str:

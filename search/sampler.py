@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import optuna
@@ -33,6 +33,12 @@ def seen_maps(study: Study) -> set[str]:
     return seen
 
 
+def complete_maps(study: Study, space: Iterable[str]) -> set[str]:
+    """Keys of the maps in `seen_maps` that name every free component; a kill can leave part of one."""
+    names = set(space)
+    return {key for key in seen_maps(study) if set(json.loads(key)) == names}
+
+
 class Unrepeated(BaseSampler):
     """Proposes through another sampler, over the whole space at once, and never a map that the study has.
 
@@ -56,7 +62,8 @@ class Unrepeated(BaseSampler):
         seen = seen_maps(study)
         proposal: dict[str, Any] = {}
         for _ in range(_ATTEMPTS):
-            proposal = self._inner.sample_relative(study, trial, search_space) or self._any()
+            # what the inner sampler leaves open (NSGA-II's mutations, start-up trials) is drawn at random
+            proposal = {**self._any(), **self._inner.sample_relative(study, trial, search_space)}
             if map_key(proposal) not in seen:
                 return proposal
         while map_key(proposal) in seen:
@@ -71,6 +78,9 @@ class Unrepeated(BaseSampler):
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._inner.before_trial(study, trial)
+        if isinstance(self._inner, NSGAIISampler):
+            # gives the trial its generation, or enqueued maps would never become parents
+            self._inner.get_trial_generation(study, trial)
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Any) -> None:
         self._inner.after_trial(study, trial, state, values)
@@ -79,7 +89,7 @@ class Unrepeated(BaseSampler):
         self._inner.reseed_rng()
 
     def _any(self) -> dict[str, Any]:
-        """A map at random, for samplers that have nothing to go by yet."""
+        """A map at random."""
         return {name: self._random.choice(_choices(held)) for name, held in self._space.items()}
 
 

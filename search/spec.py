@@ -40,7 +40,7 @@ class DataSection(_Section):
     calibration_windows: int | None = Field(default=None, ge=1)
     search_windows: int = Field(default=128, ge=2)
     certify_windows: int = Field(default=512, ge=2)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**32)
 
     @property
     def calibration_count(self) -> int:
@@ -92,29 +92,16 @@ class SearchSection(_Section):
 
     trials: int = Field(default=64, ge=1)
     sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
-    seeds: int = Field(default=12, ge=0)
-    seed: int = Field(default=0, ge=0)
-    budget_percent: float = Field(default=5.0, gt=0)
+    seeds: int = Field(default=12, ge=0, le=1000)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
-    device: str = "cpu"
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
 
     @field_validator("budget_percent", "confidence", mode="before")
     @classmethod
     def _as_float(cls, value: object) -> object:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class StorageSection(_Section):
-    """`[storage]`: where the trials are kept; one SQLite file in the run directory unless said otherwise."""
-
-    url: str | None = None
-
-    @field_validator("url")
-    @classmethod
-    def _sqlite_only(cls, url: str | None) -> str | None:
-        if url is not None and not url.startswith("sqlite:///"):
-            raise ValueError(f"expected sqlite:///PATH (this version searches in one process), found {url!r}")
-        return url
 
 
 class StudySpec(_Section):
@@ -124,7 +111,6 @@ class StudySpec(_Section):
     data: DataSection = DataSection()
     precision: PrecisionSection = PrecisionSection()
     search: SearchSection = SearchSection()
-    storage: StorageSection = StorageSection()
     path: Path = Field(exclude=True)
 
     @property

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import optuna
 from optuna.distributions import CategoricalDistribution
+from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from search.errors import StudyError
 from search.front import Point
 from search.objective import Measured
-from search.run_directory import DATABASE, RunDirectory
-from search.sampler import make_sampler, map_key, seen_maps
+from search.run_directory import DATABASE, RunDirectory, require_same
+from search.sampler import complete_maps, make_sampler, map_key, seen_maps
 from search.spec import StudySpec
 from ssm_mp.errors import EvaluationError, InfeasibleError, MachineError
 
 _MOST_FAILURES_IN_A_ROW = 20
+STUDY_NAME = "precision search"
+"""One study a database, whatever its study file is called."""
+FINGERPRINT_ATTRIBUTE = "fingerprint"
 MEASURED, ORIGIN, REASON = "measured", "origin", "reason"
 """Names of the user attributes that a trial carries."""
 
@@ -49,20 +52,23 @@ class Status:
     reasons: Mapping[str, int]
 
 
-def open_study(spec: StudySpec, run: RunDirectory, space: Mapping[str, tuple[str, ...]]) -> Study:
-    """Create or load the study of a run; `space` is the free components' choices."""
+def open_study(
+    spec: StudySpec, run: RunDirectory, space: Mapping[str, tuple[str, ...]], fingerprint: Mapping[str, Any]
+) -> Study:
+    """Create or load the study of a run; `space` is the free components' choices.
+
+    Raises StudyError where the database holds a study of this name with another fingerprint.
+    """
     distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
-    storage = _storage(spec, run)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name=spec.name,
-        storage=storage,
-        directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
-        load_if_exists=True,
-    )
+    study = load_study(run)
+    current = json.loads(json.dumps(fingerprint))
+    if FINGERPRINT_ATTRIBUTE in study.user_attrs:
+        require_same(study.user_attrs[FINGERPRINT_ATTRIBUTE], current, f"{run.path} ({DATABASE})")
+    else:
+        study.set_user_attr(FINGERPRINT_ATTRIBUTE, current)
     # another seed for every continuation, or the sampler would propose the same maps again
     study.sampler = make_sampler(
-        spec.search.sampler, distributions, spec.search.seed + len(study.get_trials(deepcopy=False))
+        spec.search.sampler, distributions, (spec.search.seed + len(study.get_trials(deepcopy=False))) % 2**32
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -70,36 +76,48 @@ def open_study(spec: StudySpec, run: RunDirectory, space: Mapping[str, tuple[str
     return study
 
 
-def load_study(spec: StudySpec, run: RunDirectory) -> Study:
-    """The study of a run as it stands. Raises StudyError where there is none."""
-    if spec.storage.url is None and not (run / DATABASE).exists():
-        raise StudyError(f"{run.path}: no trials yet; start a search with `ssm-mp search`")
+def load_study(run: RunDirectory) -> Study:
+    """The study of a run as it stands, without a sampler; an empty one where no trial was made yet."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    path = (run / DATABASE).resolve()
     try:
-        return optuna.load_study(study_name=spec.name, storage=_storage(spec, run))
-    except KeyError:
-        raise StudyError(f"{run.path}: its database holds no study named {spec.name!r}") from None
+        return optuna.create_study(
+            study_name=STUDY_NAME,
+            storage=RDBStorage(f"sqlite:///{path}"),
+            directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise MachineError(f"{path}: the database cannot be used ({str(error).splitlines()[0]})") from None
 
 
-def _storage(spec: StudySpec, run: RunDirectory) -> RDBStorage:
-    url = spec.storage.url or f"sqlite:///{(run / DATABASE).resolve()}"
-    Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return RDBStorage(url)
-    except SQLAlchemyError as error:
-        raise MachineError(f"{url}: the database cannot be opened ({str(error).splitlines()[0]})") from None
+def recover(study: Study, space: Iterable[str]) -> int:
+    """Put trials that a killed search left running back in the queue; returns how many. One process only.
 
-
-def recover(study: Study) -> int:
-    """Put trials that a killed search left running back in the queue; returns how many. One process only."""
+    A trial that was killed before its map was complete (`space`: the free components) is given up, and its map
+    with it: it was only a proposal.
+    """
+    complete = set(space)
     stale = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
     for trial in stale:
+        params = trial.system_attrs.get("fixed_params", trial.params)
+        if set(params) == complete:  # queued first: a second kill between the two steps must not lose it
+            study.enqueue_trial(dict(params), {ORIGIN: trial.user_attrs.get(ORIGIN, "")}, skip_if_exists=False)
         study._storage.set_trial_user_attr(trial._trial_id, REASON, "interrupted, and tried again")
         study.tell(trial.number, state=TrialState.FAIL)
-        params = trial.system_attrs.get("fixed_params") or trial.params
-        if params:
-            study.enqueue_trial(dict(params), user_attrs={ORIGIN: trial.user_attrs.get(ORIGIN, "")})
+    _drop_repeated(study)
     return len(stale)
+
+
+def _drop_repeated(study: Study) -> None:
+    """Fail queued maps that are queued twice, as a kill in the middle of `recover` leaves them."""
+    seen: set[str] = set()
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        key = map_key(trial.system_attrs.get("fixed_params", {}))
+        if key in seen:
+            study._storage.set_trial_user_attr(trial._trial_id, REASON, "queued twice")
+            study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        seen.add(key)
 
 
 def enqueue(study: Study, seeds: Iterable[Seed]) -> int:
@@ -135,7 +153,7 @@ def run_trials(
     failures = 0
     while status(study).finished < trials:
         waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and len(seen_maps(study)) >= maps:
+        if not waiting and len(complete_maps(study, space)) >= maps:
             return
         trial = study.ask(fixed_distributions=distributions)
         if not trial.user_attrs.get(ORIGIN):

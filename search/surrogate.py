@@ -7,7 +7,10 @@ effect is the mean of what the probes from both ends say of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +49,12 @@ class Surrogate:
     def best_within(self, most_bytes: int) -> PrecisionMap | None:
         """The map of least predicted increase among those of at most so many bytes; None where there is none."""
         programme = _Programme(self)
-        return programme.solve(programme.effects, LinearConstraint(programme.bytes_row, ub=most_bytes))
+        return programme.solve(programme.effects, programme.at_most(programme.sizes, most_bytes - programme.fixed))
 
     def smallest_within(self, log_increase: float) -> PrecisionMap | None:
         """The smallest map whose predicted increase is at most this much; None where there is none."""
         programme = _Programme(self)
-        return programme.solve(programme.sizes, LinearConstraint(programme.effects_row, ub=log_increase - self.offset))
+        return programme.solve(programme.sizes, programme.at_most(programme.effects, log_increase - self.offset))
 
     def front(self, count: int, budget: float) -> list[PrecisionMap]:
         """At most `count` different maps, the smallest predicted within the budget (log-increase) first, then the
@@ -73,32 +76,46 @@ class _Programme:
         self._pairs = [(c, precision) for c in free for precision in surrogate.space.choices[c.name]]
         self.sizes = np.array([c.bytes(p, surrogate.scheme) for c, p in self._pairs], dtype=float)
         self.effects = np.array([surrogate.effects[c.name][p] for c, p in self._pairs])
-        fixed = surrogate.bytes(surrogate.space.widest()) - sum(
+        self.fixed = surrogate.bytes(surrogate.space.widest()) - sum(
             c.bytes(surrogate.space.choices[c.name][0], surrogate.scheme) for c in free
         )
-        self.bytes_row = csr_array(self.sizes[None, :])
-        self.effects_row = csr_array(self.effects[None, :])
-        self._fixed = fixed
         rows = [list(free).index(c) for c, _ in self._pairs]
         self._one_each = csr_array((np.ones(len(rows)), (rows, range(len(rows)))), shape=(len(free), len(self._pairs)))
+
+    def at_most(self, weights: np.ndarray, limit: float) -> LinearConstraint:
+        """The sum of the chosen pairs' weights is at most `limit`; scaled, since the tolerances are absolute."""
+        scale = (np.abs(weights).max() if weights.size else 0.0) or 1.0
+        return LinearConstraint(csr_array(weights[None, :] / scale), ub=limit / scale)
 
     def solve(self, cost: np.ndarray, limit: LinearConstraint) -> PrecisionMap | None:
         """The map of least cost under a limit, each component at exactly one precision."""
         if not self._pairs:
             return self._space.widest()
-        if limit.A is self.bytes_row:
-            limit = LinearConstraint(limit.A, ub=limit.ub - self._fixed)
         scale = np.abs(cost).max() or 1.0  # effects are tiny; the solver's tolerances are absolute
-        result = milp(
-            cost / scale,
-            constraints=[LinearConstraint(self._one_each, 1, 1), limit],
-            integrality=np.ones(len(self._pairs)),
-            bounds=Bounds(0, 1),
-        )
+        with _standard_output_to_error():
+            result = milp(
+                cost / scale,
+                constraints=[LinearConstraint(self._one_each, 1, 1), limit],
+                integrality=np.ones(len(self._pairs)),
+                bounds=Bounds(0, 1),
+            )
         if result.x is None:
             return None
         chosen = {c.name: precision for (c, precision), x in zip(self._pairs, result.x, strict=True) if x > 0.5}
         return self._space.map(chosen)
+
+
+@contextmanager
+def _standard_output_to_error() -> Iterator[None]:
+    """The solver prints remarks on the process's standard output, which belongs to the command's answer."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def fit(space: Space, scheme: ActivationScheme, probes: Iterable[Probe], widest: float, lowest: float) -> Surrogate:

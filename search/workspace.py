@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from ssm_mp.components import find_components
 from ssm_mp.config import Config
 from ssm_mp.convert import Converter
 from ssm_mp.corpus import Part, stdlib_documents
-from ssm_mp.data import Splits, TokenIds, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
+from ssm_mp.data import Splits, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
 from ssm_mp.models import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 
@@ -55,6 +57,11 @@ class Workspace:
             "space": self.space.to_json(),
             "compute": f"{self.spec.search.device} float32",
         }
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """The fingerprint as one short word, to mark what was measured under it."""
+        return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_workspace(spec: StudySpec, say: Callable[[str], None] = lambda line: None) -> Workspace:
@@ -114,35 +121,40 @@ def window_length(spec: StudySpec, config: Config) -> int:
 def load_splits(spec: StudySpec, config: Config) -> Splits:
     """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short."""
     data, length = spec.data, window_length(spec, config)
-    counts = (data.calibration_count, data.search_windows, data.certify_windows)
-    synthetic = data.calibration == "synthetic"
     if data.text == STDLIB:
         tokenizer = load_tokenizer(_tokenizer_path(spec), config.vocabulary)
 
-        def part(name: Part) -> TokenIds:
+        def part(name: Part) -> Windows:
             documents = stdlib_documents(name)
-            return tokenize(documents[:_CALIBRATION_DOCUMENTS] if name == "train" else documents, tokenizer)
+            return cut(
+                tokenize(documents[:_CALIBRATION_DOCUMENTS] if name == "train" else documents, tokenizer), length
+            )
 
-        search = draw(cut(part("search"), length), counts[1:2], data.seed, "the library's search part")[0]
-        certify = draw(cut(part("certify"), length), counts[2:], data.seed, "the library's certify part")[0]
-        if synthetic:
-            calibration = _synthetic(np.zeros(config.vocabulary, dtype=np.int64), counts[0], length, data.seed)
-        else:
-            calibration = draw(cut(part("train"), length), counts[:1], data.seed, "the library's train part")[0]
-        return Splits(calibration, search, certify)
+        search = draw(part("search"), [data.search_windows], data.seed, "the library's search part")[0]
+        certify = draw(part("certify"), [data.certify_windows], data.seed, "the library's certify part")[0]
+        return Splits(_calibration(spec, config, part("train"), "the library's train part"), search, certify)
     path = spec.resolve(data.text)
     text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(_tokenizer_path(spec), config.vocabulary)
-    tokens = read_tokens(path, text_tokenizer, config.vocabulary)
-    if synthetic:
-        search, certify = draw(cut(tokens, length), counts[1:], data.seed, str(path))
-        return Splits(
-            _synthetic(np.zeros(config.vocabulary, dtype=np.int64), counts[0], length, data.seed), search, certify
-        )
-    return Splits(*draw(cut(tokens, length), counts, data.seed, str(path)))
+    windows = cut(read_tokens(path, text_tokenizer, config.vocabulary), length)
+    # calibration windows first: a larger certify split then leaves the other two as they are
+    counts = [
+        0 if data.calibration == "synthetic" else data.calibration_count,
+        data.search_windows,
+        data.certify_windows,
+    ]
+    unused = max(0, len(windows) - sum(counts))
+    own, search, certify, rest = draw(windows, [*counts, unused], data.seed, str(path))
+    synthetic = data.calibration == "synthetic"
+    return Splits(_calibration(spec, config, rest, str(path)) if synthetic else own, search, certify)
 
 
-def _synthetic(frequencies: TokenIds, windows: int, length: int, seed: int) -> Windows:
-    return synthetic_windows(frequencies, windows, length, seed)
+def _calibration(spec: StudySpec, config: Config, windows: Windows, what: str) -> Windows:
+    """Calibration windows drawn from `windows`, or made up from the frequencies of their tokens."""
+    data = spec.data
+    if data.calibration == "text":
+        return draw(windows, [data.calibration_count], data.seed, what)[0]
+    counts = np.bincount(windows.ids.flatten().numpy(), minlength=config.vocabulary)
+    return synthetic_windows(counts, data.calibration_count, windows.length, data.seed)
 
 
 def _tokenizer_path(spec: StudySpec) -> Path:

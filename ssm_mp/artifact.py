@@ -11,7 +11,8 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.models import LanguageModel, assemble
 from ssm_mp.precision import ArraySpec, Stored, get_precision
-from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precision_map import PrecisionMap, require_pins
 
 FORMAT = "ssm-mp/1"
 TENSORS, MAP, METRICS = "model.safetensors", "precision_map.json", "metrics.json"
@@ -78,44 +79,63 @@ def save_artifact(
     pins: frozenset[str] = frozenset(),
     extra: Mapping[str, bytes] | None = None,
     replace: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write an artifact folder, whole or not at all.
 
-    extra: further files by name. replace: an existing artifact at `path` gives way; anything else there never does.
+    extra: further files by name. verify: is given the written folder before it is put in its place; where it
+    raises, nothing is. replace: an existing artifact at `path` gives way; anything else there never does.
     Raises ArtifactError where the folder cannot be written or something is in the way.
     """
     path = Path(path)
-    if path.exists() and not (replace and (path / MAP).exists()):
-        advice = "remove it or choose another" if not (path / MAP).exists() else "replace it with --force"
-        raise ArtifactError(f"{path} already exists; {advice}")
+    require_free(path, replace)
+    new_parents = [parent for parent in path.parents if not parent.exists()]
     partial: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
         _write(partial, model, precision_map, scheme, metrics, pins, extra or {})
         partial.chmod(0o755)
+        if verify is not None:
+            verify(partial)
         _put_in_place(partial, path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: the artifact could not be written ({error}); nothing was left behind") from None
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
+        if not path.exists():
+            for parent in new_parents:
+                with suppress(OSError):
+                    parent.rmdir()
     return path
+
+
+def require_free(path: str | Path, replace: bool) -> None:
+    """Raise ArtifactError where something other than an empty folder, or an artifact to replace, is in the way."""
+    path = Path(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if (path / MAP).exists():
+        if not replace:
+            raise ArtifactError(f"{path} already exists; replace it with --force, or choose another folder")
+        return
+    raise ArtifactError(f"{path} already exists and is no artifact; remove it, or choose another folder")
 
 
 def _write(
     folder: Path, model: LanguageModel, precision_map: PrecisionMap, scheme: Scheme,
     metrics: Mapping[str, Any], pins: frozenset[str], extra: Mapping[str, bytes],
 ) -> None:  # fmt: skip
-    metadata = {"format": FORMAT, "config": json.dumps(config_to_json(model.config))}
+    said = {"scheme": scheme.to_json(), "pins": sorted(pins), "map": precision_map.to_json()}
+    metadata = {"format": FORMAT, "config": json.dumps(config_to_json(model.config)), "precision_map": json.dumps(said)}
     arrays = {name: array.detach().cpu().contiguous() for name, array in stored_arrays(model).items()}
     save_file(arrays, folder / TENSORS, metadata=metadata)
+    (folder / TENSORS).chmod(0o644)  # safetensors makes it the owner's alone
     content = {
         "format": FORMAT,
         "checksum": f"sha256:{_sha256(folder / TENSORS)}",
-        "scheme": scheme.to_json(),
-        "pins": sorted(pins),
-        "map": precision_map.to_json(),
+        **said,
     }
     _write_json(folder / MAP, content)
     file_bytes = (folder / TENSORS).stat().st_size
@@ -163,11 +183,17 @@ def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
             )
         with safe_open(path / TENSORS, framework="pt", device=device) as file:
             config = config_from_json(json.loads(file.metadata()["config"]))
+            said = json.loads(file.metadata()["precision_map"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+        changed = [key for key in said if content.get(key) != said[key]]
+        if changed:
+            raise ArtifactError(
+                f"{path / MAP}: its {', '.join(changed)} is not what {TENSORS} was made with; it was changed"
+            )
         scheme = Scheme.from_json(content["scheme"])
         model, precision_map = _restore(config, content["map"], scheme, arrays)
-    except ArtifactError:
-        raise
+    except ArtifactError as error:
+        raise error if str(path) in str(error) else ArtifactError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, SsmMpError) as error:
         raise ArtifactError(f"{path}: not a readable artifact ({type(error).__name__}: {error})") from None
     return Artifact(path, model, precision_map, scheme, metrics, tensor_bytes(model), (path / TENSORS).stat().st_size)
@@ -219,6 +245,7 @@ def _restore(
             inputs = DynamicInput()
         modules[component.name] = component_module(component.kind, tensors, config, inputs)
     ordered = PrecisionMap(tuple((component.name, precisions[component.name]) for component in components))
+    require_pins(ordered, components)
     return assemble(config, modules), ordered
 
 

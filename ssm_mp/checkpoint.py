@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-import zipfile
+import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssm_mp.config import Config, IteraConfig, MambaConfig
+from ssm_mp.config import Config, IteraConfig, MambaConfig, config_to_json
 from ssm_mp.errors import CheckpointError
 from ssm_mp.layouts import Recognised, infer_config, recognise
 
@@ -39,7 +40,7 @@ _STORED_NAMES = {
 class Checkpoint:
     """A model's float32 tensors under canonical names.
 
-    `digest` is the SHA-256 of names, shapes and values; `notes` are remarks for the user, e.g. where a
+    `digest` is the SHA-256 of config, names, shapes and values; `notes` are remarks for the user, e.g. where a
     stored config disagrees with the shapes.
     """
 
@@ -55,7 +56,7 @@ class Checkpoint:
 
     @property
     def digest(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(json.dumps(config_to_json(self.config), sort_keys=True).encode())
         for name in sorted(self.tensors):
             tensor = self.tensors[name]
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
@@ -77,12 +78,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         found = recognise(raw)
         _refuse_packed(raw)
         tensors = {canonical: raw[name] for canonical, name in found.names.items()}
-        tensors = _drop_tied_head(tensors)
+        tensors = _drop_tied_head(tensors, stored_config)
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         config, notes = _with_stored(infer_config(found.family, shapes), stored_config)
         _account(found, tensors, config)
         wanted = {parameter.name for parameter in config.parameters()}
-        kept = {name: tensor.float().contiguous() for name, tensor in tensors.items() if name in wanted}
+        kept = {name: tensor.detach().float().contiguous() for name, tensor in tensors.items() if name in wanted}
         _refuse_non_finite(kept)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
@@ -123,26 +124,25 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A torch file, without executing anything in it."""
+    with path.open("rb") as file:
+        head = file.read(9)
+    if head[:2] != b"PK" and head[:1] != b"\x80":  # neither a zip archive nor a pickle
+        advice = "; it looks like a .safetensors file, rename it" if head[8:9] == b"{" else ", truncated or renamed?"
+        raise CheckpointError(f"{path}: not a torch file{advice}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        if zipfile.is_zipfile(path) or "GLOBAL" in str(error) or "Unsupported" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # remarks about pickle protocols, for torch's developers
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        needs = re.search(r"(?:GLOBAL|Unsupported (?:global|class))[^\n]*?(?= by default| was not|, |\n|$)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and needs:
             raise CheckpointError(
-                f"{path}: refused, it needs more than tensors and plain values to unpickle, which could run "
-                f"any code ({_offending(str(error)) or reason}). Save its state_dict() alone, best as .safetensors"
+                f"{path}: refused, it needs more than tensors and plain values to unpickle, which could run any code "
+                f"({needs[0]}). Save its state_dict() alone, best as .safetensors"
             ) from None
-        raise CheckpointError(f"{path}: not a torch file, truncated or renamed? ({reason})") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable torch file, truncated or renamed? ({reason})") from None
     return _unwrap(path, content)
-
-
-def _offending(message: str) -> str:
-    """The line of torch's long message that names what was refused."""
-    lines = [line.strip() for line in message.splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return lines[0] if lines else ""
 
 
 def _unwrap(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -152,9 +152,20 @@ def _unwrap(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, A
     config = content.get("config", {})
     held = next((content[key] for key in _WRAPPING_KEYS if isinstance(content.get(key), dict)), content)
     tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
+    nested = [str(name) for name, value in held.items() if not isinstance(value, Tensor) and _holds_tensors(value)]
+    if tensors and nested:
+        raise CheckpointError(f"{path}: tensors inside {', '.join(nested)}, where none is expected; remove that entry")
     if not tensors:
         raise CheckpointError(f"{path}: no tensors at the top or under {', '.join(_WRAPPING_KEYS)}")
     return tensors, config if isinstance(config, dict) else {}
+
+
+def _holds_tensors(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_tensors, value))
+    return isinstance(value, Tensor)
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -162,7 +173,11 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     config = _read_json(path / "config.json") if (path / "config.json").exists() else {}
     index = path / "model.safetensors.index.json"
     if index.exists():
-        shards = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        weight_map = _read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        if not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise CheckpointError(f"{index}: expected a weight_map of tensor → file name in this folder")
+        shards = sorted({str(name) for name in names})
         tensors: dict[str, Tensor] = {}
         for shard in shards:
             if not (path / shard).exists():
@@ -177,6 +192,9 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _refuse_packed(tensors: Mapping[str, Tensor]) -> None:
+    sparse = [name for name, tensor in tensors.items() if tensor.layout != torch.strided]
+    if sparse:
+        raise CheckpointError("sparse tensors cannot be searched, give dense ones: " + ", ".join(sparse))
     packed = [
         f"{name} ({str(tensor.dtype).removeprefix('torch.')})"
         for name, tensor in tensors.items()
@@ -189,8 +207,13 @@ def _refuse_packed(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _drop_tied_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without `lm_head.weight` where it equals the embedding: the head is then tied, and counted once."""
+def _drop_tied_head(tensors: dict[str, Tensor], stored: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without `lm_head.weight` where it equals the embedding: the head is then tied, and counted once.
+
+    A stored config that declares an untied head keeps it.
+    """
+    if stored.get("tie_word_embeddings") is False:
+        return tensors
     head, embedding = tensors.get("lm_head.weight"), tensors.get("embedding.weight")
     if head is None or embedding is None or not torch.equal(head, embedding):
         return tensors
@@ -206,17 +229,42 @@ def _with_stored(config: Config, stored: Mapping[str, Any]) -> tuple[Config, tup
             value = stored.get(alias)
             if isinstance(value, int) and inferred is not None and value != inferred:
                 notes.append(f"the stored config says {alias} = {value}, the shapes say {inferred}; the shapes win")
-    activation = stored.get("hidden_act", "silu")
-    if isinstance(config, MambaConfig) and activation not in ("silu", "swish"):
-        raise CheckpointError(f"the stored config says hidden_act = {activation!r}; only 'silu' is supported")
+    if isinstance(config, MambaConfig):
+        config = _with_declared(config, stored)
     eps = stored.get("layer_norm_epsilon", stored.get("norm_eps"))
     if isinstance(eps, float):
         config = replace(config, norm_eps=eps)
     if isinstance(config, IteraConfig):
         top_k = stored.get("top_k", stored.get("num_experts_per_tok"))
-        if isinstance(top_k, int) and top_k > 0:
+        if isinstance(top_k, int) and not isinstance(top_k, bool) and top_k > 0:
             config = replace(config, top_k=top_k)
+            fewest = min((layer.experts for layer in config.layers if layer.experts), default=top_k)
+            if top_k > fewest:
+                notes.append(
+                    f"the stored config says top_k = {top_k}, but a layer has {fewest} experts; it uses them all"
+                )
     return config, tuple(notes)
+
+
+def _with_declared(config: MambaConfig, stored: Mapping[str, Any]) -> MambaConfig:
+    """The config with the head and biases that a Hugging Face config declares, so that their absence is reported.
+
+    Raises CheckpointError for another model type or activation.
+    """
+    kind, activation = stored.get("model_type", "mamba"), stored.get("hidden_act", "silu")
+    if kind != "mamba":
+        raise CheckpointError(
+            f"the stored config says model_type = {kind!r}; only 'mamba' (Mamba-1) has this forward pass"
+        )
+    if activation not in ("silu", "swish"):
+        raise CheckpointError(f"the stored config says hidden_act = {activation!r}; only 'silu' is supported")
+    hugging_face = "model_type" in stored
+    return replace(
+        config,
+        tied=config.tied and stored.get("tie_word_embeddings") is not False,
+        conv_bias=config.conv_bias or stored.get("use_conv_bias", hugging_face) is True,
+        projection_bias=config.projection_bias or stored.get("use_bias") is True,
+    )
 
 
 def _account(found: Recognised, tensors: Mapping[str, Tensor], config: Config) -> None:

@@ -15,7 +15,7 @@ from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.layers import ActivationScheme, DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.models import LanguageModel, assemble
 from ssm_mp.precision import FloatTensor, Stored, get_precision
-from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.quantize import ScaleRule
 
 
@@ -61,6 +61,7 @@ class Converter:
         if names != precisions.keys():
             odd = sorted(names ^ precisions.keys())
             raise PrecisionMapError(f"this map is of another model: {', '.join(odd[:5])} in only one of them")
+        require_pins(precision_map, self.components)
         modules = {component.name: self.module(component, precisions[component.name]) for component in self.components}
         return assemble(self.model.config, modules)
 

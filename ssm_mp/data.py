@@ -67,6 +67,8 @@ def load_tokenizer(path: str | Path, vocabulary: int) -> Tokenizer:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every unreadable file
         raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from None
+    tokenizer.no_truncation()  # whatever was saved with it, a text is read whole
+    tokenizer.no_padding()
     size = tokenizer.get_vocab_size()
     if size > vocabulary:
         raise DataError(
@@ -80,7 +82,8 @@ def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> TokenIds:
     """Token ids of all documents, each followed by the end of text where the tokenizer has one."""
     end = tokenizer.token_to_id(END_OF_TEXT)
     tail = [] if end is None or len(documents) < 2 else [end]
-    encoded = [np.array([*text.ids, *tail], dtype=np.int64) for text in tokenizer.encode_batch(list(documents))]
+    texts = tokenizer.encode_batch(list(documents), add_special_tokens=False)
+    encoded = [np.array([*text.ids, *tail], dtype=np.int64) for text in texts]
     return np.concatenate(encoded) if encoded else np.zeros(0, dtype=np.int64)
 
 
@@ -102,7 +105,7 @@ def read_tokens(path: str | Path, tokenizer: Tokenizer | None, vocabulary: int) 
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not a UTF-8 text ({error.reason} at byte {error.start})") from None
-    return tokenize([text], tokenizer)
+    return _within_vocabulary(tokenize([text], tokenizer), vocabulary, path)
 
 
 def _read_ids(path: Path, vocabulary: int) -> TokenIds:
@@ -112,13 +115,17 @@ def _read_ids(path: Path, vocabulary: int) -> TokenIds:
         raise DataError(f"{path}: not a readable .npy file of numbers ({error})") from None
     if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
         raise DataError(f"{path}: expected integer token ids, found {getattr(ids, 'dtype', type(ids).__name__)}")
-    flat = ids.reshape(-1)
-    if flat.size and (flat.min() < 0 or flat.max() >= vocabulary):
-        wrong = int(np.flatnonzero((flat < 0) | (flat >= vocabulary))[0])
+    return _within_vocabulary(ids.reshape(-1), vocabulary, path).astype(np.int64)
+
+
+def _within_vocabulary(ids: TokenIds, vocabulary: int, path: Path) -> TokenIds:
+    wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
+    if wrong.size:
         raise DataError(
-            f"{path}: token id {int(flat[wrong])} at position {wrong} is outside the model's vocabulary of {vocabulary}"
+            f"{path}: token id {int(ids[wrong[0]])} at position {wrong[0]} is outside the model's vocabulary "
+            f"of {vocabulary}"
         )
-    return flat.astype(np.int64)
+    return ids
 
 
 def cut(tokens: TokenIds, length: int) -> Windows:

@@ -126,7 +126,7 @@ def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel,
             logs = model.head(theirs[:, :-1]).log_softmax(dim=-1)
             total += F.kl_div(logs, target, reduction="sum", log_target=True).double().item()
             tokens += target.shape[0] * target.shape[1]
-    return total / tokens
+    return max(0.0, total / tokens)  # rounding can leave it a hair below zero
 
 
 def require_better_than_guessing(baseline: Evaluation, vocabulary: int) -> None:

@@ -41,7 +41,8 @@ class StaticInput(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [m, k]` → int8 `[m, k]` and its float32 scale `[1]`."""
         scale = self.scale.float()
-        return quantize_tensor(x, scale), scale
+        # NaN and infinity have no int8 value: let them spoil the scale instead of vanishing
+        return quantize_tensor(x, scale), scale + 0.0 * x.sum()
 
 
 class DynamicInput(nn.Module):

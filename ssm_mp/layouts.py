@@ -103,7 +103,8 @@ def infer_config(family: str, shapes: Shapes) -> Config:
     layers = {int(match[1]) for name in shapes if (match := re.match(r"layers\.(\d+)\.", name))}
     missing = sorted(set(range(max(layers, default=-1) + 1)) - layers)
     if missing:
-        raise CheckpointError(f"layers {missing} are missing: the file has layers {sorted(layers)}")
+        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
+        raise CheckpointError(f"{len(missing)} layers are missing, though later ones are there: {shown}")
     if family == "mamba":
         return _infer_mamba(shapes, len(layers))
     return _infer_itera(shapes, len(layers))
@@ -117,7 +118,7 @@ def _size(shapes: Shapes, what: str, *sources: tuple[str, int]) -> int:
             if re.fullmatch(pattern, name) and len(shape) > dimension and shape[dimension]:
                 votes[shape[dimension]] += 1
     if not votes:
-        expected = " or ".join(pattern.replace("\\", "") for pattern, _ in sources)
+        expected = " or ".join(re.sub(r"\\d\+", "…", pattern).replace("\\", "") for pattern, _ in sources)
         raise CheckpointError(f"no tensor shows the {what}; expected one of {expected}")
     return votes.most_common(1)[0][0]
 

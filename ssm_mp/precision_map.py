@@ -71,7 +71,8 @@ class PrecisionMap:
         Raises PrecisionMapError for a rule that matches nothing, a tie, a rule against a pin, an unknown
         precision, or components that no rule covers.
         """
-        pins = pinned_names(components) if pins is None else pins
+        always = frozenset(component.name for component in components if component.pin == "always")
+        pins = pinned_names(components) if pins is None else pins | always
         names = [component.name for component in components]
         for pattern, precision in rules.items():
             get_precision(precision)
@@ -118,6 +119,14 @@ class PrecisionMap:
     def to_json(self) -> dict[str, str]:
         """Component → precision, resolved."""
         return dict(self.entries)
+
+
+def require_pins(precision_map: PrecisionMap, components: Iterable[Component]) -> None:
+    """Raise PrecisionMapError where `A_log` or `D` is not at fp16."""
+    held = precision_map.to_json()
+    wrong = [c.name for c in components if c.pin == "always" and held[c.name] != PINNED_TO]
+    if wrong:
+        raise PrecisionMapError(f"{_listed(wrong)} is pinned to {PINNED_TO}: this pin cannot be lifted")
 
 
 def read_rules(path: str | Path) -> dict[str, str]:

@@ -1,0 +1,44 @@
+"""What a run directory says of a search, read back: baseline, standing certificate, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+
+from search.certify import Certificate, standing_certificate
+from search.errors import StudyError
+from search.front import Point, pareto_front
+from search.probe import probe_from_stored
+from search.run import draw
+from search.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
+from search.spec import StudySpec
+from search.study import points
+from ssm_mp.checkpoint import load_checkpoint
+from ssm_mp.components import find_components
+
+
+def stored_baseline(run: RunDirectory) -> dict[str, Any]:
+    """Perplexity and bytes of the FP32 checkpoint. Raises StudyError where they were not measured."""
+    baseline = run.read_json(BASELINE)
+    if not isinstance(baseline, dict) or not {"perplexity", "bytes"} <= baseline.keys():
+        raise StudyError(f"{run / BASELINE}: missing or damaged; `ssm-mp probe` or `search` writes it again")
+    return baseline
+
+
+def stored_certificate(run: RunDirectory, spec: StudySpec, front: Sequence[Point]) -> Certificate | None:
+    """The certificate, where it still answers the question that the study asks."""
+    search, where = spec.search, str(run / CERTIFICATE)
+    return standing_certificate(run.read_json(CERTIFICATE), front, search.budget_percent, search.confidence, where)
+
+
+def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
+    """Draw the pictures again. Raises StudyError where the checkpoint is not the one that was searched."""
+    checkpoint = load_checkpoint(spec.checkpoint_path)
+    require_same(run.fingerprint(), {"checkpoint": checkpoint.digest}, str(run.path))
+    found = points(study, run.space())
+    certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))
+    probes = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
+    return draw(run, spec, find_components(checkpoint), found, probes, certificate, stored_baseline(run)["bytes"])

@@ -1,0 +1,10 @@
+"""Settings of all tests: one thread each, so that parallel tests do not fight over the cores."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("project", deadline=None, max_examples=60)
+settings.load_profile("project")

@@ -1,0 +1,276 @@
+"""The command line on a tiny model: answers, exit codes, and mistakes without a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ssm_mp import evaluate, load_artifact
+from tests.tiny import ITERA, write_study
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "search.cli"]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+def ssm_mp(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+
+
+def answer(*arguments: object, cwd: Path, code: int = 0) -> Any:
+    done = ssm_mp(*arguments, "--json", cwd=cwd)
+    assert done.returncode == code, done.stderr
+    return json.loads(done.stdout)
+
+
+def refused(*arguments: object, cwd: Path, code: int = 2) -> str:
+    """The error of a command that fails as it should: one line that begins with `error:`, no traceback."""
+    done = ssm_mp(*arguments, cwd=cwd)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny study that was searched."""
+    folder = tmp_path_factory.mktemp("searched")
+    write_study(folder, windows=(4, 32, 32), extra="[search]\nbudget_percent = 8\nseeds = 4\n")
+    (folder / "answer.json").write_text(json.dumps(answer("search", "tiny.toml", "--trials", 10, cwd=folder)))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_line_writes_what_it_says(searched: Path) -> None:
+    found = json.loads((searched / "answer.json").read_text())
+    run = searched / "runs" / "tiny"
+    assert found["trials"] == 10
+    assert found["certificate"]["verdict"] == "certified"
+    assert found["winner"] in {p["trial"] for p in found["front"]}
+    for name in ("front", "sensitivities", "allocation"):
+        assert (run / f"{name}.png").stat().st_size > 10_000
+        assert (run / f"{name}.svg").exists()
+    report = (run / "report.md").read_text()
+    for part in ("## Front", "## Certificate", "## Winner", "## Components", "## Provenance", "layers.1.ssm.A_log"):
+        assert part in report
+    metrics = json.loads((run / "winner" / "metrics.json").read_text())
+    winner = next(p for p in found["front"] if p["trial"] == found["winner"])
+    assert metrics["perplexity"] == winner["perplexity"]
+    assert metrics["bytes"] == winner["bytes"]
+    held = json.loads((run / "winner" / "precision_map.json").read_text())
+    assert held["map"] == winner["map"]
+    assert "layers.0.ssm.A_log" in held["pins"]
+
+
+@pytest.mark.slow
+def test_front_status_and_plot_answer_from_the_run_directory(searched: Path) -> None:
+    found = json.loads((searched / "answer.json").read_text())
+    again = answer("front", "tiny.toml", "--set", "search.budget_percent=8", cwd=searched)
+    assert again["front"] == found["front"]
+    assert again["winner"] == found["winner"]
+    assert again["baseline"].keys() == {"perplexity", "bytes"}
+    assert answer("status", "tiny.toml", cwd=searched) == {"finished": 10, "running": 0, "failed": 0, "waiting": 0}
+    picture = searched / "runs" / "tiny" / "front.png"
+    picture.unlink()
+    answer("plot", "tiny.toml", cwd=searched)
+    assert picture.exists()
+
+
+@pytest.mark.slow
+def test_probes_answer_in_percent_from_both_ends(searched: Path) -> None:
+    probes = answer("probe", "tiny.toml", cwd=searched)["probes"]
+    assert {p["from"] for p in probes} == {"fp16", "int8"}
+    assert all(
+        {"component", "precision", "from", "increase_percent", "stderr_percent", "kl"} <= p.keys() for p in probes
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pick", ["smallest", "knee", "0"])
+def test_an_export_is_verified_and_evaluates_to_what_it_says(searched: Path, tmp_path: Path, pick: str) -> None:
+    out = tmp_path / "artifact"
+    found = answer("export", "tiny.toml", "--out", out, "--pick", pick, cwd=searched)
+    assert found["verified"] is True
+    assert found["path"] == str(out)
+    assert (out / "allocation.png").exists()
+    assert (out / "model.safetensors").stat().st_size == found["file_bytes"]
+    evaluated = answer("evaluate", out, "--study", "tiny.toml", cwd=searched)
+    assert evaluated["perplexity"] == found["perplexity"]
+    assert evaluated["windows"] == 32
+    assert "already exists" in refused("export", "tiny.toml", "--out", out, cwd=searched)
+    answer("export", "tiny.toml", "--out", out, "--force", cwd=searched)
+
+
+@pytest.mark.slow
+def test_a_larger_number_of_trials_adds_to_what_is_there(searched: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(searched, folder)
+    before = {p["trial"]: p for p in json.loads((folder / "answer.json").read_text())["front"]}
+    lines = (folder / "runs" / "tiny" / "probes.jsonl").read_text()
+    found = answer("search", "tiny.toml", "--trials", 14, cwd=folder)
+    assert found["trials"] == 14
+    assert (folder / "runs" / "tiny" / "probes.jsonl").read_text() == lines
+    kept = {p["trial"]: p for p in found["front"] if p["trial"] in before}
+    assert all(kept[trial] == before[trial] for trial in kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_search_continues(tmp_path: Path, sig: signal.Signals) -> None:
+    write_study(tmp_path, windows=(4, 32, 32), extra="[search]\nseeds = 2\nbudget_percent = 8\n")
+    database = tmp_path / "runs" / "tiny" / "study.db"
+    with subprocess.Popen(
+        [*COMMAND, "search", "tiny.toml", "--trials", "60"], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not database.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(3)
+        process.send_signal(sig)
+        errors = process.communicate()[1]
+    if sig is signal.SIGINT:
+        assert process.returncode == 130
+        assert "continues where it stopped" in errors
+        assert "Traceback" not in errors
+    before = answer("status", "tiny.toml", cwd=tmp_path)
+    assert before["finished"] < 60
+    wanted = before["finished"] + 3
+    found = answer("search", "tiny.toml", "--trials", wanted, cwd=tmp_path)
+    assert found["trials"] == wanted
+    after = answer("status", "tiny.toml", cwd=tmp_path)
+    assert (after["finished"], after["running"]) == (wanted, 0)
+
+
+def test_inspect_and_convert_answer_with_their_keys(tmp_path: Path) -> None:
+    write_study(tmp_path, config=ITERA)
+    found = answer("inspect", "model.safetensors", cwd=tmp_path)
+    assert (found["family"], found["layout"]) == ("itera", "canonical")
+    assert found["fp32_bytes"] == 4 * found["parameters"] == 4 * sum(c["parameters"] for c in found["components"])
+    assert {"name", "kind", "layer", "parameters", "share", "pinned"} == found["components"][0].keys()
+    (tmp_path / "map.toml").write_text('"*" = "fp16"\n"layers.*.in_proj" = "int8"\n')
+    study = write_study(tmp_path, config=ITERA, windows=(4, 32, 32))
+    for chosen in ("aggressive", "map.toml"):
+        out = tmp_path / f"out-{chosen}"
+        done = answer("convert", "model.safetensors", "--map", chosen, "--study", study, "--out", out, cwd=tmp_path)
+        assert {"compression", "bytes", "file_bytes", "perplexity", "increase_percent"} <= done.keys()
+        assert done["compression"] == pytest.approx(found["fp32_bytes"] / done["bytes"])
+        assert load_artifact(out)(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, 64)
+
+
+def test_mistakes_end_with_code_2_and_one_clear_error(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    assert "no checkpoint at" in refused("inspect", "absent.pt", cwd=tmp_path)
+    assert "no study file" in refused("search", "absent.toml", cwd=tmp_path)
+    assert "the nearest is 'trials'" in refused("search", "tiny.toml", "--set", "search.trails=3", cwd=tmp_path)
+    assert "no search has been run" in refused("front", "tiny.toml", cwd=tmp_path)
+    assert "no search has been run" in refused("export", "tiny.toml", "--out", "x", cwd=tmp_path)
+    asked = refused("search", "tiny.toml", "--set", "data.search_windows=500", cwd=tmp_path)
+    assert "are asked for" in asked
+    (tmp_path / "map.toml").write_text('"*" = "fp16"\n"layers.*.A_log" = "int8"\n')
+    convert = ("convert", "model.safetensors", "--study", "tiny.toml", "--out", "x", "--map")
+    assert "cannot be lifted" in refused(*convert, "map.toml", cwd=tmp_path)
+    assert "or an existing map file" in refused(*convert, "absent.toml", cwd=tmp_path)
+    np.save(tmp_path / "noise.npy", np.random.default_rng(0).integers(0, 64, size=1000))
+    noise = refused("search", "tiny.toml", "--set", "data.text=noise.npy", cwd=tmp_path)
+    assert "no better than guessing uniformly" in noise
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ("checkpoint", "another checkpoint"),
+        ("data.seed=5", "another search windows"),
+        ("precision.activations=none", "another scheme"),
+        ('precision.pin=["embedding"]', "another space"),
+    ],
+)
+def test_resuming_with_something_else_is_refused(searched: Path, tmp_path: Path, change: str, what: str) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(searched, folder)
+    arguments = ["search", "tiny.toml"]
+    if change == "checkpoint":
+        tensors = load_file(folder / "model.safetensors")
+        tensors["norm.bias"][0] += 0.5
+        save_file(tensors, folder / "model.safetensors")
+    else:
+        arguments += ["--set", change]
+    assert what in refused(*arguments, cwd=folder)
+
+
+@pytest.mark.slow
+def test_an_inconclusive_certificate_is_answered_with_no_and_can_be_repeated(tmp_path: Path) -> None:
+    write_study(tmp_path, windows=(4, 8, 2), extra="[search]\nconfidence = 0.9999\nseeds = 0\ntrials = 3\n")
+    found = answer("search", "tiny.toml", cwd=tmp_path, code=1)
+    assert found["winner"] is None
+    assert found["certificate"]["verdict"] == "inconclusive"
+    assert not (tmp_path / "runs" / "tiny" / "winner").exists()
+    assert (tmp_path / "runs" / "tiny" / "report.md").exists()
+    assert "More windows are needed" in (tmp_path / "runs" / "tiny" / "report.md").read_text()
+    assert "certified" in refused("export", "tiny.toml", "--out", "x", cwd=tmp_path, code=1)
+    again = answer("search", "tiny.toml", "--set", "data.certify_windows=100", cwd=tmp_path)
+    assert (again["trials"], again["certificate"]["verdict"]) == (3, "certified")
+    assert (tmp_path / "runs" / "tiny" / "winner").exists()
+
+
+def _mounted(folder: Path) -> bool:
+    """A file system of 600 KB at `folder`, where this machine lets us make one."""
+    folder.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", folder], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def test_a_full_disk_during_export_leaves_nothing_behind(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    if not _mounted(small):
+        pytest.skip("mounting a small file system needs root")
+    try:
+        (small / "filler").write_bytes(b"x" * 560_000)
+        write_study(tmp_path, windows=(4, 32, 32))
+        errors = refused(
+            "convert",
+            "model.safetensors",
+            "--map",
+            "aggressive",
+            "--study",
+            "tiny.toml",
+            "--out",
+            small / "out",
+            cwd=tmp_path,
+        )
+        assert "could not be written" in errors
+        assert os.listdir(small) == ["filler"]
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_an_artifact_evaluates_as_its_metrics_say(tmp_path: Path) -> None:
+    study = write_study(tmp_path, windows=(4, 32, 32))
+    answer("convert", "model.safetensors", "--map", "conservative", "--study", study, "--out", "out", cwd=tmp_path)
+    from search.spec import load_spec
+    from search.workspace import load_splits
+
+    model = load_artifact(tmp_path / "out")
+    found = evaluate(model, load_splits(load_spec(study), model.config).search)
+    assert found.perplexity == json.loads((tmp_path / "out" / "metrics.json").read_text())["perplexity"]

@@ -1,0 +1,122 @@
+"""Plots and report on made-up results: they say what the figures say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from search.answers import fronted, inspected, listed, probed
+from search.front import Point
+from search.plots import allocation_png, plot_allocation, plot_front, plot_sensitivities, save
+from search.probe import LOWEST, WIDEST, Probe
+from search.progress import Progress
+from search.report import component_rows, front_json
+from ssm_mp.components import find_components
+from ssm_mp.precision_map import PrecisionMap, pinned_names
+from tests.tiny import ITERA, MAMBA, random_model
+
+COMPONENTS = find_components(random_model(MAMBA))
+POINTS = [
+    Point(i, 2 + 0.2 * i, 3000 - 200 * i, 20 + 0.02 * i, 0.1 * i, 0.05, {"embedding": "int8"}, origin)
+    for i, origin in enumerate(["uniform fp16", "conservative", "tpe", "tpe", "aggressive", "uniform int8"])
+]
+
+
+def texts(svg: Path) -> str:
+    """What an SVG says: matplotlib writes each text as a comment beside its glyphs."""
+    parser = ElementTree.XMLParser(target=ElementTree.TreeBuilder(insert_comments=True))
+    return " ".join(e.text or "" for e in ElementTree.parse(svg, parser).iter() if callable(e.tag))
+
+
+@pytest.mark.parametrize("budget", [5.0, 0.5])
+def test_the_front_shows_winner_budget_and_units(tmp_path: Path, budget: float) -> None:
+    figure = plot_front(POINTS, budget, 4, "Certified on 512 unseen windows", 6000)
+    png, svg = save(figure, tmp_path, "front")
+    assert png.read_bytes()[:4] == b"\x89PNG"
+    said = texts(svg)
+    for expected in (
+        "winner: trial 4",
+        f"budget, +{budget:g} %",
+        "compression over FP32 (×)",
+        "increase over FP32 (%)",
+    ):
+        assert expected in said
+    for name in ("uniform fp16", "conservative", "aggressive", "uniform int8", "Certified on 512 unseen windows"):
+        assert name in said
+
+
+def test_an_empty_study_can_be_drawn(tmp_path: Path) -> None:
+    assert "no map" in texts(save(plot_front([], 5.0, None, "no map", 6000), tmp_path, "front")[1])
+
+
+def test_sensitivities_show_each_component_the_costliest_on_top(tmp_path: Path) -> None:
+    probes = [
+        Probe("embedding", "int8", WIDEST, "fp16", 0.002, 1e-4, 0),
+        Probe("embedding", "fp16", LOWEST, "int8", -0.001, 1e-4, 0),
+    ]
+    probes.append(Probe("layers.0.ssm.in_proj", "int8", WIDEST, "fp16", 0.004, 1e-4, 0))
+    figure = plot_sensitivities(probes, COMPONENTS)
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert labels[-1].startswith("layers.0.ssm.in_proj → int8")
+    assert "perplexity cost" in texts(save(figure, tmp_path, "s")[1])
+
+
+@pytest.mark.parametrize("config", [MAMBA, ITERA], ids=["mamba", "itera"])
+def test_the_allocation_shows_every_kind_with_its_bytes(tmp_path: Path, config: object) -> None:
+    components = find_components(random_model(config))  # type: ignore[arg-type]
+    chosen = PrecisionMap.uniform("int8", components)
+    said = texts(save(plot_allocation(components, chosen, "static"), tmp_path, "a")[1])
+    for kind in {component.kind for component in components}:
+        assert kind in said
+    assert "int8" in said
+    assert "kB" in said
+    assert allocation_png(components, chosen, "static")[:4] == b"\x89PNG"
+
+
+def test_answers_hold_their_figures() -> None:
+    rows = component_rows(COMPONENTS, pinned_names(COMPONENTS))
+    assert sum(row["share"] for row in rows) == pytest.approx(1)
+    content = {
+        "family": "mamba", "layout": "positions", "config": {"d_model": 16}, "parameters": 10, "fp32_bytes": 40,
+        "components": rows,
+    }  # fmt: skip
+    assert "layers.0.ssm.A_log" in inspected(content)
+    assert "pinned" in inspected(content)
+    certificate = {"verdict": "certified", "winner": 4, "increase_percent": 0.4, "upper_percent": 0.6, "windows": 512}
+    answer = front_json(POINTS, POINTS, {"perplexity": 20.0, "bytes": 6000}, 5.0, certificate)
+    assert answer["winner"] == 4
+    assert "* 4" in fronted(answer)
+    assert "certified: +0.400 %" in fronted(answer)
+    probe = Probe("embedding", "int8", WIDEST, "fp16", 0.002, 1e-4, 1e-3).to_json()
+    assert "fp16 → int8" in probed({"probes": [probe]})
+    assert listed({"finished": 3, "verified": True, "map": {}}).splitlines() == ["finished  3", "verified  yes"]
+
+
+class _Terminal:
+    def __init__(self, live: bool) -> None:
+        self.live = live
+        self.text = ""
+
+    def isatty(self) -> bool:
+        return self.live
+
+    def write(self, text: str) -> int:
+        self.text += text
+        return len(text)
+
+    def flush(self) -> None:
+        pass
+
+
+def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere() -> None:
+    for live in (True, False):
+        stream = _Terminal(live)
+        progress = Progress("trials", 3, stream=stream)  # type: ignore[arg-type]
+        for _ in range(3):
+            progress.step("best 2.00×")
+        assert "trials 3/3" in stream.text
+        assert "best 2.00×" in stream.text
+        assert ("\r" in stream.text) is live
+        assert stream.text.count("\n") == (1 if live else 2)

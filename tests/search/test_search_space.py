@@ -1,0 +1,171 @@
+"""Space, probes and surrogate on a tiny model."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import pytest
+
+from search.objective import measure_baseline
+from search.probe import LOWEST, WIDEST, Probe, open_end, planned, probe_from_stored, run_probes
+from search.spec import load_spec
+from search.surrogate import fit
+from search.workspace import Workspace, open_workspace
+from ssm_mp.errors import DataError, InfeasibleError, PrecisionMapError, SsmMpError
+from ssm_mp.evaluate import evaluate, paired_increase
+from ssm_mp.precision_map import PrecisionMap
+from tests.tiny import ITERA, write_study
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    return open_workspace(load_spec(write_study(tmp_path)))
+
+
+def test_free_components_are_those_without_a_pin(workspace: Workspace) -> None:
+    free = {component.kind for component in workspace.space.free}
+    assert free == {"embedding", "position_embedding", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}
+    assert workspace.space.size == 2 ** len(workspace.space.free)
+    assert workspace.space.lowest()["layers.0.ssm.A_log"] == "fp16"
+
+
+def test_a_study_lifts_and_adds_pins(tmp_path: Path) -> None:
+    extra = '[precision]\nunpin = ["norm"]\npin = ["layers.0.*", "embedding"]'
+    free = {c.name for c in open_workspace(load_spec(write_study(tmp_path, extra=extra))).space.free}
+    assert "norm" in free
+    assert "layers.1.ssm.norm" in free
+    assert "embedding" not in free
+    assert not any(name.startswith("layers.0.") for name in free)
+    for wrong in ('unpin = ["D"]', 'pin = ["layer.*"]', 'unpin = ["in_proj"]'):
+        with pytest.raises(PrecisionMapError):
+            open_workspace(load_spec(write_study(tmp_path, extra=f"[precision]\n{wrong}")))
+
+
+def test_what_cannot_be_held_is_left_out_of_the_space(tmp_path: Path) -> None:
+    study = write_study(tmp_path, config=ITERA)
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["layers.0.ssm.in_proj.weight"][0] *= 1e6
+    save_file(tensors, tmp_path / "model.safetensors")
+    said: list[str] = []
+    space = open_workspace(load_spec(study, ["precision.activations=none"]), said.append).space
+    assert space.choices["layers.0.ssm.in_proj"] == ("int8",)
+    assert "layers.0.ssm.in_proj" not in {c.name for c in space.free}
+    assert space.widest()["layers.0.ssm.in_proj"] == "int8"
+    assert any("never fp16" in line for line in said)
+    tensors["layers.0.ssm.ssm.D"] = torch.full((32,), 1e6)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(InfeasibleError, match=r"layers\.0\.ssm\.ssm\.D"):
+        open_workspace(load_spec(study))
+
+
+@pytest.mark.parametrize("text", ["short", "outside"])
+def test_a_text_that_does_not_fit_is_refused(tmp_path: Path, text: str) -> None:
+    study = write_study(tmp_path)
+    override = "data.certify_windows=900" if text == "short" else "data.text=other.npy"
+    if text == "outside":
+        import numpy as np
+
+        np.save(tmp_path / "other.npy", np.full(2000, 64))
+    with pytest.raises(DataError, match="asked for" if text == "short" else "outside the model's vocabulary"):
+        open_workspace(load_spec(study, [override]))
+
+
+def test_a_window_beyond_the_positions_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SsmMpError, match="positions for 16"):
+        open_workspace(load_spec(write_study(tmp_path), ["data.window=17"]))
+
+
+def test_synthetic_calibration_uses_no_text(tmp_path: Path) -> None:
+    spec = load_spec(write_study(tmp_path), ["data.calibration=synthetic", "data.calibration_windows=9"])
+    assert len(open_workspace(spec).splits.calibration) == 9
+    assert load_spec(write_study(tmp_path)).data.calibration_count == 4
+
+
+def all_probes(workspace: Workspace) -> list[Probe]:
+    ends = (open_end(workspace, WIDEST), open_end(workspace, LOWEST))
+    return run_probes(workspace, ends, [], lambda probe: None)
+
+
+@pytest.mark.parametrize("family", ["mamba", "itera"])
+def test_probes_from_both_ends_agree_with_direct_evaluation(tmp_path: Path, family: str) -> None:
+    from tests.tiny import CONFIGS
+
+    workspace = open_workspace(load_spec(write_study(tmp_path, config=CONFIGS[family])))
+    probes = all_probes(workspace)
+    assert len(probes) == planned(workspace) == 2 * len(workspace.space.free)
+    windows, converter = workspace.splits.search, workspace.converter
+    for end, base in ((WIDEST, workspace.space.widest()), (LOWEST, workspace.space.lowest())):
+        reference = evaluate(converter.convert(base), windows)
+        for probe in (p for p in probes if p.end == end):
+            changed = evaluate(converter.convert(base.changed({probe.component: probe.precision})), windows)
+            direct = paired_increase(changed, reference)
+            assert (probe.log_increase, probe.log_stderr) == (direct.log_mean, direct.log_stderr)
+            assert probe.origin == base[probe.component] != probe.precision
+            assert probe.kl >= 0
+
+
+def test_probes_done_before_are_not_measured_again(workspace: Workspace) -> None:
+    probes = all_probes(workspace)
+    ends = (open_end(workspace, WIDEST), open_end(workspace, LOWEST))
+    measured: list[Probe] = []
+    again = run_probes(workspace, ends, probes[:-3], measured.append)
+    assert measured == probes[-3:]
+    assert again == probes
+    assert probe_from_stored(probes[0].stored()) == probes[0]
+
+
+def test_the_integer_programme_equals_brute_force(workspace: Workspace) -> None:
+    baseline = measure_baseline(workspace)
+    space = workspace.space
+    offsets = [
+        paired_increase(evaluate(workspace.converter.convert(m), workspace.splits.search), baseline.evaluation).log_mean
+        for m in (space.widest(), space.lowest())
+    ]
+    surrogate = fit(space, "static", all_probes(workspace), *offsets)
+    names = [c.name for c in space.free]
+    maps = [
+        space.map(dict(zip(names, chosen, strict=True)))
+        for chosen in itertools.product(*(space.choices[name] for name in names))
+    ]
+    sizes = [surrogate.bytes(m) for m in maps]
+    costs = [surrogate.predict(m) for m in maps]
+    low, high = min(sizes), max(sizes)
+    for limit in (low, (2 * low + high) // 3, (low + high) // 2, high):
+        best = surrogate.best_within(limit)
+        assert best is not None
+        assert surrogate.bytes(best) <= limit
+        expected = min(cost for size, cost in zip(sizes, costs, strict=True) if size <= limit)
+        assert surrogate.predict(best) == pytest.approx(expected, abs=1e-9)
+    assert surrogate.best_within(low - 1) is None
+    for allowed in (min(costs), sorted(costs)[len(costs) // 3], max(costs)):
+        smallest = surrogate.smallest_within(allowed + 1e-12)
+        assert smallest is not None
+        expected_size = min(size for size, cost in zip(sizes, costs, strict=True) if cost <= allowed + 1e-12)
+        assert surrogate.bytes(smallest) == expected_size
+    assert surrogate.smallest_within(min(costs) - 1e-3) is None
+
+
+def test_the_surrogate_is_exact_where_effects_add_up(workspace: Workspace) -> None:
+    space = workspace.space
+    true = {c.name: 0.001 * (i + 1) for i, c in enumerate(space.free)}
+    probes = [
+        probe
+        for name, cost in true.items()
+        for probe in (
+            Probe(name, "int8", WIDEST, "fp16", cost, 1e-4, 0.0),
+            Probe(name, "fp16", LOWEST, "int8", -cost, 1e-4, 0.0),
+        )
+    ]
+    surrogate = fit(space, "static", probes, 0.0005, 0.0005 + sum(true.values()))
+    assert surrogate.gap == pytest.approx(0)
+    chosen = space.map({"embedding": "int8", "layers.1.ssm.out_proj": "int8"})
+    assert surrogate.predict(chosen) == pytest.approx(0.0005 + true["embedding"] + true["layers.1.ssm.out_proj"])
+    front = surrogate.front(6, math.log1p(0.05))
+    assert 1 <= len(front) <= 6
+    assert len(set(front)) == len(front)
+    assert all(isinstance(candidate, PrecisionMap) for candidate in front)

@@ -1,0 +1,217 @@
+"""The Optuna study: real SQLite files, no model."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from search.errors import StudyError
+from search.front import pareto_front
+from search.objective import Measured
+from search.run_directory import RunDirectory
+from search.sampler import map_key
+from search.spec import load_spec
+from search.study import Seed, enqueue, open_study, points, recover, run_trials, status
+from ssm_mp.errors import EvaluationError
+from ssm_mp.evaluate import Increase
+
+SPACE = {f"c{i}": ("fp16", "int8") for i in range(5)}
+COST = {f"c{i}": 0.004 * (i + 1) for i in range(5)}
+PRINT = {"checkpoint": "a"}
+EVERYTHING = {**SPACE, "pinned": ("fp16",)}
+
+
+def measured(params: Mapping[str, str]) -> Measured:
+    size = 1000 - 100 * sum(p == "int8" for p in params.values())
+    cost = sum(COST[name] for name, p in params.items() if p == "int8")
+    return Measured(size, 2000 / size, 10 * (1 + cost), Increase(cost, 1e-4, 50))
+
+
+def opened(folder: Path, sampler: str = "tpe", trials: int = 20):  # type: ignore[no-untyped-def]
+    study = folder / "s.toml"
+    study.write_text('[checkpoint]\npath = "m.pt"\n')
+    spec = load_spec(study, [f"search.sampler={sampler}", f"search.trials={trials}"])
+    run = RunDirectory(folder / "run")
+    run.path.mkdir(exist_ok=True)
+    return spec, run, open_study(spec, run, SPACE, PRINT)
+
+
+def go(study: object, trials: int, evaluate: Callable[[Mapping[str, str]], Measured] = measured) -> list[bool]:
+    told: list[bool] = []
+    run_trials(study, SPACE, evaluate, trials=trials, budget_percent=5.0, sampler="x", after=told.append)  # type: ignore[arg-type]
+    return told
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+def test_every_sampler_gives_exactly_n_different_maps(tmp_path: Path, sampler: str) -> None:
+    _, _, study = opened(tmp_path, sampler)
+    go(study, 26)
+    found = points(study, EVERYTHING)
+    assert len(found) == 26
+    assert len({map_key(p.map) for p in found}) == 26
+    assert all(set(p.map) == set(EVERYTHING) for p in found)
+
+
+def test_a_continued_study_adds_to_what_is_there(tmp_path: Path) -> None:
+    spec, run, study = opened(tmp_path)
+    go(study, 8)
+    first = points(study, EVERYTHING)
+    again = open_study(spec, run, SPACE, PRINT)
+    assert go(again, 8) == []
+    go(again, 14)
+    found = points(again, EVERYTHING)
+    assert found[:8] == first
+    assert len({map_key(p.map) for p in found}) == 14
+
+
+def test_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path)
+    go(study, 1000)
+    found = points(study, EVERYTHING)
+    assert len(found) == 2**5
+    exact = sorted(
+        (measured(dict(zip(SPACE, chosen, strict=True))).bytes for chosen in itertools.product(*SPACE.values())),
+    )
+    assert sorted(p.bytes for p in found) == exact
+
+
+def test_seeds_come_first_and_only_once(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path)
+    seeds = [Seed(dict.fromkeys(SPACE, "fp16"), "a"), Seed(dict.fromkeys(SPACE, "int8"), "b")]
+    assert enqueue(study, [*seeds, Seed(dict.fromkeys(SPACE, "fp16"), "again")]) == 2
+    go(study, 4)
+    assert [p.origin for p in points(study, EVERYTHING)] == ["a", "b", "x", "x"]
+    assert enqueue(study, seeds) == 0
+
+
+def test_a_trial_killed_in_the_middle_is_tried_again(tmp_path: Path) -> None:
+    spec, run, study = opened(tmp_path)
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+
+    def killed(params: Mapping[str, str]) -> Measured:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(study, 3, killed)
+    again = open_study(spec, run, SPACE, PRINT)
+    assert status(again).running == 1
+    assert recover(again, SPACE) == 1
+    go(again, 3)
+    found = points(again, EVERYTHING)
+    assert len(found) == 3
+    assert Counter(p.origin for p in found)["b"] == 1
+    assert status(again).reasons == {"interrupted, and tried again": 1}
+    assert status(again).running == 0
+
+
+def test_a_trial_killed_before_its_map_was_complete_costs_nothing(tmp_path: Path) -> None:
+    spec, run, study = opened(tmp_path)
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+    seed = study.ask()  # killed before any parameter was suggested: the queued map must not be lost
+    assert seed.params == {}
+    partial = study.ask()
+    partial.suggest_categorical("c0", ("fp16", "int8"))
+    again = open_study(spec, run, SPACE, PRINT)
+    assert recover(again, SPACE) == 2
+    go(again, 2**5)
+    found = points(again, EVERYTHING)
+    assert len(found) == 2**5
+    assert next(p.origin for p in found) == "b"
+    assert recover(again, SPACE) == 0
+
+
+def test_enqueued_maps_become_parents_of_nsga2(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path, "nsga2")
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+    go(study, 1)
+    assert any("generation" in key for key in study.trials[0].system_attrs)
+
+
+def test_a_database_with_another_fingerprint_is_refused(tmp_path: Path) -> None:
+    spec, run, study = opened(tmp_path)
+    go(study, 1)
+    with pytest.raises(StudyError, match="another checkpoint"):
+        open_study(spec, run, SPACE, {"checkpoint": "b"})
+
+
+def test_a_map_that_cannot_be_evaluated_fails_with_its_reason(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path)
+
+    def picky(params: Mapping[str, str]) -> Measured:
+        if params["c0"] == "int8":
+            raise EvaluationError("not finite")
+        return measured(params)
+
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+    told = go(study, 5, picky)
+    assert told.count(True) == 5
+    assert told.count(False) == status(study).failed >= 1
+    assert set(status(study).reasons) == {"not finite"}
+
+
+def test_a_study_in_which_everything_fails_ends_with_the_reason(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path)
+
+    def hopeless(params: Mapping[str, str]) -> Measured:
+        raise EvaluationError("not finite")
+
+    with pytest.raises(EvaluationError, match="20 trials all failed: not finite"):
+        go(study, 5, hopeless)
+
+
+def test_the_budget_is_a_constraint_that_optuna_knows(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path)
+    go(study, 2**5)
+    for trial in study.get_trials(states=(TrialState.COMPLETE,)):
+        increase = trial.user_attrs["measured"]["increase_percent"]
+        assert trial.constraints == {"budget": pytest.approx(increase - 5.0)}
+        assert trial.values[1] == increase
+    best = {t.number for t in study.best_trials}
+    assert {p.trial for p in pareto_front(points(study, EVERYTHING), 5.0)} <= best
+
+
+def test_a_study_that_was_never_run_is_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with pytest.raises(StudyError, match="no search has been run"):
+        run.require()
+
+
+def test_a_changed_fingerprint_is_refused_and_says_what_changed(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with run.owned():
+        run.check_fingerprint({"checkpoint": "a", "scheme": {"activations": "static"}})
+        run.check_fingerprint({"checkpoint": "a", "scheme": {"activations": "static"}})
+        with pytest.raises(StudyError, match=r"another scheme \(activations: 'static' → 'none'\)"):
+            run.check_fingerprint({"checkpoint": "a", "scheme": {"activations": "none"}})
+        with pytest.raises(StudyError, match="another checkpoint"):
+            run.check_fingerprint({"checkpoint": "b", "scheme": {"activations": "static"}})
+
+
+def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").owned():
+        with pytest.raises(StudyError, match="another process"), RunDirectory(tmp_path / "run").owned():
+            pass
+    with RunDirectory(tmp_path / "run").owned():
+        pass
+
+
+def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.append_line("probes.jsonl", {"a": 1})
+    with (tmp_path / "probes.jsonl").open("a") as file:
+        file.write('{"a": ')
+    assert run.read_lines("probes.jsonl") == [{"a": 1}]
+    run.append_line("probes.jsonl", {"a": 2})
+    assert run.read_lines("probes.jsonl") == [{"a": 1}, {"a": 2}]
+
+
+def test_trials_without_their_fingerprint_are_refused(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    (tmp_path / "study.db").touch()
+    with pytest.raises(StudyError, match="nobody knows what study.db belongs to"):
+        run.check_fingerprint({"checkpoint": "a"})

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssm_mp.errors import InfeasibleError
+from ssm_mp.quantize import (
+    INT8_LIMIT,
+    ScaleMethod,
+    ScaleRule,
+    dequantize_rows,
+    histogram_scale,
+    integer_product,
+    integer_product_emulated,
+    quantize_rows,
+    quantize_tensor,
+    stored_scales,
+    weight_scales,
+)
+
+METHODS: tuple[ScaleMethod, ...] = ("minmax", "percentile", "mse")
+
+
+def rows_of(seed: int, rows: int, width: int, spread: float) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+@given(st.integers(0, 999), st.integers(1, 9), st.integers(1, 40), st.floats(1e-2, 1e3))
+def test_minmax_error_is_at_most_half_a_step(seed: int, rows: int, width: int, spread: float) -> None:
+    values = rows_of(seed, rows, width, spread)
+    scales = weight_scales(values, ScaleRule("minmax"))
+    restored = dequantize_rows(quantize_rows(values, scales), scales)
+    assert bool(((restored - values).abs() <= 0.5001 * scales.float()[:, None]).all())
+
+
+@given(st.integers(0, 999), st.sampled_from(METHODS))
+def test_values_stay_symmetric_within_the_limit(seed: int, method: ScaleMethod) -> None:
+    values = rows_of(seed, 4, 300, 1.0)
+    quantized = quantize_rows(values, weight_scales(values, ScaleRule(method, 90)))
+    assert int(quantized.min()) >= -INT8_LIMIT
+    assert int(quantized.max()) <= INT8_LIMIT
+    assert torch.equal(quantize_rows(-values, weight_scales(-values, ScaleRule(method, 90))), -quantized)
+
+
+def test_mse_is_never_worse_than_minmax_in_square_error() -> None:
+    values, limit = rows_of(0, 16, 400, 1.0), 7  # few steps, where clipping pays
+    errors = {}
+    for method in ("minmax", "mse"):
+        scales = weight_scales(values, ScaleRule(method), limit)
+        restored = dequantize_rows(quantize_rows(values, scales, limit), scales)
+        errors[method] = (restored - values).square().sum(dim=1)
+    assert bool((errors["mse"] <= errors["minmax"]).all())
+    assert float(errors["mse"].sum()) < 0.9 * float(errors["minmax"].sum())
+
+
+def test_percentile_clips_what_lies_beyond_it() -> None:
+    values = torch.cat([torch.full((1, 99), 1.0), torch.tensor([[100.0]])], dim=1)
+    assert float(weight_scales(values, ScaleRule("percentile", 99))) == pytest.approx(1 / INT8_LIMIT, rel=1e-3)
+    assert float(weight_scales(values, ScaleRule("percentile", 100))) == pytest.approx(100 / INT8_LIMIT, rel=1e-3)
+
+
+@given(st.lists(st.floats(1e-6, 6e4), min_size=1, max_size=20))
+def test_stored_scales_are_the_smallest_float16_not_below(scales: list[float]) -> None:
+    wanted = torch.tensor(scales, dtype=torch.float32)
+    stored = stored_scales(wanted)
+    assert stored.dtype == torch.float16
+    below = (stored.view(torch.int16) - 1).view(torch.float16).float()
+    assert bool((stored.float() >= wanted).all())
+    assert bool((below < wanted).all())
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    for method in METHODS:
+        values = torch.zeros(2, 5)
+        scales = weight_scales(values, ScaleRule(method))
+        assert torch.equal(dequantize_rows(quantize_rows(values, scales), scales), values)
+
+
+@pytest.mark.parametrize(("value", "word"), [(1e9, "above"), (1e-9, "below")])
+def test_scales_that_float16_cannot_hold_are_infeasible(value: float, word: str) -> None:
+    with pytest.raises(InfeasibleError, match=word):
+        weight_scales(torch.full((1, 3), value), ScaleRule("minmax"))
+
+
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 2500), st.integers(1, 20))
+def test_emulated_product_equals_the_integer_product(seed: int, m: int, k: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
+    b = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    exact = a.long() @ b.long().t()
+    assert torch.equal(integer_product(a, b).long(), exact)
+    assert torch.equal(integer_product_emulated(a, b).long(), exact)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("instructions", ["AVX2", "SSE41"])
+def test_the_product_is_exact_without_vnni(instructions: str) -> None:
+    """In a process of its own, where oneDNN may not use the instructions that make its product exact."""
+    program = (
+        "import torch; from ssm_mp.quantize import integer_product;"
+        "a = torch.full((40, 300), 127, dtype=torch.int8);"
+        "assert torch.equal(integer_product(a, a), torch.full((40, 40), 127 * 127 * 300, dtype=torch.int32))"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+def test_emulated_product_is_exact_at_the_extremes() -> None:
+    a = torch.full((3, 5000), 127, dtype=torch.int8)
+    assert torch.equal(integer_product_emulated(a, a), torch.full((3, 3), 127 * 127 * 5000, dtype=torch.int32))
+
+
+def test_histogram_scales_agree_with_the_values_behind_them() -> None:
+    values = rows_of(1, 1, 200_000, 1.0).abs().flatten()
+    largest = values.max().item()
+    counts = torch.histc(values, bins=2048, min=0.0, max=largest).double()
+    assert float(histogram_scale(counts, largest, ScaleRule("minmax"))) * 127 == pytest.approx(largest, rel=1e-3)
+    percentile = float(torch.quantile(values.double()[:100_000], 0.999))
+    found = float(histogram_scale(counts, largest, ScaleRule("percentile", 99.9))) * 127
+    assert found == pytest.approx(percentile, rel=0.03)
+
+
+def test_mse_histogram_scale_has_less_error_than_minmax() -> None:
+    values = (rows_of(2, 1, 100_000, 1.0) ** 3).abs().flatten()
+    largest = values.max().item()
+    counts = torch.histc(values, bins=2048, min=0.0, max=largest).double()
+
+    def error(method: ScaleMethod) -> float:
+        scale = histogram_scale(counts, largest, ScaleRule(method)).float()
+        return float((quantize_tensor(values, scale).float() * scale - values).square().mean())
+
+    assert error("mse") < error("minmax")
