@@ -137,7 +137,8 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     """`a [m, k] @ b [n, k]ᵀ` of int8 matrices, accumulated in int32: `[m, n]`."""
     if a.is_cuda and (a.shape[0] <= 16 or a.shape[1] % 8 or b.shape[0] % 8):
         return integer_product_emulated(a, b)  # shapes that cuBLAS refuses
-    if not a.is_cuda and not _native_product_is_exact():
+    # torch 2.13's product of one-column matrices leaves its result uninitialised on a CPU
+    if not a.is_cuda and (a.shape[1] == 1 or not _native_product_is_exact()):
         return integer_product_emulated(a, b)
     product: Tensor = torch._int_mm(a, b.t())
     return product
