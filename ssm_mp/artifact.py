@@ -202,8 +202,14 @@ def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
 def load_artifact(path: str | Path, device: str = "cpu") -> LanguageModel:
     """The converted model of an artifact folder, verified: token ids `[b, l]` → logits `[b, l, V]`, eval mode.
 
-    >>> from ssm_mp import load_artifact
-    >>> model = load_artifact("exports/reference")  # doctest: +SKIP
+    >>> import tempfile
+    >>> from ssm_mp import PrecisionMap, Scheme, convert, find_components, load_artifact, load_model, save_artifact
+    >>> model, scheme = load_model("studies/reference/model.safetensors"), Scheme(activations="none")
+    >>> everywhere = PrecisionMap.uniform("int8", find_components(model))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = save_artifact(f"{folder}/small", convert(model, everywhere, scheme), everywhere, scheme, {})
+    ...     load_artifact(path).config.n_layers
+    4
     """
     return read_artifact(path, device).model
 

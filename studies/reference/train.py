@@ -10,6 +10,7 @@ positions and a tied head, in the third `mamba` key layout. Needs a C++ compiler
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import platform
@@ -170,7 +171,7 @@ def third_layout(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def main() -> None:
     """Tokenizer, training, perplexities, files."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--steps", type=int, default=3800)
+    arguments.add_argument("--steps", type=int, default=3000)
     arguments.add_argument("--batch", type=int, default=32)
     arguments.add_argument("--rate", type=float, default=4e-3)
     arguments.add_argument("--dropout", type=float, default=0.1)
@@ -200,6 +201,7 @@ def main() -> None:
         "seconds": round(seconds), "python": platform.python_version(), "torch": torch.__version__,
     }  # fmt: skip
     save_file(third_layout(tensors), given.out / "model.safetensors")
+    result["checkpoint_sha256"] = hashlib.sha256((given.out / "model.safetensors").read_bytes()).hexdigest()
     (given.out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
