@@ -1,12 +1,11 @@
 """An additive model of log-perplexity increase, and the best maps that it predicts.
 
 The increase of a map over FP32 ≈ that of the widest map + one effect for each component and precision. An
-effect is the mean of what the probes from both ends say of it.
+effect is the mean of what the probes from both ends say of it, weighted by how surely each says it.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +20,9 @@ from search.probe import LOWEST, WIDEST, Probe
 from search.space import Space
 from ssm_mp.layers import ActivationScheme
 from ssm_mp.precision_map import PrecisionMap
+
+_LEAST_VARIANCE = 1e-16
+"""Keeps the weight of a probe finite where all windows agree to the last digit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,8 @@ class Surrogate:
         return programme.solve(programme.effects, programme.at_most(programme.sizes, most_bytes - programme.fixed))
 
     def smallest_within(self, log_increase: float) -> PrecisionMap | None:
-        """The smallest map whose predicted increase is at most this much; None where there is none."""
+        """The smallest map whose predicted increase is at most this much (to the solver's tolerance, a millionth of
+        the largest effect); None where there is none."""
         programme = _Programme(self)
         return programme.solve(programme.sizes, programme.at_most(programme.effects, log_increase - self.offset))
 
@@ -120,7 +123,7 @@ def _standard_output_to_error() -> Iterator[None]:
 
 def fit(space: Space, scheme: ActivationScheme, probes: Iterable[Probe], widest: float, lowest: float) -> Surrogate:
     """The surrogate of a set of probes; `widest` and `lowest` are both ends' measured log-increases over FP32."""
-    measured = {(probe.component, probe.precision, probe.end): probe.log_increase for probe in probes}
+    measured = {(probe.component, probe.precision, probe.end): probe for probe in probes}
     effects = {
         component.name: {
             precision: _effect(space.choices[component.name], component.name, precision, measured)
@@ -133,13 +136,17 @@ def fit(space: Space, scheme: ActivationScheme, probes: Iterable[Probe], widest:
 
 
 def _effect(
-    choices: tuple[str, ...], name: str, precision: str, measured: Mapping[tuple[str, str, str], float]
+    choices: tuple[str, ...], name: str, precision: str, measured: Mapping[tuple[str, str, str], Probe]
 ) -> float:
-    """Log-increase of a component at a precision over its widest: the mean of both ends."""
+    """Log-increase of a component at a precision over its widest: both ends, weighted by their inverse variances."""
     top, bottom = choices[0], choices[-1]
     if precision == top:
         return 0.0
-    lowered = measured.get((name, precision, WIDEST), math.nan)
-    to_top = measured.get((name, top, LOWEST), math.nan)
-    to_precision = 0.0 if precision == bottom else measured.get((name, precision, LOWEST), math.nan)
-    return 0.5 * (lowered + (to_precision - to_top))
+    lowered, to_top = measured[name, precision, WIDEST], measured[name, top, LOWEST]
+    from_below, variance_below = -to_top.log_increase, to_top.log_stderr**2
+    if precision != bottom:
+        raised = measured[name, precision, LOWEST]
+        from_below += raised.log_increase
+        variance_below += raised.log_stderr**2
+    weights = (1 / max(lowered.log_stderr**2, _LEAST_VARIANCE), 1 / max(variance_below, _LEAST_VARIANCE))
+    return (weights[0] * lowered.log_increase + weights[1] * from_below) / sum(weights)
