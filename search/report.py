@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.certify import Certificate
-from search.front import Point
+from search.front import Point, hypervolume
 from search.gates import Gate, overall
 from search.spec import StudySpec
 from search.study import Status
@@ -138,7 +138,13 @@ def _front(result: Result) -> str:
         for point in result.front
     ]
     head = ("trial", "from", "compression", "bytes", "perplexity", "increase % (95 %)", "below fp16")
-    return _table(head, rows, left=2) if rows else "No evaluated map is within the budget."
+    if not rows:
+        return "No evaluated map is within the budget."
+    area = hypervolume(result.points, result.spec.search.budget_percent)
+    return (
+        _table(head, rows, left=2)
+        + f"\n\nHypervolume {area:.4f}: compression above 1× times percentage points below the budget."
+    )
 
 
 def _certificate(result: Result) -> str:

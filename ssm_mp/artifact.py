@@ -54,8 +54,7 @@ def stored_arrays(model: LanguageModel) -> dict[str, Tensor]:
     for component in find_components(model):
         module = model.get_submodule(component.name)
         for parameter in component.parameters:
-            leaf = parameter.name.rsplit(".", 1)[-1]
-            held = module if isinstance(module, Stored) else getattr(module, leaf)
+            held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
             for suffix, array in held.arrays().items():
                 arrays[_joined(parameter.name, suffix)] = array
         inputs = getattr(module, "inputs", None)
@@ -222,37 +221,46 @@ class _Skeleton:
 
 
 def _restore(
-    config: Config, precisions: Mapping[str, str], scheme: Scheme, arrays: dict[str, Tensor]
+    config: Config, precisions: Mapping[str, str], scheme: Scheme, arrays: Mapping[str, Tensor]
 ) -> tuple[LanguageModel, PrecisionMap]:
     components = find_components(_Skeleton(config))
     if {component.name for component in components} != precisions.keys():
         raise PrecisionMapError("the map and the config name different components")
+    precision_map = PrecisionMap(tuple((component.name, precisions[component.name]) for component in components))
+    require_pins(precision_map, components)
+    found = {name: ArraySpec(tuple(array.shape), array.dtype) for name, array in arrays.items()}
     expected = _expected(components, precisions, scheme)
     wrong = [
         f"{name}: expected {_described(expected.get(name))}, found {_described(found.get(name))}"
-        for found in [{name: ArraySpec(tuple(array.shape), array.dtype) for name, array in arrays.items()}]
         for name in sorted(expected.keys() | found.keys())
         if expected.get(name) != found.get(name)
     ]
     if wrong:
         raise ArtifactError("arrays that do not fit the map: " + "; ".join(wrong[:5]))
-    modules: dict[str, nn.Module] = {}
-    for component in components:
-        precision = get_precision(precisions[component.name])
-        tensors = {}
-        for parameter in component.parameters:
-            suffixes = precision.arrays(parameter.shape, parameter.role)
-            held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
-            tensors[parameter.name.rsplit(".", 1)[-1]] = precision.restore(held, parameter.role)
-        inputs: InputQuantizer | None = None
-        if component.has_input_scale(precision, scheme.activations):
+    modules = {
+        component.name: _restored(component, precisions[component.name], scheme, arrays, config)
+        for component in components
+    }
+    return assemble(config, modules), precision_map
+
+
+def _restored(
+    component: Component, name: str, scheme: Scheme, arrays: Mapping[str, Tensor], config: Config
+) -> nn.Module:
+    """The module of one component, from its arrays in the file."""
+    precision = get_precision(name)
+    tensors = {}
+    for parameter in component.parameters:
+        suffixes = precision.arrays(parameter.shape, parameter.role)
+        held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
+        tensors[parameter.leaf] = precision.restore(held, parameter.role)
+    inputs: InputQuantizer | None = None
+    match component.input_scheme(name, scheme.activations):
+        case "static":
             inputs = StaticInput(arrays[f"{component.name}.input_scale"])
-        elif scheme.activations == "dynamic" and precision.quantizes_inputs and component.multiplies_inputs:
+        case "dynamic":
             inputs = DynamicInput()
-        modules[component.name] = component_module(component.kind, tensors, config, inputs)
-    ordered = PrecisionMap(tuple((component.name, precisions[component.name]) for component in components))
-    require_pins(ordered, components)
-    return assemble(config, modules), ordered
+    return component_module(component.kind, tensors, config, inputs)
 
 
 def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], scheme: Scheme) -> dict[str, ArraySpec]:
@@ -263,7 +271,7 @@ def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], 
         for parameter in component.parameters:
             for suffix, spec in precision.arrays(parameter.shape, parameter.role).items():
                 expected[_joined(parameter.name, suffix)] = spec
-        if component.has_input_scale(precision, scheme.activations):
+        if component.input_scheme(precisions[component.name], scheme.activations) == "static":
             expected[f"{component.name}.input_scale"] = ArraySpec((1,), torch.float16)
     return expected
 

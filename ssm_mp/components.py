@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from ssm_mp.config import Config, Parameter
 from ssm_mp.layers import LINEAR_KINDS, ActivationScheme
-from ssm_mp.precision import Precision, get_precision
+from ssm_mp.precision import get_precision
 
 ALWAYS_PINNED = frozenset({"A_log", "D"})
 """Kinds that stay fp16 in every study."""
@@ -58,15 +58,16 @@ class Component:
     def fp32_bytes(self) -> int:
         return 4 * self.count
 
-    def has_input_scale(self, precision: Precision, scheme: ActivationScheme) -> bool:
-        """Whether a calibrated scale of its inputs is stored with it."""
-        return scheme == "static" and precision.quantizes_inputs and self.multiplies_inputs
+    def input_scheme(self, precision: str, scheme: ActivationScheme) -> ActivationScheme:
+        """How its inputs are quantised at a precision: by the study's scheme where both have a part in it."""
+        takes_part = self.multiplies_inputs and get_precision(precision).quantizes_inputs
+        return scheme if takes_part else "none"
 
     def bytes(self, precision: str, scheme: ActivationScheme) -> int:
-        """Stored bytes at a precision, weight scales and input scale (2 bytes) included."""
+        """Stored bytes at a precision, weight scales and the static input scale (2 bytes) included."""
         held = get_precision(precision)
         tensors = sum(held.bytes(parameter.shape, parameter.role) for parameter in self.parameters)
-        return tensors + (2 if self.has_input_scale(held, scheme) else 0)
+        return tensors + (2 if self.input_scheme(precision, scheme) == "static" else 0)
 
 
 def find_components(source: HasConfig) -> tuple[Component, ...]:

@@ -31,6 +31,11 @@ class Parameter:
     layer: int | None
     role: Role
 
+    @property
+    def leaf(self) -> str:
+        """Its name within its component: `weight`, `bias`, or the bare value's own, such as `A_log`."""
+        return self.name.rsplit(".", 1)[-1]
+
 
 def _weight(component: str, kind: str, layer: int | None, *shape: int) -> Parameter:
     return Parameter(f"{component}.weight", shape, component, kind, layer, "weight")

@@ -85,25 +85,24 @@ class Converter:
         source = self.model.get_submodule(component.name)
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:
-            leaf = parameter.name.rsplit(".", 1)[-1]
-            held = source if isinstance(source, Stored) else getattr(source, leaf)
+            held = source if isinstance(source, Stored) else getattr(source, parameter.leaf)
             if not isinstance(held, FloatTensor) or held.value.dtype != torch.float32:
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
             try:
-                tensors[leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
+                tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
             except InfeasibleError as error:
                 raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
         return component_module(component.kind, tensors, self.model.config, self._inputs(component, name))
 
     def _inputs(self, component: Component, name: str) -> InputQuantizer | None:
         """The input quantiser that the scheme asks for."""
-        if component.has_input_scale(get_precision(name), self.scheme.activations):
+        scheme = component.input_scheme(name, self.scheme.activations)
+        if scheme == "static":
             try:
                 return StaticInput(self._statistics[component.name].scale(self.scheme.input_scales))
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
-        takes_part = get_precision(name).quantizes_inputs and component.multiplies_inputs
-        return DynamicInput() if self.scheme.activations == "dynamic" and takes_part else None
+        return DynamicInput() if scheme == "dynamic" else None
 
 
 def convert(

@@ -73,11 +73,10 @@ class Prefix:
     hidden: Tensor
 
 
-def evaluate(model: LanguageModel, windows: Windows, batch: int = BATCH, prefix: Prefix | None = None) -> Evaluation:
+def evaluate(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Evaluation:
     """Negative log-likelihood of every window, summed in float64. Deterministic on one machine.
 
-    prefix: states recorded from a model that agrees with this one up to its layer. Raises EvaluationError
-    where a window's likelihood is NaN or infinite.
+    Raises EvaluationError where a window's likelihood is NaN or infinite.
 
     >>> import torch
     >>> from ssm_mp import Windows, evaluate, load_model
@@ -87,17 +86,18 @@ def evaluate(model: LanguageModel, windows: Windows, batch: int = BATCH, prefix:
     """
     parts = []
     with torch.inference_mode():
-        for first in range(0, len(windows), batch):
-            hidden = _hidden(model, windows, slice(first, first + batch), prefix)
-            parts.append(_window_nll(model, hidden, windows.ids[first : first + batch].to(hidden.device)))
+        for ids in windows.ids.to(_device(model)).split(batch):
+            hidden = model.embed(ids)
+            for layer in model.layers:
+                hidden = layer(hidden)
+            parts.append(_window_nll(model, hidden, ids))
     return _finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
 def start(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Prefix:
     """The embedded windows: the prefix of layer 0."""
-    device = next(model.parameters()).device
     with torch.inference_mode():
-        return Prefix(0, torch.cat([model.embed(ids.to(device)) for ids in windows.ids.split(batch)]))
+        return Prefix(0, torch.cat([model.embed(ids) for ids in windows.ids.to(_device(model)).split(batch)]))
 
 
 def advance(model: LanguageModel, prefix: Prefix, layers: int = 1, batch: int = BATCH) -> Prefix:
@@ -151,15 +151,8 @@ def paired_increase(candidate: Evaluation, reference: Evaluation) -> Increase:
     return Increase(float(differences.mean()), stderr, n)
 
 
-def _hidden(model: LanguageModel, windows: Windows, part: slice, prefix: Prefix | None) -> Tensor:
-    """Last hidden states of some windows: `[b, L, d]`."""
-    if prefix is None:
-        first, hidden = 0, model.embed(windows.ids[part].to(next(model.parameters()).device))
-    else:
-        first, hidden = prefix.layer, prefix.hidden[part]
-    for layer in model.layers[first:]:
-        hidden = layer(hidden)
-    return hidden
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device
 
 
 def _head_rows(model: LanguageModel, hidden: Tensor) -> int:

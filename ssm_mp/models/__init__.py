@@ -35,8 +35,7 @@ def build(config: Config, tensors: Mapping[str, Tensor], scan: Scan = selective_
     stored: dict[str, dict[str, Stored]] = defaultdict(dict)
     kinds: dict[str, str] = {}
     for parameter in config.parameters():
-        leaf = parameter.name.rsplit(".", 1)[-1]
-        stored[parameter.component][leaf] = FloatTensor(tensors[parameter.name])
+        stored[parameter.component][parameter.leaf] = FloatTensor(tensors[parameter.name])
         kinds[parameter.component] = parameter.kind
     modules = {name: component_module(kinds[name], held, config) for name, held in stored.items()}
     return assemble(config, modules, scan)

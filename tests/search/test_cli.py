@@ -159,6 +159,18 @@ def test_an_interrupted_search_continues(tmp_path: Path, sig: signal.Signals) ->
     assert (after["finished"], after["running"]) == (wanted, 0)
 
 
+@pytest.mark.slow
+def test_a_search_of_experts_ends_in_an_artifact(tmp_path: Path) -> None:
+    extra = '[precision]\nunpin = ["router", "B", "C"]\n[search]\nbudget_percent = 20\nseeds = 3\ntrials = 8\n'
+    write_study(tmp_path, config=ITERA, windows=(8, 32, 64), extra=extra)
+    found = answer("search", "tiny.toml", cwd=tmp_path)
+    assert found["certificate"]["verdict"] == "certified"
+    winner = next(point for point in found["front"] if point["trial"] == found["winner"])
+    assert winner["map"]["layers.1.moe.layer.router.gate"] in ("fp16", "int8")
+    evaluated = answer("evaluate", "runs/tiny/winner", "--study", "tiny.toml", cwd=tmp_path)
+    assert evaluated["perplexity"] == winner["perplexity"]
+
+
 def test_inspect_and_convert_answer_with_their_keys(tmp_path: Path) -> None:
     write_study(tmp_path, config=ITERA)
     found = answer("inspect", "model.safetensors", cwd=tmp_path)
