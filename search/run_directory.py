@@ -47,7 +47,8 @@ class RunDirectory:
         """Hold the directory for this process; raises StudyError where another process holds it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self / "lock")
+            lock_file = self / "lock"
+            lock = FileLock(lock_file)
             lock.acquire(timeout=0)
         except Timeout:
             raise StudyError(
@@ -58,6 +59,9 @@ class RunDirectory:
         try:
             yield
         finally:
+            if [path.name for path in self.path.iterdir()] == [lock_file.name]:  # nothing came of it
+                lock_file.unlink()
+                self.path.rmdir()
             lock.release()
 
     def require(self) -> None:

@@ -112,4 +112,5 @@ def _run(model: LanguageModel, windows: Windows) -> None:
     device = next(model.parameters()).device
     with torch.inference_mode():
         for ids in windows.ids.split(_BATCH):
-            model(ids.to(device))
+            for part in model.hidden(ids.to(device)).split(model.head_rows(windows.length)):
+                model.head(part)

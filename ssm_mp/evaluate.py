@@ -18,9 +18,6 @@ from ssm_mp.errors import EvaluationError
 from ssm_mp.models import LanguageModel
 
 BATCH = 32
-_LOGIT_BYTES = 1 << 24
-"""Logits held at once: 16 MiB, whatever the number of windows; larger blocks are paged in anew every time."""
-
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -87,10 +84,7 @@ def evaluate(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Eval
     parts = []
     with torch.inference_mode():
         for ids in windows.ids.to(_device(model)).split(batch):
-            hidden = model.embed(ids)
-            for layer in model.layers:
-                hidden = layer(hidden)
-            parts.append(_window_nll(model, hidden, ids))
+            parts.append(_window_nll(model, model.hidden(ids), ids))
     return _finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
@@ -119,7 +113,7 @@ def finish(model: LanguageModel, final: Prefix, windows: Windows) -> Evaluation:
 def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel, found: Prefix) -> float:
     """Kullback–Leibler divergence KL(reference ‖ model), nats a token, from both models' last hidden states."""
     total, tokens = 0.0, 0
-    step = _head_rows(reference, expected.hidden)
+    step = reference.head_rows(expected.hidden.shape[1])
     with torch.inference_mode():
         for ours, theirs in zip(expected.hidden.split(step), found.hidden.split(step), strict=True):
             target = reference.head(ours[:, :-1]).log_softmax(dim=-1)
@@ -155,15 +149,10 @@ def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
 
-def _head_rows(model: LanguageModel, hidden: Tensor) -> int:
-    """How many windows' logits fit in `_LOGIT_BYTES`."""
-    return max(1, _LOGIT_BYTES // (4 * hidden.shape[1] * model.config.vocabulary))
-
-
 def _window_nll(model: LanguageModel, hidden: Tensor, ids: Tensor) -> FloatArray:
     """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`."""
     sums = []
-    step = _head_rows(model, hidden)
+    step = model.head_rows(hidden.shape[1])
     for states, tokens in zip(hidden.split(step), ids.split(step), strict=True):
         logits = model.head(states[:, :-1])  # [·, L − 1, V]
         nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")

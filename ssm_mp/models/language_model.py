@@ -14,6 +14,9 @@ from ssm_mp.config import Config
 from ssm_mp.errors import DataError
 from ssm_mp.precision import Stored
 
+_LOGIT_BYTES = 1 << 24
+"""Logits held at once: 16 MiB, whatever the number of windows; larger blocks are paged in anew every time."""
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -66,9 +69,17 @@ class LanguageModel(nn.Module):
         logits: Tensor = head(normed)  # type: ignore[operator]  # nn.Module attributes are untyped
         return logits
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Token ids `[b, l]` → logits `[b, l, V]`."""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Token ids `[b, l]` → last hidden state `[b, l, d]`."""
         x = self.embed(ids)
         for layer in self.layers:
             x = layer(x)
-        return self.head(x)
+        return x
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `[b, l]` → logits `[b, l, V]`."""
+        return self.head(self.hidden(ids))
+
+    def head_rows(self, length: int) -> int:
+        """How many sequences' logits may be held at once; at least one."""
+        return max(1, _LOGIT_BYTES // (4 * length * self.config.vocabulary))

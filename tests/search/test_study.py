@@ -200,6 +200,12 @@ def test_a_run_directory_has_one_owner(tmp_path: Path) -> None:
         pass
 
 
+def test_a_run_that_came_to_nothing_leaves_no_directory(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").owned():
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.append_line("probes.jsonl", {"a": 1})
