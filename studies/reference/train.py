@@ -1,7 +1,7 @@
 """Train the reference checkpoint: a small Mamba on the Python standard library of this interpreter.
 
     python studies/reference/train.py            # writes model.safetensors, tokenizer.json, training.json
-    python studies/reference/train.py --steps 20 --out /tmp/try
+    python studies/reference/train.py --steps 20 --out try
 
 A byte-level BPE of 8000 entries is trained first; then 4 layers of width 128 with LayerNorm, learned
 positions and a tied head, in the third `mamba` key layout. Needs a C++ compiler (torch.compile).
