@@ -103,10 +103,14 @@ def certify(
     """Try the front from its smallest map on until one is certified; None for an empty front.
 
     measure: a point's increase over FP32 on the certify windows, paired. former: all tries that the study has
-    made; one of the same map on the same windows and budget is not made again, the others raise the confidence
-    that a new try must reach.
+    made; one of the same map on the same windows and budget is not made again unless more confidence is asked for
+    now, and all of them raise the confidence that a new try must reach.
     """
-    known = {(tried.trial, tried.windows_digest, tried.budget_percent): tried for tried in former}
+    known = {
+        (tried.trial, tried.windows_digest, tried.budget_percent): tried
+        for tried in former
+        if tried.confidence >= confidence
+    }
     made = len(former)
     tries: list[Try] = []
     for point in front:

@@ -16,7 +16,7 @@ from search.surrogate import Surrogate
 from ssm_mp.benchmark import Benchmark
 from ssm_mp.components import Component
 
-_PRECISION_FIGURES = {"pass": "✓", "warn": "!", "fail": "✗"}
+_MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +120,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
 
 
 def _gates(gates: Sequence[Gate]) -> str:
-    rows = [(f"{_PRECISION_FIGURES[gate.verdict]} {gate.verdict}", gate.name, gate.figures) for gate in gates]
+    rows = [(f"{_MARKS[gate.verdict]} {gate.verdict}", gate.name, gate.figures) for gate in gates]
     return _table(("verdict", "gate", "figures"), rows, left=3)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,11 +32,7 @@ from ssm_mp.evaluate import Increase, evaluate, paired_increase
 from ssm_mp.precision_map import PRESETS, PrecisionMap
 
 Say = Callable[[str], None]
-
-
-def say_to_stderr(line: str) -> None:
-    """Print a line for people, away from the answer on standard output."""
-    print(line, file=sys.stderr, flush=True)
+"""Told a line for people before each slow step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +45,7 @@ class Prepared:
     surrogate: Surrogate
 
 
-def prepare(spec: StudySpec, run: RunDirectory, say: Say = say_to_stderr) -> Prepared:
+def prepare(spec: StudySpec, run: RunDirectory, say: Say) -> Prepared:
     """Load, check the fingerprint, measure baseline and probes; what a former run measured is not measured again."""
     workspace = open_workspace(spec, say)
     run.check_fingerprint(workspace.fingerprint())
@@ -96,7 +91,7 @@ def seeds(prepared: Prepared) -> list[Seed]:
     return [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
 
 
-def run_search(spec: StudySpec, run: RunDirectory, say: Say = say_to_stderr) -> Result:
+def run_search(spec: StudySpec, run: RunDirectory, say: Say) -> Result:
     """Run or continue a study to its number of trials, then finish it: everything in the run directory."""
     with run.owned():
         prepared = prepare(spec, run, say)
@@ -220,7 +215,9 @@ def draw(
     """The study's pictures, PNG and SVG. The allocation is the winner's, or the smallest front map's where none won."""
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
-    picture = plots.plot_front(found, budget, winner, describe(certificate), baseline_bytes)
+    picture = plots.plot_front(
+        found, budget, winner, describe(certificate, bool(pareto_front(found, budget))), baseline_bytes
+    )
     paths = plots.save(picture, run.path, "front")
     paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
     front = pareto_front(found, budget)
@@ -233,10 +230,10 @@ def draw(
     return paths
 
 
-def describe(certificate: Certificate | None) -> str:
-    """The certificate in one sentence, for titles and the terminal."""
+def describe(certificate: Certificate | None, any_within: bool) -> str:
+    """The certificate in one sentence, for titles; `any_within` tells an empty front from one not yet certified."""
     if certificate is None:
-        return "No map is within the budget on the search windows."
+        return "Not certified yet." if any_within else "No map is within the budget on the search windows."
     return (
         f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows: "
         f"{certificate.increase_percent:+.2f} %, at most {certificate.upper_percent:+.2f} % "

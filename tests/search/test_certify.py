@@ -59,6 +59,12 @@ def test_a_try_is_not_repeated_and_others_must_reach_more() -> None:
 
     again = certify(FRONT, never, budget_percent=5, confidence=0.95, windows_digest="x", former=first.tries)
     assert again == first
+    surer = certify(
+        FRONT, lambda _: Increase(0.0, 0.001, 100), budget_percent=5, confidence=0.999, windows_digest="x",
+        former=first.tries,
+    )  # fmt: skip
+    assert surer is not None
+    assert surer.tries[0].confidence == pytest.approx(1 - 0.001 / 8)
     more = certify(
         FRONT,
         lambda _: Increase(0.0, 0.001, 200),

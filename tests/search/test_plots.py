@@ -13,6 +13,7 @@ from search.plots import allocation_png, plot_allocation, plot_front, plot_sensi
 from search.probe import LOWEST, WIDEST, Probe
 from search.progress import Progress
 from search.report import component_rows, front_json
+from search.run import describe
 from ssm_mp.components import find_components
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from tests.tiny import ITERA, MAMBA, random_model
@@ -45,6 +46,11 @@ def test_the_front_shows_winner_budget_and_units(tmp_path: Path, budget: float) 
         assert expected in said
     for name in ("uniform fp16", "conservative", "aggressive", "uniform int8", "Certified on 512 unseen windows"):
         assert name in said
+
+
+def test_a_front_without_a_certificate_is_not_called_empty() -> None:
+    assert describe(None, any_within=True) == "Not certified yet."
+    assert "No map is within the budget" in describe(None, any_within=False)
 
 
 def test_an_empty_study_can_be_drawn(tmp_path: Path) -> None:
