@@ -215,12 +215,10 @@ def draw(
     """The study's pictures, PNG and SVG. The allocation is the winner's, or the smallest front map's where none won."""
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
-    picture = plots.plot_front(
-        found, budget, winner, describe(certificate, bool(pareto_front(found, budget))), baseline_bytes
-    )
+    front = pareto_front(found, budget)
+    picture = plots.plot_front(found, budget, winner, describe(certificate, bool(front)), baseline_bytes)
     paths = plots.save(picture, run.path, "front")
     paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
-    front = pareto_front(found, budget)
     shown = next((point for point in front if point.trial == winner), front[0] if front else None)
     if shown is not None:
         allocation = PrecisionMap(tuple(shown.map.items()))
