@@ -23,12 +23,13 @@ from ssm_mp.precision_map import PrecisionMap
 
 # Okabe & Ito (2008): told apart under every common colour blindness; marks differ in shape as well
 BLUE, ORANGE, GREEN, RED, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999", "#000000"
-PRECISION_COLOURS = {"fp16": "#56B4E9", "int8": "#E69F00"}
+PRECISION_COLOURS = {"fp16": "#56B4E9", "int8": "#E69F00", "nf4": "#009E73", "int4": "#F0E442", "int3": "#CC79A7"}
 _NAMED = {
     "uniform fp16": ("s", GREEN),
     "conservative": ("^", ORANGE),
     "aggressive": ("v", RED),
     "uniform int8": ("D", "#CC79A7"),
+    "cumulative": ("P", "#56B4E9"),
 }
 _STYLE: Any = {
     "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from search.spec import StudySpec
 from search.study import points
 from ssm_mp.checkpoint import load_checkpoint
 from ssm_mp.components import find_components
+from ssm_mp.embedding_blocks import with_blocks
 
 
 def stored_baseline(run: RunDirectory) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     """Draw the pictures again. Raises StudyError where the checkpoint is not the one that was searched."""
     checkpoint = load_checkpoint(spec.checkpoint_path)
     require_same(run.fingerprint(), {"checkpoint": checkpoint.digest}, str(run.path))
+    blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())
     certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))
     probes = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
-    return draw(run, spec, find_components(checkpoint), found, probes, certificate, stored_baseline(run)["bytes"])
+    return draw(run, spec, find_components(blocked), found, probes, certificate, stored_baseline(run)["bytes"])

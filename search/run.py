@@ -29,6 +29,7 @@ from search.workspace import Workspace, open_workspace
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import Increase, evaluate, paired_increase
+from ssm_mp.precision import FOUR_BIT
 from ssm_mp.precision_map import PRESETS, PrecisionMap
 
 Say = Callable[[str], None]
@@ -85,7 +86,11 @@ def seeds(prepared: Prepared) -> list[Seed]:
         (space.widest(), f"uniform {spec.precision.choices[0]}"),
         (space.lowest(), f"uniform {spec.precision.choices[-1]}"),
     ]
-    found += [(space.within(PrecisionMap.preset(name, space.components)), name) for name in PRESETS]
+    four_bit = next((name for name in FOUR_BIT if name in spec.precision.choices), None)
+    for name in PRESETS:
+        if name != "cumulative" or four_bit is not None:
+            preset = PrecisionMap.preset(name, space.components, four_bit=four_bit or FOUR_BIT[0])
+            found.append((space.within(preset), name))
     budget = math.log1p(spec.search.budget_percent / 100)
     found += [(predicted, "predicted front") for predicted in prepared.surrogate.front(spec.search.seeds, budget)]
     return [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]

@@ -58,8 +58,9 @@ class PrecisionSection(_Section):
     percentile: float = Field(default=99.99, gt=50, le=100)
     pin: tuple[str, ...] = ()
     unpin: tuple[str, ...] = ()
+    embedding_blocks: tuple[int, ...] = ()
 
-    @field_validator("choices", "pin", "unpin", mode="before")
+    @field_validator("choices", "pin", "unpin", "embedding_blocks", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from search.errors import StudyError
@@ -22,6 +21,8 @@ from ssm_mp.config import Config
 from ssm_mp.convert import Converter
 from ssm_mp.corpus import Part, stdlib_documents
 from ssm_mp.data import Splits, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
+from ssm_mp.embedding_blocks import split_embedding
+from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.models import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 
@@ -49,6 +50,7 @@ class Workspace:
 
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
+        blocks = {"embedding blocks": self._blocks_digest} if self.spec.precision.embedding_blocks else {}
         return {
             "checkpoint": self.checkpoint.digest,
             "search windows": self.splits.search.digest,
@@ -56,7 +58,15 @@ class Workspace:
             "scheme": self.spec.precision.scheme.to_json(),
             "space": self.space.to_json(),
             "compute": f"{self.spec.search.device} float32",
+            **blocks,
         }
+
+    @property
+    def _blocks_digest(self) -> str:
+        """Which token is in which block of the embedding."""
+        embedding = self.model.embedding
+        assert isinstance(embedding, BlockedEmbedding)
+        return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
     @property
     def fingerprint_digest(self) -> str:
@@ -72,6 +82,7 @@ def open_workspace(spec: StudySpec, say: Callable[[str], None] = lambda line: No
         say(f"note: {note}")
     model = build(checkpoint.config, checkpoint.tensors).to(device)
     splits = load_splits(spec, checkpoint.config)
+    model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
     components = find_components(model)
     pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
     scheme = spec.precision.scheme
@@ -130,7 +141,7 @@ def load_splits(spec: StudySpec, config: Config) -> Splits:
 
         search = draw(part("search"), [data.search_windows], data.seed, "the library's search part")[0]
         certify = draw(part("certify"), [data.certify_windows], data.seed, "the library's certify part")[0]
-        return Splits(_calibration(spec, config, part("train"), "the library's train part"), search, certify)
+        return _splits(spec, config, part("train"), "the library's train part", search, certify)
     path = spec.resolve(data.text)
     text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(_tokenizer_path(spec), config.vocabulary)
     windows = cut(read_tokens(path, text_tokenizer, config.vocabulary), length)
@@ -142,17 +153,21 @@ def load_splits(spec: StudySpec, config: Config) -> Splits:
     ]
     unused = max(0, len(windows) - sum(counts))
     own, search, certify, rest = draw(windows, [*counts, unused], data.seed, str(path))
-    synthetic = data.calibration == "synthetic"
-    return Splits(_calibration(spec, config, rest, str(path)) if synthetic else own, search, certify)
-
-
-def _calibration(spec: StudySpec, config: Config, windows: Windows, what: str) -> Windows:
-    """Calibration windows drawn from `windows`, or made up from the frequencies of their tokens."""
-    data = spec.data
     if data.calibration == "text":
-        return draw(windows, [data.calibration_count], data.seed, what)[0]
-    counts = np.bincount(windows.ids.flatten().numpy(), minlength=config.vocabulary)
-    return synthetic_windows(counts, data.calibration_count, windows.length, data.seed)
+        ids = torch.cat([own.ids, rest.ids])
+        return Splits(own, search, certify, torch.bincount(ids.flatten(), minlength=config.vocabulary))
+    return _splits(spec, config, rest, str(path), search, certify)
+
+
+def _splits(spec: StudySpec, config: Config, text: Windows, what: str, search: Windows, certify: Windows) -> Splits:
+    """All splits; calibration windows are drawn from `text`, or made up from the frequencies of its tokens."""
+    data = spec.data
+    counts = torch.bincount(text.ids.flatten(), minlength=config.vocabulary)
+    if data.calibration == "text":
+        calibration = draw(text, [data.calibration_count], data.seed, what)[0]
+    else:
+        calibration = synthetic_windows(counts.numpy(), data.calibration_count, text.length, data.seed)
+    return Splits(calibration, search, certify, counts)
 
 
 def _tokenizer_path(spec: StudySpec) -> Path:

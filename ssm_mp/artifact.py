@@ -28,8 +28,9 @@ from ssm_mp.convert import Scheme
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.models import LanguageModel, assemble
-from ssm_mp.precision import ArraySpec, Stored, get_precision
+from ssm_mp.precision import get_precision
 from ssm_mp.precision_map import PrecisionMap, require_pins
+from ssm_mp.stored import ArraySpec, Stored
 
 FORMAT = "ssm-mp/1"
 TENSORS, MAP, METRICS = "model.safetensors", "precision_map.json", "metrics.json"
@@ -253,7 +254,7 @@ def _restored(
     for parameter in component.parameters:
         suffixes = precision.arrays(parameter.shape, parameter.role)
         held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
-        tensors[parameter.leaf] = precision.restore(held, parameter.role)
+        tensors[parameter.leaf] = precision.restore(held, parameter.shape, parameter.role)
     inputs: InputQuantizer | None = None
     match component.input_scheme(name, scheme.activations):
         case "static":

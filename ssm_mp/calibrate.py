@@ -56,6 +56,10 @@ class _Observed(nn.Module):
 class _ObservedHead(_Observed):
     """An embedding whose tied head is observed; the lookup multiplies nothing."""
 
+    def __init__(self, inner: nn.Module, see: Callable[[Tensor], None]) -> None:
+        super().__init__(inner, see)
+        self.block_of = inner.block_of
+
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.inner(x)
         return out

@@ -52,7 +52,7 @@ class Component:
     @property
     def count(self) -> int:
         """Number of parameters."""
-        return sum(prod(parameter.shape) for parameter in self.parameters)
+        return sum(prod(parameter.shape) for parameter in self.parameters if parameter.role != "index")
 
     @property
     def fp32_bytes(self) -> int:

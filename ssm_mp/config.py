@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Role = Literal["weight", "vector", "bias"]
-"""`weight`: quantised per row (output channel); `vector`: one scale; `bias`: stored float16 always."""
+Role = Literal["weight", "vector", "bias", "index"]
+"""`weight`: quantised per row (output channel); `vector`: one scale; `bias`: stored float16 always; `index`: bytes
+that no precision changes, not a parameter of the FP32 model."""
 
 NormKind = Literal["layer", "rms"]
 
@@ -56,9 +57,30 @@ def _norm(component: str, norm: NormKind, layer: int | None, size: int) -> Itera
         yield _bias(component, "norm", layer, size)
 
 
+def _embedding(vocabulary: int, d_model: int, blocks: tuple[int, ...]) -> Iterator[Parameter]:
+    """The token embedding, whole or in blocks of rows; the first block then tells which token is in which."""
+    if not blocks:
+        yield _weight("embedding", "embedding", None, vocabulary, d_model)
+        return
+    for b, rows in enumerate(blocks):
+        yield _weight(f"embedding.blocks.{b}", "embedding", None, rows, d_model)
+        if b == 0:
+            size = -(-vocabulary * index_bits(len(blocks)) // 8)
+            component = "embedding.blocks.0"
+            yield Parameter(f"{component}.block_of", (size,), component, "embedding", None, "index")
+
+
+def index_bits(blocks: int) -> int:
+    """Bits in which a block's number is stored: a divisor of 8, so that no number crosses a byte."""
+    return next(bits for bits in (1, 2, 4, 8) if blocks <= 1 << bits)
+
+
 @dataclass(frozen=True)
 class MambaConfig:
-    """A Mamba-1 language model (Gu & Dao 2023, section 3); norm, positions, tie and biases are properties."""
+    """A Mamba-1 language model (Gu & Dao 2023, section 3); norm, positions, tie and biases are properties.
+
+    embedding_blocks: rows of each block that the token embedding is split into; empty where it is whole.
+    """
 
     vocabulary: int
     d_model: int
@@ -73,6 +95,7 @@ class MambaConfig:
     projection_bias: bool = False
     conv_bias: bool = True
     tied: bool = True
+    embedding_blocks: tuple[int, ...] = ()
 
     @property
     def family(self) -> str:
@@ -84,7 +107,7 @@ class MambaConfig:
 
     def _parameters(self) -> Iterator[Parameter]:
         d, inner = self.d_model, self.d_inner
-        yield _weight("embedding", "embedding", None, self.vocabulary, d)
+        yield from _embedding(self.vocabulary, d, self.embedding_blocks)
         if self.max_length is not None:
             yield _weight("position_embedding", "position_embedding", None, self.max_length, d)
         for i in range(self.n_layers):
@@ -122,7 +145,10 @@ class IteraLayer:
 
 @dataclass(frozen=True)
 class IteraConfig:
-    """A small SSM with feed-forward or expert layers (design, section 4); layers may differ in size."""
+    """A small SSM with feed-forward or expert layers (design, section 4); layers may differ in size.
+
+    embedding_blocks: rows of each block that the token embedding is split into; empty where it is whole.
+    """
 
     vocabulary: int
     d_model: int
@@ -131,6 +157,7 @@ class IteraConfig:
     top_k: int = 2
     norm_eps: float = 1e-5
     tied: bool = True
+    embedding_blocks: tuple[int, ...] = ()
 
     @property
     def family(self) -> str:
@@ -150,7 +177,7 @@ class IteraConfig:
 
     def _parameters(self) -> Iterator[Parameter]:
         d = self.d_model
-        yield _weight("embedding", "embedding", None, self.vocabulary, d)
+        yield from _embedding(self.vocabulary, d, self.embedding_blocks)
         yield _weight("position_embedding", "position_embedding", None, self.max_length, d)
         for i, layer in enumerate(self.layers):
             yield from self._ssm(i, layer)
@@ -209,6 +236,7 @@ def config_from_json(values: dict[str, Any]) -> Config:
     """Inverse of `config_to_json`; raises KeyError or TypeError on foreign input."""
     fields = dict(values)
     family = fields.pop("family")
+    fields["embedding_blocks"] = tuple(fields.get("embedding_blocks", ()))
     if family == "mamba":
         return MambaConfig(**fields)
     if family == "itera":

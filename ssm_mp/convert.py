@@ -14,9 +14,10 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.layers import ActivationScheme, DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.models import LanguageModel, assemble
-from ssm_mp.precision import FloatTensor, Stored, get_precision
+from ssm_mp.precision import get_precision
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.quantize import ScaleRule
+from ssm_mp.stored import ByteTensor, FloatTensor, Stored
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ class Converter:
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:
             held = source if isinstance(source, Stored) else getattr(source, parameter.leaf)
+            if isinstance(held, ByteTensor):
+                tensors[parameter.leaf] = ByteTensor(held.value)
+                continue
             if not isinstance(held, FloatTensor) or held.value.dtype != torch.float32:
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
             try:

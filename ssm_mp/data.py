@@ -51,11 +51,15 @@ class Windows:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Disjoint windows: activation ranges, probes and trials, and the winner's certificate."""
+    """Disjoint windows: activation ranges, probes and trials, and the winner's certificate.
+
+    token_counts: how often each token occurs in the whole text that calibration windows may be drawn from, `[V]`.
+    """
 
     calibration: Windows
     search: Windows
     certify: Windows
+    token_counts: Tensor
 
 
 def load_tokenizer(path: str | Path, vocabulary: int) -> Tokenizer:

@@ -116,8 +116,8 @@ def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel,
     step = reference.head_rows(expected.hidden.shape[1])
     with torch.inference_mode():
         for ours, theirs in zip(expected.hidden.split(step), found.hidden.split(step), strict=True):
-            target = reference.head(ours[:, :-1]).log_softmax(dim=-1)
-            logs = model.head(theirs[:, :-1]).log_softmax(dim=-1)
+            target = reference.scores(ours[:, :-1]).log_softmax(dim=-1)
+            logs = model.scores(theirs[:, :-1]).log_softmax(dim=-1)
             total += F.kl_div(logs, target, reduction="sum", log_target=True).double().item()
             tokens += target.shape[0] * target.shape[1]
     return max(0.0, total / tokens)  # rounding can leave it a hair below zero
@@ -154,8 +154,8 @@ def _window_nll(model: LanguageModel, hidden: Tensor, ids: Tensor) -> FloatArray
     sums = []
     step = model.head_rows(hidden.shape[1])
     for states, tokens in zip(hidden.split(step), ids.split(step), strict=True):
-        logits = model.head(states[:, :-1])  # [·, L − 1, V]
-        nll = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        logits = model.scores(states[:, :-1])  # [·, L − 1, V]
+        nll = F.cross_entropy(logits.flatten(0, 1), model.columns(tokens[:, 1:]).flatten(), reduction="none")
         sums.append(nll.double().reshape(tokens.shape[0], -1).sum(dim=1))
     result: FloatArray = torch.cat(sums).cpu().numpy()
     return result

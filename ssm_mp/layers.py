@@ -9,7 +9,7 @@ input quantisers differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -17,8 +17,8 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.config import Config
-from ssm_mp.precision import FloatTensor, Int8Tensor, Stored
 from ssm_mp.quantize import INT8_LIMIT, integer_product, quantize_tensor
+from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
 
 ActivationScheme = Literal["static", "dynamic", "none"]
 
@@ -60,7 +60,7 @@ InputQuantizer = StaticInput | DynamicInput
 def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
     """`x [..., k]` times `weight [n, k]` transposed, plus `bias [n]`: float32 `[..., n]`.
 
-    With an input quantiser the product is one of integers, accumulated in int32. Without one, an int8
+    With an input quantiser the product is one of integers, accumulated in int32. Without one, a quantised
     weight is unpacked first, and a float16 weight computes in float16 on a GPU.
     """
     if inputs is not None:
@@ -93,12 +93,18 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """The token embedding, and with the same rows the tied head."""
+    """The token embedding (or one block of its rows), and with the same rows the tied head.
 
-    def __init__(self, weight: Stored, inputs: InputQuantizer | None = None) -> None:
+    block_of: in the first block, which token is in which block, packed.
+    """
+
+    def __init__(
+        self, weight: Stored, inputs: InputQuantizer | None = None, block_of: ByteTensor | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.inputs = inputs
+        self.block_of = block_of
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids `[b, l]` → `[b, l, d]`."""
@@ -107,6 +113,39 @@ class Embedding(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """The tied head: `x [..., d]` → logits `[..., V]`."""
         return linear(x, self.weight, None, self.inputs)
+
+
+class BlockedEmbedding(nn.Module):
+    """A token embedding in blocks of rows; a block holds its tokens in the order of their ids."""
+
+    block_of: Tensor
+    row_of: Tensor
+    column_of: Tensor
+
+    def __init__(self, blocks: Sequence[nn.Module], block_of: Tensor) -> None:
+        """`block_of [V]`: the number of each token's block, int64."""
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        order = block_of.argsort(stable=True)  # token of each column, block after block
+        column_of = torch.empty_like(order)
+        column_of[order] = torch.arange(order.numel(), device=order.device)
+        sizes = torch.bincount(block_of, minlength=len(blocks))
+        self.register_buffer("block_of", block_of, persistent=False)
+        self.register_buffer("column_of", column_of, persistent=False)
+        self.register_buffer("row_of", column_of - (sizes.cumsum(0) - sizes)[block_of], persistent=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Token ids `[b, l]` → `[b, l, d]`; each block looks up its own tokens only."""
+        flat = ids.flatten()
+        of = self.block_of[flat]
+        at = [(of == b).nonzero()[:, 0] for b in range(len(self.blocks))]
+        found = [block(self.row_of[flat[where]]) for block, where in zip(self.blocks, at, strict=True)]
+        rows = torch.empty(flat.numel(), found[0].shape[1], dtype=found[0].dtype, device=ids.device)
+        return rows.index_copy_(0, torch.cat(at), torch.cat(found)).reshape(*ids.shape, -1)
+
+    def project(self, x: Tensor) -> Tensor:
+        """The tied head block after block: `x [..., d]` → logits `[..., V]`, token `i` in `column_of[i]`."""
+        return torch.cat([block.project(x) for block in self.blocks], dim=-1)  # type: ignore[operator]
 
 
 class PositionEmbedding(nn.Module):
@@ -167,7 +206,9 @@ def component_module(
     if kind in LINEAR_KINDS:
         return Linear(tensors["weight"], tensors.get("bias"), inputs)
     if kind == "embedding":
-        return Embedding(tensors["weight"], inputs)
+        block_of = tensors.get("block_of")
+        assert block_of is None or isinstance(block_of, ByteTensor)
+        return Embedding(tensors["weight"], inputs, block_of)
     if kind == "position_embedding":
         return PositionEmbedding(tensors["weight"])
     if kind == "norm":

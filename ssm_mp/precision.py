@@ -9,111 +9,83 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_mp.config import Role
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
-from ssm_mp.quantize import ScaleRule, dequantize_rows, quantize_rows, weight_scales
+from ssm_mp.groups import (
+    GROUP,
+    INT3_BOOK,
+    INT4_BOOK,
+    NF4_BOOK,
+    CodeBook,
+    group_count,
+    group_scales,
+    nearest_codes,
+    pack,
+    to_groups,
+)
+from ssm_mp.quantize import ScaleRule, quantize_rows, weight_scales
+from ssm_mp.stored import ArraySpec, ByteTensor, FloatTensor, GroupedTensor, Int8Tensor, Stored
 
 FLOAT16_LARGEST = 65504.0
 
 
-@dataclass(frozen=True)
-class ArraySpec:
-    """Shape and type of one stored array."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
-
-
-class Stored(nn.Module, ABC):
-    """One tensor as it is stored."""
-
-    @abstractmethod
-    def tensor(self) -> Tensor:
-        """The whole tensor, float32, to compute with."""
-
-    @abstractmethod
-    def rows(self, index: Tensor) -> Tensor:
-        """Rows of a matrix `[r, n]` by `index [...]`, float32 `[..., n]`, without unpacking the others."""
-
-    @abstractmethod
-    def arrays(self) -> dict[str, Tensor]:
-        """The stored arrays by suffix; the empty suffix is the tensor's own name."""
-
-
-class FloatTensor(Stored):
-    """A tensor stored in a floating-point type."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(value, requires_grad=False)
-
-    def tensor(self) -> Tensor:
-        return self.value.float()
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.value[index].float()
-
-    def arrays(self) -> dict[str, Tensor]:
-        return {"": self.value.data}
-
-
-class Int8Tensor(Stored):
-    """A tensor stored as int8 with one float16 scale a row, a row being one index of the first dimension.
-
-    A vector has a single scale.
-    """
-
-    q: Tensor
-    scale: Tensor
-
-    def __init__(self, q: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
-
-    def tensor(self) -> Tensor:
-        rows = self.q.reshape(self.scale.shape[0], -1)
-        return dequantize_rows(rows, self.scale).reshape(self.q.shape)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.q[index].float() * self.scale[index].float()[..., None]
-
-    def arrays(self) -> dict[str, Tensor]:
-        return {"q": self.q, "scale": self.scale}
-
-
 class Precision(ABC):
-    """How a tensor of some role is held. Instances have no state; `name` is what maps and files say."""
+    """How a tensor is held. Instances have no state; `name` is what maps and files say.
+
+    Whatever the precision, a bias is float16 and an index is the bytes that it is.
+    """
 
     name: str
     quantizes_inputs: bool
     """Whether a linear layer of this precision takes part in the study's activation scheme."""
 
-    @abstractmethod
     def arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         """What is stored for a tensor: suffix → array."""
+        if role in ("bias", "index"):
+            return {"": ArraySpec(shape, torch.float16 if role == "bias" else torch.uint8)}
+        return self._arrays(shape, role)
 
-    @abstractmethod
     def store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
         """A float32 tensor in this precision. Raises InfeasibleError, with the reason, where it does not fit."""
+        if role in ("bias", "index"):
+            return _half(tensor) if role == "bias" else ByteTensor(tensor)
+        return self._store(tensor, role, rule)
 
-    @abstractmethod
-    def restore(self, arrays: Mapping[str, Tensor], role: Role) -> Stored:
-        """What `store` returned, from its arrays."""
+    def restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...], role: Role) -> Stored:
+        """What `store` returned for a tensor of this shape, from its arrays."""
+        if role in ("bias", "index"):
+            return FloatTensor(arrays[""]) if role == "bias" else ByteTensor(arrays[""])
+        return self._restore(arrays, shape)
 
     def bytes(self, shape: tuple[int, ...], role: Role) -> int:
         """Stored bytes of a tensor, scales included."""
         return sum(array.bytes for array in self.arrays(shape, role).values())
+
+    @abstractmethod
+    def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
+        """`arrays` of a weight or vector."""
+
+    @abstractmethod
+    def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
+        """`store` of a weight or vector."""
+
+    @abstractmethod
+    def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
+        """`restore` of a weight or vector."""
+
+
+def _half(tensor: Tensor) -> FloatTensor:
+    """A tensor stored float16. Raises InfeasibleError where a value overflows."""
+    half = tensor.half()
+    if not bool(torch.isfinite(half).all()):
+        largest = tensor.abs().max().item()
+        raise InfeasibleError(f"its largest value, {largest:.4g}, is above float16's, {FLOAT16_LARGEST:.0f}")
+    return FloatTensor(half)
 
 
 class Float16(Precision):
@@ -122,50 +94,69 @@ class Float16(Precision):
     name = "fp16"
     quantizes_inputs = False
 
-    def arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
+    def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         return {"": ArraySpec(shape, torch.float16)}
 
-    def store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
-        half = tensor.half()
-        if not bool(torch.isfinite(half).all()):
-            largest = tensor.abs().max().item()
-            raise InfeasibleError(f"its largest value, {largest:.4g}, is above float16's, {FLOAT16_LARGEST:.0f}")
-        return FloatTensor(half)
+    def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
+        return _half(tensor)
 
-    def restore(self, arrays: Mapping[str, Tensor], role: Role) -> Stored:
+    def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
         return FloatTensor(arrays[""])
 
 
 class Int8(Precision):
-    """Weights int8, symmetric, a float16 scale per output channel (per row, or one for a vector); biases float16."""
+    """Weights int8, symmetric, a float16 scale per output channel (per row, or one for a vector)."""
 
     name = "int8"
     quantizes_inputs = True
 
-    def arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
-        if role == "bias":
-            return FP16.arrays(shape, role)
+    def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         scales = shape[0] if role == "weight" else 1
         return {"q": ArraySpec(shape, torch.int8), "scale": ArraySpec((scales,), torch.float16)}
 
-    def store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
-        if role == "bias":
-            return FP16.store(tensor, role, rule)
+    def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
         rows = tensor.reshape(tensor.shape[0] if role == "weight" else 1, -1)
         scale = weight_scales(rows, rule)
         return Int8Tensor(quantize_rows(rows, scale).reshape(tensor.shape), scale)
 
-    def restore(self, arrays: Mapping[str, Tensor], role: Role) -> Stored:
-        if role == "bias":
-            return FP16.restore(arrays, role)
+    def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
         return Int8Tensor(arrays["q"], arrays["scale"])
+
+
+class Grouped(Precision):
+    """Codes of a book, packed, a float16 scale for each 64 values; inputs of a product stay as they are."""
+
+    quantizes_inputs = False
+
+    def __init__(self, name: str, book: CodeBook) -> None:
+        self.name = name
+        self.book = book
+
+    def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
+        groups = group_count(prod(shape))
+        packed = ArraySpec((groups, GROUP * self.book.bits // 8), torch.uint8)
+        return {"q": packed, "scale": ArraySpec((groups,), torch.float16)}
+
+    def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
+        groups = to_groups(tensor)
+        scale = group_scales(groups, rule, self.book)
+        packed = pack(nearest_codes(groups, scale, self.book), self.book.bits)
+        return GroupedTensor(packed, scale, tuple(tensor.shape), self.book)
+
+    def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
+        return GroupedTensor(arrays["q"], arrays["scale"], shape, self.book)
 
 
 FP16 = Float16()
 INT8 = Int8()
+NF4 = Grouped("nf4", NF4_BOOK)
+INT4 = Grouped("int4", INT4_BOOK)
+INT3 = Grouped("int3", INT3_BOOK)
 
-PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (FP16, INT8)}
-"""Every precision by name, the widest first."""
+PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (FP16, INT8, NF4, INT4, INT3)}
+"""Every precision by name, the widest first; `nf4` and `int4` are equally wide."""
+FOUR_BIT = (NF4.name, INT4.name)
+"""The precisions of 4 bits, the better one on normally distributed weights first."""
 
 
 def get_precision(name: str) -> Precision:

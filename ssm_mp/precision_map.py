@@ -14,16 +14,20 @@ from typing import Any
 from ssm_mp.components import ALWAYS_PINNED, DEFAULT_PINNED, Component
 from ssm_mp.errors import PrecisionMapError
 from ssm_mp.layers import ActivationScheme
-from ssm_mp.precision import get_precision
+from ssm_mp.precision import FOUR_BIT, get_precision
 
 PINNED_TO = "fp16"
 
-_PRESET_KINDS = {
-    "conservative": frozenset({"embedding", "position_embedding", "lm_head"}),
-    "aggressive": frozenset({"embedding", "position_embedding", "lm_head", "in_proj", "out_proj"}),
+_TABLES = frozenset({"embedding", "position_embedding", "lm_head"})
+_PRESETS = {
+    "conservative": dict.fromkeys(_TABLES, "int8"),
+    "aggressive": dict.fromkeys(_TABLES | {"in_proj", "out_proj"}, "int8"),
+    "cumulative": dict.fromkeys(_TABLES, FOUR_BIT[0]),
 }
-PRESETS = tuple(_PRESET_KINDS)
-"""Named maps, defined by component kind so that they fit every family: these kinds int8, the rest fp16."""
+PRESETS = tuple(_PRESETS)
+"""Named maps, defined by component kind so that they fit every family: `conservative` puts embeddings and head to
+int8 and the rest to fp16, `aggressive` also `in_proj` and `out_proj`; `cumulative` holds in 4 bits what the first
+holds in int8."""
 
 
 def pinned_names(components: Iterable[Component], lifted: Iterable[str] = ()) -> frozenset[str]:
@@ -94,12 +98,15 @@ class PrecisionMap:
         return cls.from_rules({"*": precision}, components, pins)
 
     @classmethod
-    def preset(cls, name: str, components: Sequence[Component], pins: frozenset[str] | None = None) -> PrecisionMap:
-        """A named map of `PRESETS`. Raises PrecisionMapError for an unknown name."""
-        if name not in _PRESET_KINDS:
+    def preset(
+        cls, name: str, components: Sequence[Component], pins: frozenset[str] | None = None, four_bit: str = FOUR_BIT[0]
+    ) -> PrecisionMap:
+        """A named map of `PRESETS`, with one's own choice of 4 bits. Raises PrecisionMapError for an unknown name."""
+        if name not in _PRESETS:
             raise PrecisionMapError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-        kinds = _PRESET_KINDS[name]
-        rules = {component.name: "int8" for component in components if component.kind in kinds}
+        kinds = _PRESETS[name]
+        rules = {component.name: kinds[component.kind] for component in components if component.kind in kinds}
+        rules = {name: four_bit if precision in FOUR_BIT else precision for name, precision in rules.items()}
         return cls.from_rules({"*": "fp16", **rules}, components, pins)
 
     def changed(self, changes: Mapping[str, str]) -> PrecisionMap:

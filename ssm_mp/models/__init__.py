@@ -13,7 +13,7 @@ from ssm_mp.models.itera import IteraLayer
 from ssm_mp.models.language_model import LanguageModel, Parts
 from ssm_mp.models.mamba import MambaLayer
 from ssm_mp.models.scan import Scan, selective_scan
-from ssm_mp.precision import FloatTensor, Stored
+from ssm_mp.stored import ByteTensor, FloatTensor, Stored
 
 __all__ = ["LanguageModel", "assemble", "build"]
 
@@ -35,7 +35,8 @@ def build(config: Config, tensors: Mapping[str, Tensor], scan: Scan = selective_
     stored: dict[str, dict[str, Stored]] = defaultdict(dict)
     kinds: dict[str, str] = {}
     for parameter in config.parameters():
-        stored[parameter.component][parameter.leaf] = FloatTensor(tensors[parameter.name])
+        held = ByteTensor if parameter.role == "index" else FloatTensor
+        stored[parameter.component][parameter.leaf] = held(tensors[parameter.name])
         kinds[parameter.component] = parameter.kind
     modules = {name: component_module(kinds[name], held, config) for name, held in stored.items()}
     return assemble(config, modules, scan)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ssm_mp.config import Config
+from ssm_mp.config import Config, index_bits
 from ssm_mp.errors import DataError
-from ssm_mp.precision import Stored
+from ssm_mp.groups import unpack_reference
+from ssm_mp.layers import BlockedEmbedding
+from ssm_mp.stored import Stored
 
 _LOGIT_BYTES = 1 << 24
 """Logits held at once: 16 MiB, whatever the number of windows; larger blocks are paged in anew every time."""
@@ -45,7 +47,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: Config, parts: Parts, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.config = config
-        self.embedding = parts["embedding"]
+        self.embedding = _blocked(config, parts) if config.embedding_blocks else parts["embedding"]
         self.position_embedding = None if config.max_length is None else parts["position_embedding"]
         self.layers = nn.ModuleList(layers)
         self.norm = parts["norm"]
@@ -62,11 +64,24 @@ class LanguageModel(nn.Module):
         positions: Tensor = self.position_embedding(length)
         return x + positions
 
-    def head(self, x: Tensor) -> Tensor:
-        """Last hidden state `[..., d]` → logits `[..., V]`."""
+    def scores(self, x: Tensor) -> Tensor:
+        """Last hidden state `[..., d]` → logits `[..., V]` in the head's own order, which `columns` tells."""
         normed = self.norm(x)
         head = self.embedding.project if self.lm_head is None else self.lm_head
         logits: Tensor = head(normed)  # type: ignore[operator]  # nn.Module attributes are untyped
+        return logits
+
+    def columns(self, ids: Tensor) -> Tensor:
+        """Where the logits of tokens stand in `scores`; anywhere but in a tied head of blocks, at their ids."""
+        if self.lm_head is None and isinstance(self.embedding, BlockedEmbedding):
+            return self.embedding.column_of[ids]
+        return ids
+
+    def head(self, x: Tensor) -> Tensor:
+        """Last hidden state `[..., d]` → logits `[..., V]` in the order of the token ids."""
+        logits = self.scores(x)
+        if self.lm_head is None and isinstance(self.embedding, BlockedEmbedding):
+            return logits.index_select(-1, self.embedding.column_of)
         return logits
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -83,3 +98,12 @@ class LanguageModel(nn.Module):
     def head_rows(self, length: int) -> int:
         """How many sequences' logits may be held at once; at least one."""
         return max(1, _LOGIT_BYTES // (4 * length * self.config.vocabulary))
+
+
+def _blocked(config: Config, parts: Parts) -> BlockedEmbedding:
+    """The token embedding of blocks; the first one says which token is in which."""
+    blocks = [parts[f"embedding.blocks.{b}"] for b in range(len(config.embedding_blocks))]
+    packed = blocks[0].block_of
+    assert isinstance(packed, Stored)
+    numbers = unpack_reference(packed.tensor(), index_bits(len(blocks)))[: config.vocabulary]
+    return BlockedEmbedding(blocks, numbers)

@@ -15,9 +15,9 @@ from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.evaluate import evaluate
 from ssm_mp.layers import ActivationScheme, Linear
 from ssm_mp.models import LanguageModel, build
-from ssm_mp.precision import Int8Tensor
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.quantize import ScaleRule, quantize_tensor
+from ssm_mp.stored import Int8Tensor
 from tests.tiny import CONFIGS, ITERA, MAMBA, random_model, random_tensors, some_windows
 
 SCHEMES: tuple[ActivationScheme, ...] = ("static", "dynamic", "none")

@@ -21,7 +21,7 @@ from ssm_mp.models.scan import (
     shared_step_scan,
     shared_step_scan_reference,
 )
-from ssm_mp.precision import FloatTensor
+from ssm_mp.stored import FloatTensor
 from tests.tiny import HUGGING_FACE, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors
 
 

@@ -84,7 +84,8 @@ def test_presets_fit_every_family(family: str, preset: str) -> None:
     for component in components:
         embeds = component.kind in ("embedding", "position_embedding", "lm_head")
         projects = preset == "aggressive" and component.kind in ("in_proj", "out_proj")
-        assert resolved[component.name] == ("int8" if embeds or projects else "fp16")
+        lower = "nf4" if preset == "cumulative" else "int8"
+        assert resolved[component.name] == (lower if embeds or projects else "fp16")
 
 
 def test_bytes_lie_between_half_and_a_quarter() -> None:

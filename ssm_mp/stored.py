@@ -1,0 +1,133 @@
+"""How a tensor is held: as floats, as int8 rows, as packed groups, or as plain bytes.
+
+Dimensions: `r` rows, `n` values in a row, `g` groups of 64 values.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from ssm_mp.groups import CodeBook, unpack_at, unpack_values
+from ssm_mp.quantize import dequantize_rows
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """Shape and type of one stored array."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class Stored(nn.Module, ABC):
+    """One tensor as it is stored."""
+
+    @abstractmethod
+    def tensor(self) -> Tensor:
+        """The whole tensor, float32, to compute with."""
+
+    @abstractmethod
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of a matrix `[r, n]` by `index [...]`, float32 `[..., n]`, without unpacking the others."""
+
+    @abstractmethod
+    def arrays(self) -> dict[str, Tensor]:
+        """The stored arrays by suffix; the empty suffix is the tensor's own name."""
+
+
+class FloatTensor(Stored):
+    """A tensor stored in a floating-point type."""
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = nn.Parameter(value, requires_grad=False)
+
+    def tensor(self) -> Tensor:
+        return self.value.float()
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.value[index].float()
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {"": self.value.data}
+
+
+class Int8Tensor(Stored):
+    """A tensor stored as int8 with one float16 scale a row, a row being one index of the first dimension.
+
+    A vector has a single scale.
+    """
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, q: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+
+    def tensor(self) -> Tensor:
+        rows = self.q.reshape(self.scale.shape[0], -1)
+        return dequantize_rows(rows, self.scale).reshape(self.q.shape)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.q[index].float() * self.scale[index].float()[..., None]
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {"q": self.q, "scale": self.scale}
+
+
+class GroupedTensor(Stored):
+    """A tensor stored as packed codes `q [g, 8·bits]`, uint8, with one float16 scale a group of 64 values."""
+
+    q: Tensor
+    scale: Tensor
+
+    def __init__(self, q: Tensor, scale: Tensor, shape: tuple[int, ...], book: CodeBook) -> None:
+        super().__init__()
+        self.register_buffer("q", q)
+        self.register_buffer("scale", scale)
+        self.shape = shape
+        self.book = book
+
+    def tensor(self) -> Tensor:
+        return unpack_values(self.q, self.scale, self.book).flatten()[: prod(self.shape)].reshape(self.shape)
+
+    def rows(self, index: Tensor) -> Tensor:
+        width = self.shape[1]
+        positions = index[..., None] * width + torch.arange(width, device=index.device)  # [..., n]
+        codes = unpack_at(self.q.flatten(), self.book.bits, positions)
+        levels = self.book.levels(index.device)
+        return levels[codes] * self.scale[positions // (self.q.shape[1] * 8 // self.book.bits)].float()
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {"q": self.q, "scale": self.scale}
+
+
+class ByteTensor(Stored):
+    """Packed integers `[bytes]`, the same in every precision; who reads them knows what they mean."""
+
+    value: Tensor
+
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("value", value)
+
+    def tensor(self) -> Tensor:
+        """The bytes, uint8, not to compute with."""
+        return self.value
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.value[index]
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {"": self.value}
