@@ -50,7 +50,13 @@ def pareto_front(points: Sequence[Point], budget_percent: float) -> list[Point]:
     return front
 
 
-def hypervolume(points: Sequence[Point], budget_percent: float, reference_compression: float = 1.0) -> float:
+REFERENCE_COMPRESSION = 1.0
+"""Corner of the hypervolume: a map that is no smaller than FP32."""
+
+
+def hypervolume(
+    points: Sequence[Point], budget_percent: float, reference_compression: float = REFERENCE_COMPRESSION
+) -> float:
     """Area dominated between the points and the corner (reference compression, budget): × times percentage points."""
     area, ceiling = 0.0, budget_percent
     for point in sorted(pareto_front(points, budget_percent), key=lambda p: -p.increase_percent):

@@ -1,0 +1,182 @@
+"""Exhaustive oracles: every map of a subspace of the reference model, really converted and really evaluated.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.oracle two --workers 2      # 12 components, 2 precisions, 4096 maps
+    OMP_NUM_THREADS=1 python -m benchmarks.oracle three --workers 2    # 8 components, 3 precisions, 6561 maps
+
+Each writes `benchmarks/oracles/NAME.npz`. Maps are walked as a tree in the order of the data flow, so that two
+maps share the activations before the first layer in which they differ. An interrupted run continues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from search.gradient import gradient_effects
+from search.spec import load_spec
+from search.workspace import Workspace, open_workspace
+from ssm_mp.components import fp32_bytes
+from ssm_mp.data import Windows
+from ssm_mp.evaluate import Evaluation, Prefix, advance, evaluate, finish, paired_increase, start
+from ssm_mp.precision_map import PrecisionMap
+
+STUDY = Path("studies/reference-cumulative.toml")
+FOLDER = Path("benchmarks/oracles")
+WINDOWS = {"two": 32, "three": 16}
+"""Search windows that each oracle measures its increases on: its truth."""
+
+_BLOCKS = tuple(f"embedding.blocks.{b}" for b in range(4))
+_IN = tuple(f"layers.{i}.ssm.in_proj" for i in range(4))
+_OUT = tuple(f"layers.{i}.ssm.out_proj" for i in range(4))
+SUBSPACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "two": ((*_BLOCKS, *_IN, *_OUT), ("int8", "int3")),
+    "three": ((*_BLOCKS, *_IN), ("int8", "nf4", "int3")),
+}
+"""Free components and their precisions, the widest first; every other component that is not pinned stays int8."""
+
+
+@dataclass(frozen=True, eq=False)
+class Oracle:
+    """A subspace of which everything is known. A map is a tuple of choices, one index a component.
+
+    log_increase, log_stderr: `[k, …, k]`, one axis a component; sizes `[components, k]` bytes; `fixed` bytes of all
+    others; gradient, gradient_stderr `[components, k]`: estimates of each effect over the widest, without evaluating.
+    """
+
+    components: tuple[str, ...]
+    precisions: tuple[str, ...]
+    log_increase: np.ndarray
+    log_stderr: np.ndarray
+    sizes: np.ndarray
+    fixed: int
+    fp32_bytes: int
+    gradient: np.ndarray
+
+    def bytes(self, chosen: Sequence[int]) -> int:
+        """Stored bytes of a map."""
+        return self.fixed + int(sum(self.sizes[c, k] for c, k in enumerate(chosen)))
+
+    def all_bytes(self) -> np.ndarray:
+        """Stored bytes of every map, `[k, …, k]`."""
+        total = np.asarray(self.fixed)
+        for row in self.sizes:
+            total = total[..., None] + row
+        return total
+
+
+def load_oracle(name: str) -> Oracle:
+    """A stored oracle."""
+    with np.load(FOLDER / f"{name}.npz") as file:
+        said = json.loads(str(file["said"]))
+        return Oracle(
+            components=tuple(said["components"]), precisions=tuple(said["precisions"]),
+            log_increase=file["log_increase"], log_stderr=file["log_stderr"], sizes=file["sizes"],
+            fixed=said["fixed"], fp32_bytes=said["fp32_bytes"], gradient=file["gradient"],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class _Task:
+    """What one process works with."""
+
+    workspace: Workspace
+    windows: Windows
+    baseline: Evaluation
+    base: PrecisionMap
+
+
+@cache
+def _task(name: str) -> _Task:
+    workspace = open_workspace(load_spec(STUDY))
+    windows = Windows(workspace.splits.search.ids[: WINDOWS[name]])
+    space = workspace.space
+    base = space.map({c.name: "int8" for c in space.free})
+    return _Task(workspace, windows, evaluate(workspace.model, windows), base)
+
+
+def _walk(prefix: Prefix, held: PrecisionMap, name: str) -> Iterator[tuple[float, float]]:
+    """Log-increase and its standard error of every map that continues `held` from a layer on, in index order.
+
+    The layers' components are the slowest axes where they come first in the network.
+    """
+    task, (components, precisions) = _task(name), SUBSPACES[name]
+    model = task.workspace.converter.convert(held)
+    if prefix.layer == len(model.layers):
+        increase = paired_increase(finish(model, prefix, task.windows), task.baseline)
+        yield increase.log_mean, increase.log_stderr
+        return
+    here = [c for c in components if c.startswith(f"layers.{prefix.layer}.")]
+    for chosen in itertools.product(precisions, repeat=len(here)):
+        changed = held.changed(dict(zip(here, chosen, strict=True)))
+        moved = advance(task.workspace.converter.convert(changed), prefix)
+        yield from _walk(moved, changed, name)
+
+
+def _branch(name: str, chosen: tuple[str, ...]) -> np.ndarray:
+    """All maps with these precisions of the embedding's blocks: `[maps, 2]`."""
+    task = _task(name)
+    held = task.base.changed(dict(zip(_BLOCKS, chosen, strict=True)))
+    return np.array(list(_walk(start(task.workspace.converter.convert(held), task.windows), held, name)))
+
+
+def make(name: str, workers: int, parts: Path) -> Oracle:
+    """Evaluate a subspace, keeping each branch in `parts` as it is done."""
+    components, precisions = SUBSPACES[name]
+    parts.mkdir(parents=True, exist_ok=True)
+    branches = list(itertools.product(precisions, repeat=len(_BLOCKS)))
+    paths = {chosen: parts / f"{name}-{'-'.join(chosen)}.npy" for chosen in branches}
+    missing = [chosen for chosen in branches if not paths[chosen].exists()]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        for chosen, found in zip(missing, pool.map(_branch, itertools.repeat(name), missing), strict=True):
+            np.save(paths[chosen], found)
+            print(f"{name} {'-'.join(chosen)}: {len(found)} maps", file=sys.stderr, flush=True)
+    values = np.stack([np.load(paths[chosen]) for chosen in branches])  # [branches, maps, 2]
+    in_walk = [*_BLOCKS, *(c for i in range(4) for c in components if c.startswith(f"layers.{i}."))]
+    cube = values.reshape(*[len(precisions)] * len(components), 2)
+    cube = cube.transpose([*(in_walk.index(c) for c in components), len(components)])
+    space = _task(name).workspace.space
+    part = {c.name: c for c in space.components}
+    sizes = np.array([[part[c].bytes(p, "static") for p in precisions] for c in components])
+    fixed = _task(name).base.bytes(space.components, "static") - int(sizes[:, 0].sum())
+    effects = gradient_effects(_task(name).workspace)
+    gradient = np.array([[effects[c][p] - effects[c][precisions[0]] for p in precisions] for c in components])
+    return Oracle(
+        components, precisions, cube[..., 0], cube[..., 1], sizes, fixed, fp32_bytes(space.components), gradient
+    )
+
+
+def save(name: str, oracle: Oracle) -> None:
+    """Write an oracle as a small file."""
+    said = {
+        "components": oracle.components, "precisions": oracle.precisions, "fixed": oracle.fixed,
+        "fp32_bytes": oracle.fp32_bytes, "windows": WINDOWS[name], "study": STUDY.name,
+    }  # fmt: skip
+    FOLDER.mkdir(exist_ok=True)
+    np.savez_compressed(
+        FOLDER / f"{name}.npz", said=json.dumps(said), log_increase=oracle.log_increase,
+        log_stderr=oracle.log_stderr.astype(np.float32), sizes=oracle.sizes, gradient=oracle.gradient,
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Make one oracle."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("name", choices=sorted(SUBSPACES))
+    arguments.add_argument("--workers", type=int, default=1)
+    arguments.add_argument("--parts", type=Path, default=Path("runs/oracle"), help="where unfinished work is kept")
+    given = arguments.parse_args()
+    save(given.name, make(given.name, given.workers, given.parts))
+
+
+if __name__ == "__main__":
+    main()

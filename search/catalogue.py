@@ -1,0 +1,72 @@
+"""A search space as plain numbers: what each free component may become and what that takes.
+
+Dimensions: `n` free components, `f` features (component, precision other than the widest), `m` maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from search.space import Space
+from ssm_mp.components import fp32_bytes
+from ssm_mp.layers import ActivationScheme
+
+Choices = np.ndarray
+"""Maps as choice indices, int64 `[m, n]`: 0 the widest precision of a component."""
+
+
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """Free components with their precisions (the widest first) and stored bytes; `fixed` bytes of all others."""
+
+    names: tuple[str, ...]
+    precisions: tuple[tuple[str, ...], ...]
+    sizes: tuple[tuple[int, ...], ...]
+    fixed: int
+    fp32_bytes: int
+
+    @cached_property
+    def features(self) -> tuple[tuple[int, int], ...]:
+        """(component, choice) of every feature, the widest choices left out."""
+        return tuple((c, k) for c, held in enumerate(self.precisions) for k in range(1, len(held)))
+
+    @property
+    def maps(self) -> int:
+        """Number of different maps."""
+        return int(np.prod([len(held) for held in self.precisions], dtype=object))
+
+    def encode(self, chosen: Mapping[str, str]) -> np.ndarray:
+        """Choice indices `[n]` of a trial's parameters."""
+        pairs = zip(self.names, self.precisions, strict=True)
+        return np.array([held.index(chosen[name]) for name, held in pairs], dtype=np.int64)
+
+    def decode(self, choices: Sequence[int] | np.ndarray) -> dict[str, str]:
+        """A trial's parameters of choice indices `[n]`."""
+        return {
+            name: held[int(k)] for name, held, k in zip(self.names, self.precisions, choices, strict=True)
+        }
+
+    def one_hot(self, choices: Choices) -> np.ndarray:
+        """Features of maps `[m, n]` → float64 `[m, f]`."""
+        index = np.array(self.features, dtype=np.int64).reshape(-1, 2)
+        return (choices[:, index[:, 0]] == index[:, 1]).astype(float)
+
+    def bytes(self, choices: Choices) -> np.ndarray:
+        """Stored bytes of maps `[m, n]` → int64 `[m]`."""
+        total = np.full(len(choices), self.fixed, dtype=np.int64)
+        for c, sizes in enumerate(self.sizes):
+            total += np.array(sizes)[choices[:, c]]
+        return total
+
+
+def catalogue_of(space: Space, scheme: ActivationScheme) -> Catalogue:
+    """The numbers of a space."""
+    free = space.free
+    precisions = tuple(space.choices[c.name] for c in free)
+    sizes = tuple(tuple(c.bytes(p, scheme) for p in held) for c, held in zip(free, precisions, strict=True))
+    fixed = space.widest().bytes(space.components, scheme) - sum(held[0] for held in sizes)
+    return Catalogue(tuple(c.name for c in free), precisions, sizes, fixed, fp32_bytes(space.components))

@@ -1,0 +1,193 @@
+"""Which map to evaluate next: the one with the largest expected growth of the front.
+
+Dimensions: `n` free components, `f` features, `m` maps, `t` evaluated maps.
+
+Candidates are the exact fronts, by dynamic programming, of one draw from the posterior (so that workers who ask at
+the same time look at different maps) and of its mean; the best of them is then improved component by component
+under the whole posterior, pair terms included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import ndtr
+
+from search.catalogue import Catalogue, Choices
+from search.gain import Staircase, expected_gain, staircase
+from search.posterior import Posterior
+from search.programme import frontier
+
+_WINNER_EVERY = 4
+"""Every so many proposals look for a smaller map within the budget instead: the area hardly rewards the last bytes."""
+_LEAST_CHANCE = 0.02
+"""A smaller map is worth a proposal for the winner only with this chance of being within the budget."""
+_MOST_CANDIDATES = 512
+_ROUNDS = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """Maps with all windows: choices `[t, n]`, increase in percent `[t]`."""
+
+    choices: Choices
+    increase_percent: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """Maps that could be next, with what is expected of them: `[m, n]`, bytes `[m]`, percent `[m]` twice."""
+
+    choices: Choices
+    bytes: np.ndarray
+    mean: np.ndarray
+    stddev: np.ndarray
+
+
+def propose(
+    catalogue: Catalogue,
+    posterior: Posterior,
+    evaluated: Evaluated,
+    taken: Sequence[np.ndarray],
+    budget_percent: float,
+    rng: np.random.Generator,
+) -> np.ndarray | None:
+    """Choices `[n]` of the next map, not among `evaluated` or `taken`; None where no candidate is new.
+
+    taken: maps that are queued or being evaluated; they count as if they came out as predicted.
+    """
+    seen = {row.tobytes() for row in [*evaluated.choices, *taken]}
+    if len(seen) >= catalogue.maps:
+        return None
+    stairs = _stairs(catalogue, posterior, evaluated, taken, budget_percent)
+    found = _unseen(_fronts(catalogue, posterior, budget_percent, rng), seen)
+    if not len(found):
+        found = _unseen(_neighbours(catalogue, catalogue_map(catalogue, rng)), seen)
+    if not len(found):
+        return None
+    smallest = _smallest(catalogue, evaluated, budget_percent)
+    if smallest is not None and len(seen) % _WINNER_EVERY == 0:
+        smaller = _winner(catalogue, posterior, found, seen, smallest, budget_percent)
+        if smaller is not None:
+            return smaller
+    return _improved(catalogue, posterior, found, seen, stairs)
+
+
+def _stairs(
+    catalogue: Catalogue, posterior: Posterior, evaluated: Evaluated, taken: Sequence[np.ndarray], budget: float
+) -> Staircase:
+    """The front so far, with what is on its way."""
+    choices, increase = evaluated.choices, evaluated.increase_percent
+    if len(taken):
+        expected = predicted(catalogue, posterior, np.stack(taken))
+        choices = np.concatenate([choices, expected.choices])
+        increase = np.concatenate([increase, expected.mean])
+    return staircase(catalogue.fp32_bytes / catalogue.bytes(choices), increase, budget)
+
+
+def predicted(catalogue: Catalogue, posterior: Posterior, choices: Choices) -> Candidates:
+    """Maps with the mean and standard deviation of their increase in percent."""
+    mean, stddev = posterior.predict(catalogue.one_hot(choices))
+    percent = 100 * np.expm1(np.minimum(mean, 5.0))
+    return Candidates(choices, catalogue.bytes(choices), percent, (100 + percent) * stddev)
+
+
+def _fronts(catalogue: Catalogue, posterior: Posterior, budget: float, rng: np.random.Generator) -> Choices:
+    """The fronts of the posterior's mean and of one draw, up to a little above the budget."""
+    limit = math.log1p(1.3 * budget / 100)
+    found = []
+    for offset, effects in (posterior.effects(), posterior.draw(rng)):
+        front = frontier(catalogue.sizes, costs(catalogue, effects), limit - offset)
+        keep = np.unique(np.linspace(0, len(front.bytes) - 1, _MOST_CANDIDATES).astype(int)) if len(front.bytes) else []
+        found.append(front.choices[keep])
+    return np.concatenate(found)
+
+
+def costs(catalogue: Catalogue, effects: np.ndarray) -> list[list[float]]:
+    """Effects `[f]` as one list a component, 0 for its widest choice."""
+    held = [[0.0] * len(precisions) for precisions in catalogue.precisions]
+    for (c, k), effect in zip(catalogue.features, effects, strict=True):
+        held[c][k] = float(effect)
+    return held
+
+
+def _unseen(choices: Choices, seen: set[bytes]) -> Choices:
+    """The different maps among `choices` that are new."""
+    keep, known = [], set(seen)
+    for i, row in enumerate(choices):
+        key = row.tobytes()
+        if key not in known:
+            known.add(key)
+            keep.append(i)
+    return choices[keep]
+
+
+def _neighbours(catalogue: Catalogue, row: np.ndarray) -> Choices:
+    """All maps that differ from one in a single component."""
+    found = []
+    for c, held in enumerate(catalogue.precisions):
+        for k in range(len(held)):
+            if k != row[c]:
+                other = row.copy()
+                other[c] = k
+                found.append(other)
+    return np.array(found, dtype=np.int64).reshape(-1, len(catalogue.names))
+
+
+def catalogue_map(catalogue: Catalogue, rng: np.random.Generator) -> np.ndarray:
+    """A map at random, `[n]`."""
+    return np.array([rng.integers(len(held)) for held in catalogue.precisions], dtype=np.int64)
+
+
+def _gains(catalogue: Catalogue, posterior: Posterior, choices: Choices, stairs: Staircase) -> np.ndarray:
+    found = predicted(catalogue, posterior, choices)
+    return expected_gain(stairs, catalogue.fp32_bytes / found.bytes, found.mean, found.stddev)
+
+
+def _improved(
+    catalogue: Catalogue, posterior: Posterior, found: Choices, seen: set[bytes], stairs: Staircase
+) -> np.ndarray:
+    """The candidate of the largest expected gain, changed one component at a time while that grows."""
+    gains = _gains(catalogue, posterior, found, stairs)
+    best, gain = found[gains.argmax()], gains.max()
+    for _ in range(_ROUNDS):
+        around = _unseen(_neighbours(catalogue, best), seen)
+        if not len(around):
+            break
+        gains = _gains(catalogue, posterior, around, stairs)
+        if gains.max() <= gain:
+            break
+        best, gain = around[gains.argmax()], gains.max()
+    return np.array(best)
+
+
+def _smallest(catalogue: Catalogue, evaluated: Evaluated, budget: float) -> int | None:
+    """Bytes of the smallest evaluated map within the budget."""
+    within = evaluated.increase_percent <= budget
+    return int(catalogue.bytes(evaluated.choices[within]).min()) if within.any() else None
+
+
+def _winner(
+    catalogue: Catalogue, posterior: Posterior, found: Choices, seen: set[bytes], smallest: int, budget: float
+) -> np.ndarray | None:
+    """The map with the largest expected saving of bytes over the smallest one within the budget; None where hopeless."""
+
+    def savings(choices: Choices) -> np.ndarray:
+        expected = predicted(catalogue, posterior, choices)
+        chance = ndtr((budget - expected.mean) / expected.stddev)
+        return np.where(chance >= _LEAST_CHANCE, np.maximum(smallest - expected.bytes, 0) * chance, 0.0)
+
+    saved = savings(found)
+    best, most = found[saved.argmax()], saved.max()
+    for _ in range(_ROUNDS):
+        around = _unseen(_neighbours(catalogue, best), seen)
+        if not len(around):
+            break
+        saved = savings(around)
+        if saved.max() <= most:
+            break
+        best, most = around[saved.argmax()], saved.max()
+    return np.array(best) if most > 0 else None
