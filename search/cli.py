@@ -248,6 +248,7 @@ def status(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, jso
         _say(f"{number} failed: {reason}")
     content = {
         "finished": found.finished,
+        "stopped": found.stopped,
         "running": found.running,
         "failed": found.failed,
         "waiting": found.waiting,

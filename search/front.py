@@ -9,7 +9,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluated map: what a trial measured on the search windows, paired against the FP32 checkpoint."""
+    """One evaluated map: what a trial measured on the search windows, paired against the FP32 checkpoint.
+
+    stopped: why it was not measured on all windows, None where it was.
+    """
 
     trial: int
     compression: float
@@ -19,6 +22,8 @@ class Point:
     stderr_percent: float
     map: Mapping[str, str]
     origin: str
+    windows: int = 0
+    stopped: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As the command line reports it."""
@@ -29,6 +34,7 @@ class Point:
             "perplexity": self.perplexity,
             "increase_percent": self.increase_percent,
             "stderr_percent": self.stderr_percent,
+            "windows": self.windows,
             "origin": self.origin,
             "map": dict(self.map),
         }
@@ -38,9 +44,9 @@ def pareto_front(points: Sequence[Point], budget_percent: float) -> list[Point]:
     """The points within the budget that no other point beats, the smallest map first.
 
     A point is beaten by one that is at least as small and at least as good, and better in one of the two; of
-    equal ones the earliest trial stays.
+    equal ones the earliest trial stays. A map that was stopped early is never on the front.
     """
-    within = [point for point in points if point.increase_percent <= budget_percent]
+    within = [point for point in points if point.increase_percent <= budget_percent and point.stopped is None]
     front: list[Point] = []
     best = float("inf")
     for point in sorted(within, key=lambda p: (p.bytes, p.increase_percent, p.trial)):

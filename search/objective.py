@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from search.racing import Reason, best_rival, judge, rungs
 from search.workspace import Workspace
 from ssm_mp.components import fp32_bytes
+from ssm_mp.data import Windows
 from ssm_mp.evaluate import Evaluation, Increase, evaluate, paired_increase, require_better_than_guessing
+from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
+
+Finished = Sequence[tuple[int, np.ndarray]]
+"""Maps that have seen all windows: bytes, log-increase of each window."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """Size and quality of one map on the search windows."""
+    """Size and quality of one map on the search windows.
+
+    differences: log-increase of each window over FP32, `[windows seen]`; stopped: why not all `of_windows` were.
+    """
 
     bytes: int
     compression: float
     perplexity: float
     increase: Increase
+    differences: np.ndarray
+    of_windows: int
+    stopped: Reason | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +62,42 @@ class Objective:
         self._baseline = baseline
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:
-        """Really convert, really evaluate. Raises EvaluationError where the result is not finite."""
-        workspace = self._workspace
-        model = workspace.converter.convert(precision_map)
-        evaluation = evaluate(model, workspace.splits.search)
+        """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""
+        return self._measured(precision_map, evaluate(self._converted(precision_map), self._workspace.splits.search))
+
+    def race(self, precision_map: PrecisionMap, finished: Finished, error: float) -> Measured:
+        """The same in rungs of windows, stopped where the map shows over budget or beaten by one of `finished`.
+
+        error: chance allowed to stop a map that all windows would have left on the front.
+        """
+        windows = self._workspace.splits.search
+        budget = self._workspace.spec.search.budget_percent
+        model = self._converted(precision_map)
+        size = precision_map.bytes(self._workspace.space.components, self._workspace.spec.precision.activations)
+        rival = best_rival(size, finished)
+        nll = np.zeros(0)
+        for seen in rungs(len(windows)):
+            nll = np.concatenate([nll, evaluate(model, Windows(windows.ids[nll.size : seen])).nll])
+            measured = self._measured(precision_map, Evaluation(nll, windows.predicted))
+            if seen < len(windows):
+                stop = judge(measured.differences, len(windows), budget, rival, error)
+                if stop is not None:
+                    return self._measured(precision_map, Evaluation(nll, windows.predicted), stop.reason)
+        return measured
+
+    def _converted(self, precision_map: PrecisionMap) -> LanguageModel:
+        return self._workspace.converter.convert(precision_map)
+
+    def _measured(self, precision_map: PrecisionMap, seen: Evaluation, stopped: Reason | None = None) -> Measured:
+        workspace, full = self._workspace, self._baseline.evaluation
+        reference = Evaluation(full.nll[: seen.windows], full.predicted)
         size = precision_map.bytes(workspace.space.components, workspace.spec.precision.activations)
         return Measured(
             bytes=size,
             compression=self._baseline.bytes / size,
-            perplexity=evaluation.perplexity,
-            increase=paired_increase(evaluation, self._baseline.evaluation),
+            perplexity=seen.perplexity,
+            increase=paired_increase(seen, reference),
+            differences=(seen.nll - reference.nll) / seen.predicted,
+            of_windows=full.windows,
+            stopped=stopped,
         )

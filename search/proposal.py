@@ -54,20 +54,20 @@ def propose(
     taken: Sequence[np.ndarray],
     budget_percent: float,
     rng: np.random.Generator,
+    excluded: Sequence[np.ndarray] = (),
 ) -> np.ndarray | None:
-    """Choices `[n]` of the next map, not among `evaluated` or `taken`; None where no candidate is new.
+    """Choices `[n]` of the next map; None where every map is evaluated, taken or excluded.
 
-    taken: maps that are queued or being evaluated; they count as if they came out as predicted.
+    taken: maps that are queued or being evaluated; they count as if they came out as predicted. excluded: maps that
+    were stopped early, known to be off the front.
     """
-    seen = {row.tobytes() for row in [*evaluated.choices, *taken]}
+    seen = {row.tobytes() for row in [*evaluated.choices, *taken, *excluded]}
     if len(seen) >= catalogue.maps:
         return None
     stairs = _stairs(catalogue, posterior, evaluated, taken, budget_percent)
     found = _unseen(_fronts(catalogue, posterior, budget_percent, rng), seen)
-    if not len(found):
+    while not len(found):  # everything on the predicted fronts is known: look elsewhere
         found = _unseen(_neighbours(catalogue, catalogue_map(catalogue, rng)), seen)
-    if not len(found):
-        return None
     smallest = _smallest(catalogue, evaluated, budget_percent)
     if smallest is not None and len(seen) % _WINNER_EVERY == 0:
         smaller = _winner(catalogue, posterior, found, seen, smallest, budget_percent)

@@ -14,6 +14,10 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from search.front_sampler import FrontSampler
+from search.knowledge import Knowledge
+from search.measured import map_of
+
 _ATTEMPTS = 4
 """Proposals asked of the inner sampler before the last of them is varied instead."""
 
@@ -27,9 +31,7 @@ def seen_maps(study: Study) -> set[str]:
     """Keys of all maps that a study evaluated, is evaluating, or will."""
     seen = set()
     for trial in study.get_trials(deepcopy=False):
-        waiting = trial.state == TrialState.WAITING
-        params = trial.system_attrs.get("fixed_params", {}) if waiting else trial.params
-        seen.add(map_key(params))
+        seen.add(map_key(map_of(trial) if trial.state == TrialState.WAITING else trial.params))
     return seen
 
 
@@ -98,8 +100,17 @@ def _choices(distribution: BaseDistribution) -> list[Any]:
     return list(distribution.choices)
 
 
-def make_sampler(name: str, space: dict[str, CategoricalDistribution], seed: int) -> Unrepeated:
-    """The sampler of a study by its name in the study file: `tpe`, `nsga2`, `gp` or `random`."""
+def make_sampler(
+    name: str,
+    space: dict[str, CategoricalDistribution],
+    seed: int,
+    knowledge: Knowledge | None = None,
+    budget_percent: float = 5.0,
+) -> BaseSampler:
+    """The sampler of a study by its name in the study file: `front`, which needs `knowledge`, or one of Optuna's."""
+    if name == "front":
+        assert knowledge is not None
+        return FrontSampler(knowledge, budget_percent, seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         inner: BaseSampler

@@ -92,7 +92,10 @@ class SearchSection(_Section):
     """`[search]`: how many maps are tried, how, and what counts as good enough."""
 
     trials: int = Field(default=64, ge=1)
-    sampler: Literal["tpe", "nsga2", "gp", "random"] = "tpe"
+    sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
+    probe: Literal["measured", "gradient"] = "measured"
+    racing: bool = True
+    racing_error: float = Field(default=0.01, gt=0, lt=0.5)
     seeds: int = Field(default=12, ge=0, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)

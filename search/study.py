@@ -8,17 +8,22 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import Study, StudyDirection
-from optuna.trial import FrozenTrial, Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 from sqlalchemy.exc import SQLAlchemyError
 
 from search.front import Point
+from search.front_sampler import FrontSampler
+from search.knowledge import Knowledge
+from search.measured import DIFFERENCES, FINISHED, MEASURED, ORIGIN, REASON, map_of, packed, unpacked
 from search.objective import Measured
 from search.run_directory import DATABASE, RunDirectory, require_same
 from search.sampler import complete_maps, make_sampler, map_key, seen_maps
@@ -29,8 +34,6 @@ _MOST_FAILURES_IN_A_ROW = 20
 STUDY_NAME = "precision search"
 """One study a database, whatever its study file is called."""
 FINGERPRINT_ATTRIBUTE = "fingerprint"
-MEASURED, ORIGIN, REASON = "measured", "origin", "reason"
-"""Names of the user attributes that a trial carries."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +46,10 @@ class Seed:
 
 @dataclass(frozen=True)
 class Status:
-    """Trials of a study by state."""
+    """Trials of a study by state. `finished` ones have a result; `stopped` of them had it before all windows."""
 
     finished: int
+    stopped: int
     running: int
     failed: int
     waiting: int
@@ -53,9 +57,13 @@ class Status:
 
 
 def open_study(
-    spec: StudySpec, run: RunDirectory, space: Mapping[str, tuple[str, ...]], fingerprint: Mapping[str, Any]
+    spec: StudySpec,
+    run: RunDirectory,
+    space: Mapping[str, tuple[str, ...]],
+    fingerprint: Mapping[str, Any],
+    knowledge: Knowledge | None = None,
 ) -> Study:
-    """Create or load the study of a run; `space` is the free components' choices.
+    """Create or load the study of a run; `space` is the free components' choices, `knowledge` for sampler `front`.
 
     Raises StudyError where the database holds a study of this name with another fingerprint.
     """
@@ -67,9 +75,8 @@ def open_study(
     else:
         study.set_user_attr(FINGERPRINT_ATTRIBUTE, current)
     # another seed for every continuation, or the sampler would propose the same maps again
-    study.sampler = make_sampler(
-        spec.search.sampler, distributions, (spec.search.seed + len(study.get_trials(deepcopy=False))) % 2**32
-    )
+    seed = (spec.search.seed + len(study.get_trials(deepcopy=False))) % 2**32
+    study.sampler = make_sampler(spec.search.sampler, distributions, seed, knowledge, spec.search.budget_percent)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names(["compression", "increase_percent"])
@@ -91,7 +98,7 @@ def load_study(run: RunDirectory) -> Study:
         raise MachineError(f"{path}: the database cannot be used ({str(error).splitlines()[0]})") from None
 
 
-def recover(study: Study, space: Iterable[str]) -> int:
+def recover(study: Study, space: Mapping[str, tuple[str, ...]]) -> int:
     """Put trials that a killed search left running back in the queue; returns how many. One process only.
 
     A trial that was killed before its map was complete (`space`: the free components) is given up, and its map
@@ -100,9 +107,8 @@ def recover(study: Study, space: Iterable[str]) -> int:
     complete = set(space)
     stale = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.RUNNING]
     for trial in stale:
-        params = trial.system_attrs.get("fixed_params", trial.params)
-        if set(params) == complete:  # queued first: a second kill between the two steps must not lose it
-            study.enqueue_trial(dict(params), {ORIGIN: trial.user_attrs.get(ORIGIN, "")}, skip_if_exists=False)
+        if set(map_of(trial)) == complete:  # queued first: a second kill between the two steps must not lose it
+            _queue(study, Seed(map_of(trial), trial.user_attrs.get(ORIGIN, "")), space)
         study._storage.set_trial_user_attr(trial._trial_id, REASON, "interrupted, and tried again")
         study.tell(trial.number, state=TrialState.FAIL)
     _drop_repeated(study)
@@ -113,20 +119,34 @@ def _drop_repeated(study: Study) -> None:
     """Fail queued maps that are queued twice, as a kill in the middle of `recover` leaves them."""
     seen: set[str] = set()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        key = map_key(trial.system_attrs.get("fixed_params", {}))
+        key = map_key(map_of(trial))
         if key in seen:
             study._storage.set_trial_user_attr(trial._trial_id, REASON, "queued twice")
             study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
         seen.add(key)
 
 
-def enqueue(study: Study, seeds: Iterable[Seed]) -> int:
+def _queue(study: Study, seed: Seed, space: Mapping[str, tuple[str, ...]]) -> None:
+    """Queue one map, all of its parameters in one operation of the storage."""
+    template = _template(TrialState.WAITING, seed.params, space, seed.origin)
+    study._storage.create_new_trial(study._study_id, template_trial=template)
+
+
+def _template(
+    state: TrialState, params: Mapping[str, str], space: Mapping[str, tuple[str, ...]], origin: str
+) -> FrozenTrial:
+    """A trial with its whole map, for the storage to write at once."""
+    distributions: dict[str, Any] = {name: CategoricalDistribution(choices) for name, choices in space.items()}
+    return create_trial(state=state, params=dict(params), distributions=distributions, user_attrs={ORIGIN: origin})
+
+
+def enqueue(study: Study, seeds: Iterable[Seed], space: Mapping[str, tuple[str, ...]]) -> int:
     """Queue the seeds that the study does not have yet; returns how many."""
     queued = 0
     seen = seen_maps(study)
     for seed in seeds:
         if map_key(seed.params) not in seen:
-            study.enqueue_trial(dict(seed.params), user_attrs={ORIGIN: seed.origin})
+            _queue(study, seed, space)
             seen.add(map_key(seed.params))
             queued += 1
     return queued
@@ -146,23 +166,34 @@ def run_trials(
 
     `after` is told, after each trial, whether it finished (or failed).
     """
-    distributions: dict[str, Any] = {name: CategoricalDistribution(choices) for name, choices in space.items()}
-    maps = 1
-    for choices in space.values():
-        maps *= len(choices)
     failures = 0
     while status(study).finished < trials:
-        waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-        if not waiting and len(complete_maps(study, space)) >= maps:
+        trial = claim(study, space, sampler)
+        if trial is None:
             return
-        trial = study.ask(fixed_distributions=distributions)
-        if not trial.user_attrs.get(ORIGIN):
-            trial.set_user_attr(ORIGIN, sampler)
         finished = _run_one(study, trial, evaluate, budget_percent)
         failures = 0 if finished else failures + 1
         if failures >= _MOST_FAILURES_IN_A_ROW:
             raise EvaluationError(f"the last {failures} trials all failed: {trial.user_attrs.get(REASON)}")
         after(finished)
+
+
+def claim(study: Study, space: Mapping[str, tuple[str, ...]], sampler: str) -> Trial | None:
+    """The next trial to evaluate, running: a queued one, else a new proposal; None where every map has been tried."""
+    for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
+            return Trial(study, waiting._trial_id)
+    if isinstance(study.sampler, FrontSampler):
+        params = study.sampler.propose(study)
+        if params is None:
+            return None
+        template = _template(TrialState.RUNNING, params, space, sampler)
+        return Trial(study, study._storage.create_new_trial(study._study_id, template_trial=template))
+    if len(complete_maps(study, space)) >= prod(len(choices) for choices in space.values()):
+        return None
+    trial = study.ask(fixed_distributions={name: CategoricalDistribution(choices) for name, choices in space.items()})
+    trial.set_user_attr(ORIGIN, sampler)
+    return trial
 
 
 def _run_one(
@@ -182,32 +213,51 @@ def _run_one(
         "increase_percent": measured.increase.percent,
         "stderr_percent": measured.increase.stderr_percent,
         "windows": measured.increase.windows,
+        "of_windows": measured.of_windows,
+        "stopped": measured.stopped,
+        "compression": measured.compression,
         "seconds": round(time.monotonic() - began, 3),
     }
     trial.set_user_attr(MEASURED, values)
     trial.set_constraint("budget", measured.increase.percent - budget_percent)
+    if measured.stopped is not None:
+        study.tell(trial, state=TrialState.PRUNED)
+        return True
+    trial.set_user_attr(DIFFERENCES, packed(measured.differences))
     study.tell(trial, [measured.compression, measured.increase.percent])
     return True
+
+
+def finished_differences(study: Study) -> list[tuple[int, np.ndarray]]:
+    """Of all trials with all windows: bytes, and the log-increase of each window."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return [
+        (trial.user_attrs[MEASURED]["bytes"], unpacked(trial.user_attrs[DIFFERENCES]))
+        for trial in complete
+        if DIFFERENCES in trial.user_attrs
+    ]
 
 
 def points(study: Study, space: Mapping[str, Sequence[str]]) -> list[Point]:
     """All finished trials, by number; `space` is every component's choices, so that each point's map is total."""
     widest = {name: choices[0] for name, choices in space.items()}
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return [_point(trial, widest) for trial in sorted(complete, key=lambda trial: trial.number)]
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    return [_point(trial, widest) for trial in sorted(finished, key=lambda trial: trial.number)]
 
 
 def _point(trial: FrozenTrial, widest: Mapping[str, str]) -> Point:
     measured = trial.user_attrs[MEASURED]
     return Point(
         trial=trial.number,
-        compression=trial.values[0],
+        compression=measured["compression"] if "compression" in measured else trial.values[0],
         bytes=measured["bytes"],
         perplexity=measured["perplexity"],
         increase_percent=measured["increase_percent"],
         stderr_percent=measured["stderr_percent"],
         map={**widest, **trial.params},
         origin=trial.user_attrs.get(ORIGIN, ""),
+        windows=measured["windows"],
+        stopped=measured.get("stopped"),
     )
 
 
@@ -219,7 +269,8 @@ def status(study: Study) -> Status:
         str(trial.user_attrs.get(REASON, "unknown")) for trial in trials if trial.state == TrialState.FAIL
     )
     return Status(
-        finished=count[TrialState.COMPLETE],
+        finished=sum(count[state] for state in FINISHED),
+        stopped=count[TrialState.PRUNED],
         running=count[TrialState.RUNNING],
         failed=count[TrialState.FAIL],
         waiting=count[TrialState.WAITING],
