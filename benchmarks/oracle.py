@@ -50,7 +50,7 @@ class Oracle:
     """A subspace of which everything is known. A map is a tuple of choices, one index a component.
 
     log_increase, log_stderr: `[k, …, k]`, one axis a component; sizes `[components, k]` bytes; `fixed` bytes of all
-    others; gradient, gradient_stderr `[components, k]`: estimates of each effect over the widest, without evaluating.
+    others; gradient `[components, k]`: estimate of each effect over the widest, without evaluating any map.
     """
 
     components: tuple[str, ...]
@@ -149,9 +149,16 @@ def make(name: str, workers: int, parts: Path) -> Oracle:
     sizes = np.array([[part[c].bytes(p, "static") for p in precisions] for c in components])
     fixed = _task(name).base.bytes(space.components, "static") - int(sizes[:, 0].sum())
     effects = gradient_effects(_task(name).workspace)
-    gradient = np.array([[effects[c][p] - effects[c][precisions[0]] for p in precisions] for c in components])
+    over_fp32 = np.array([[effects[c][p].log_increase for p in precisions] for c in components])
     return Oracle(
-        components, precisions, cube[..., 0], cube[..., 1], sizes, fixed, fp32_bytes(space.components), gradient
+        components,
+        precisions,
+        cube[..., 0],
+        cube[..., 1],
+        sizes,
+        fixed,
+        fp32_bytes(space.components),
+        over_fp32 - over_fp32[:, :1],
     )
 
 

@@ -41,7 +41,7 @@ def probed(answer: Mapping[str, Any]) -> str:
     rows = [
         (
             row["component"], f"{row['from']} → {row['precision']}", f"{row['increase_percent']:+.4f}",
-            f"{1.96 * row['stderr_percent']:.4f}", f"{row['kl']:.2e}",
+            f"{1.96 * row['stderr_percent']:.4f}", "-" if row["kl"] is None else f"{row['kl']:.2e}",
         )
         for row in sorted(answer["probes"], key=lambda row: -row["increase_percent"])
     ]  # fmt: skip

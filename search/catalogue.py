@@ -46,14 +46,12 @@ class Catalogue:
 
     def decode(self, choices: Sequence[int] | np.ndarray) -> dict[str, str]:
         """A trial's parameters of choice indices `[n]`."""
-        return {
-            name: held[int(k)] for name, held, k in zip(self.names, self.precisions, choices, strict=True)
-        }
+        return {name: held[int(k)] for name, held, k in zip(self.names, self.precisions, choices, strict=True)}
 
     def one_hot(self, choices: Choices) -> np.ndarray:
         """Features of maps `[m, n]` → float64 `[m, f]`."""
         index = np.array(self.features, dtype=np.int64).reshape(-1, 2)
-        return (choices[:, index[:, 0]] == index[:, 1]).astype(float)
+        return np.asarray(choices[:, index[:, 0]] == index[:, 1], dtype=float)
 
     def bytes(self, choices: Choices) -> np.ndarray:
         """Stored bytes of maps `[m, n]` → int64 `[m]`."""

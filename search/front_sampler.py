@@ -100,7 +100,7 @@ class FrontSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         assert isinstance(param_distribution, CategoricalDistribution)
-        return self._rng.choice(list(param_distribution.choices))
+        return param_distribution.choices[int(self._rng.integers(len(param_distribution.choices)))]
 
 
 def _increase_percent(trial: FrozenTrial) -> float:

@@ -50,4 +50,4 @@ def expected_gain(stairs: Staircase, compression: np.ndarray, mean: np.ndarray, 
     below = stairs.heights - mean[:, None]
     z = below / stddev[:, None]
     density = np.exp(-0.5 * np.minimum(z * z, 1e3)) / np.sqrt(2 * np.pi)
-    return (width * (below * ndtr(z) + stddev[:, None] * density)).sum(axis=1)
+    return np.asarray((width * (below * ndtr(z) + stddev[:, None] * density)).sum(axis=1))

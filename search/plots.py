@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from search.front import Point, pareto_front
-from search.probe import WIDEST, Probe
+from search.probe import LOWEST, Probe
 from ssm_mp.components import Component
 from ssm_mp.errors import MachineError
 from ssm_mp.layers import ActivationScheme
@@ -188,8 +188,8 @@ def plot_sensitivities(probes: Sequence[Probe], components: Sequence[Component])
     """Perplexity cost of lowering each component, measured from both ends, the costliest on top."""
     share = {component.name: component.count for component in components}
     total = sum(share.values())
-    lowered = [p for p in probes if p.end == WIDEST]
-    raised = {(p.component, p.origin): p for p in probes if p.end != WIDEST}
+    lowered = [p for p in probes if p.end != LOWEST]
+    raised = {(p.component, p.origin): p for p in probes if p.end == LOWEST}
     rows = sorted(lowered, key=lambda p: p.log_increase)
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(8.4, 1.6 + 0.27 * len(rows)), layout="constrained")

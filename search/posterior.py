@@ -41,7 +41,7 @@ class Prior:
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """Measured maps: features `[t, f]`, log-increase over FP32 `[t]`, and the variance of what is not yet seen `[t]`."""
+    """Measured maps: features `[t, f]`, log-increase over FP32 `[t]`, variance of what is not yet seen `[t]`."""
 
     features: np.ndarray
     log_increase: np.ndarray
@@ -82,8 +82,13 @@ class Posterior:
         offset = (_OFFSET_SPREAD * self.unit) ** 2 * self.weights.sum()
         return float(offset), self.prior.mean + self._back(self.weights)
 
+    def leave_one_out(self) -> np.ndarray:
+        """Log-increase of each observed map less what all the others predict of it, `[t]` (R. & W. equation 5.12)."""
+        inverse = cho_solve(self.factor, np.eye(len(self.weights)))
+        return np.asarray(self.weights / np.diag(inverse))
+
     def draw(self, rng: np.random.Generator) -> tuple[float, np.ndarray]:
-        """One draw of offset and effects from the posterior (Matheron's rule: a prior draw, moved by what it misses)."""
+        """One draw of offset and effects (Matheron's rule: a draw from the prior, moved by what it misses)."""
         offset = rng.normal() * _OFFSET_SPREAD * self.unit
         effects = self.prior.mean + rng.normal(size=self.scale.shape) * self.spreads.effect * self.scale
         for group in np.unique(self.prior.group):
@@ -97,7 +102,7 @@ class Posterior:
     def _back(self, weights: np.ndarray) -> np.ndarray:
         """Cov(effects, observations) @ weights: `[t]` → `[f]`."""
         pulled = self.observed.features.T @ weights
-        moved = (self.spreads.effect * self.scale) ** 2 * pulled
+        moved: np.ndarray = (self.spreads.effect * self.scale) ** 2 * pulled
         for group in np.unique(self.prior.group):
             mean = np.where(self.prior.group == group, self.prior.mean, 0.0)
             moved += _FACTOR_SPREAD**2 * mean * (mean @ pulled)
@@ -135,7 +140,7 @@ def _conditioned(prior: Prior, observed: Observations, spreads: Spreads, unit: f
 
 def _noise(observed: Observations, model: Posterior) -> np.ndarray:
     """Variance of each observation given offset, effects and pairs: `[t]`."""
-    return observed.variance + (model.spreads.noise * model.unit) ** 2
+    return np.asarray(observed.variance + (model.spreads.noise * model.unit) ** 2)
 
 
 def _covariance(a: np.ndarray, b: np.ndarray, model: Posterior) -> np.ndarray:
@@ -144,7 +149,7 @@ def _covariance(a: np.ndarray, b: np.ndarray, model: Posterior) -> np.ndarray:
     for group in np.unique(model.prior.group):
         mean = np.where(model.prior.group == group, model.prior.mean, 0.0)
         total = total + _FACTOR_SPREAD**2 * np.outer(a @ mean, b @ mean)
-    return total + _pairs(a, b, model)
+    return np.asarray(total + _pairs(a, b, model))
 
 
 def _pairs(a: np.ndarray, b: np.ndarray, model: Posterior) -> np.ndarray:
@@ -154,7 +159,7 @@ def _pairs(a: np.ndarray, b: np.ndarray, model: Posterior) -> np.ndarray:
     """
     shared = (a * model.scale) @ b.T
     alone = (a * model.scale**2) @ b.T
-    return model.spreads.pair**2 * 0.5 * (shared**2 - alone)
+    return np.asarray(model.spreads.pair**2 * 0.5 * (shared**2 - alone))
 
 
 def _own_variance(a: np.ndarray, model: Posterior) -> np.ndarray:
@@ -163,7 +168,7 @@ def _own_variance(a: np.ndarray, model: Posterior) -> np.ndarray:
     for group in np.unique(model.prior.group):
         total = total + (_FACTOR_SPREAD * (a @ np.where(model.prior.group == group, model.prior.mean, 0.0))) ** 2
     shared, alone = a @ model.scale, a @ model.scale**2
-    return total + model.spreads.pair**2 * 0.5 * (shared**2 - alone)
+    return np.asarray(total + model.spreads.pair**2 * 0.5 * (shared**2 - alone))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -18,7 +18,8 @@ from ssm_mp.evaluate import Evaluation, Prefix, advance, divergence, finish, pai
 from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 
-WIDEST, LOWEST = "widest", "lowest"
+WIDEST, LOWEST, GRADIENT = "widest", "lowest", "gradient"
+"""Where a probe comes from: one of the two ends, or no evaluated map but the gradient."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Probe:
 
     `origin` is the component's own precision there. `log_increase` and `log_stderr` are of log-perplexity,
     paired by window, against the map it departs from (so raising a component gives a negative increase);
-    `kl` is the divergence from that map in nats a token.
+    `kl` is the divergence from that map in nats a token, None where it is an estimate from gradients.
     """
 
     component: str
@@ -36,7 +37,7 @@ class Probe:
     origin: str
     log_increase: float
     log_stderr: float
-    kl: float
+    kl: float | None
 
     def to_json(self) -> dict[str, Any]:
         """With the increase in percent, as the command line reports it."""

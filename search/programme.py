@@ -18,7 +18,7 @@ MOST_STATES = 4096
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """Maps that no other beats in (bytes, cost), the smallest first: bytes int64 `[m]`, cost `[m]`, choices `[m, n]`."""
+    """Maps that no other beats, the smallest first: bytes int64 `[m]`, cost `[m]`, choices `[m, n]`."""
 
     bytes: np.ndarray
     cost: np.ndarray
@@ -53,19 +53,19 @@ def frontier(
 
 def _undominated(size: np.ndarray, cost: np.ndarray, most_cost: float, most: int) -> np.ndarray:
     """Indices of the states that stay, by rising bytes (and so by falling cost)."""
-    order = np.lexsort((cost, size))
+    order: np.ndarray = np.lexsort((cost, size))
     order = order[cost[order] <= most_cost]
     if not order.size:
         return order
     least = np.minimum.accumulate(cost[order])
-    kept = order[np.append(True, cost[order][1:] < least[:-1])]
+    kept: np.ndarray = order[np.append(True, cost[order][1:] < least[:-1])]
     if len(kept) <= most:
         return kept
     span = size[kept[-1]] - size[kept[0]]
     bucket = (size[kept] - size[kept[0]]) * most // (span + 1)
     last = np.append(bucket[1:] != bucket[:-1], True)  # the cheapest of a range is its largest
     last[0] = True
-    return kept[last]
+    return np.asarray(kept[last])
 
 
 def frontier_reference(

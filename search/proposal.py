@@ -101,9 +101,9 @@ def _fronts(catalogue: Catalogue, posterior: Posterior, budget: float, rng: np.r
     found = []
     for offset, effects in (posterior.effects(), posterior.draw(rng)):
         front = frontier(catalogue.sizes, costs(catalogue, effects), limit - offset)
-        keep = np.unique(np.linspace(0, len(front.bytes) - 1, _MOST_CANDIDATES).astype(int)) if len(front.bytes) else []
-        found.append(front.choices[keep])
-    return np.concatenate(found)
+        if len(front.bytes):
+            found.append(front.choices[np.unique(np.linspace(0, len(front.bytes) - 1, _MOST_CANDIDATES).astype(int))])
+    return np.concatenate([np.zeros((0, len(catalogue.names)), dtype=np.int64), *found])
 
 
 def costs(catalogue: Catalogue, effects: np.ndarray) -> list[list[float]]:
@@ -173,7 +173,7 @@ def _smallest(catalogue: Catalogue, evaluated: Evaluated, budget: float) -> int 
 def _winner(
     catalogue: Catalogue, posterior: Posterior, found: Choices, seen: set[bytes], smallest: int, budget: float
 ) -> np.ndarray | None:
-    """The map with the largest expected saving of bytes over the smallest one within the budget; None where hopeless."""
+    """The map of the largest expected saving over the smallest one within the budget; None where hopeless."""
 
     def savings(choices: Choices) -> np.ndarray:
         expected = predicted(catalogue, posterior, choices)

@@ -32,6 +32,7 @@ class Result:
     front: Sequence[Point]
     status: Status
     surrogate: Surrogate
+    prediction_error: float | None
     certificate: Certificate | None
     gates: Sequence[Gate]
     benchmark: Benchmark | None
@@ -87,7 +88,7 @@ def render(result: Result) -> str:
         f"## Certificate\n\n{_certificate(result)}",
         f"## Winner\n\n{_winner(result)}",
         f"## Components\n\n{_components(result)}",
-        f"## Sensitivities\n\n![Sensitivities](sensitivities.png)\n\n{_surrogate(result.surrogate)}",
+        f"## Sensitivities\n\n![Sensitivities](sensitivities.png)\n\n{_surrogate(result)}",
         f"## Provenance\n\n```json\n{json.dumps(result.provenance, indent=2)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -98,7 +99,8 @@ def _summary(result: Result) -> str:
     lines = [
         f"Checkpoint `{spec.checkpoint.path}`, {sum(c.count for c in result.components):,} parameters, "
         f"{result.baseline_bytes:,} bytes in FP32, perplexity {result.baseline_perplexity:.4f} on the search windows.",
-        f"{result.status.finished} precision maps were converted and evaluated ({result.status.failed} failed) with "
+        f"{result.status.finished} precision maps were converted and evaluated, {result.status.stopped} of them "
+        f"stopped early ({result.status.failed} failed), with "
         f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
         f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %.",
     ]
@@ -206,8 +208,15 @@ def _components(result: Result) -> str:
     return _table(("component", "kind", "parameters", "share", "", "winner"), rows, left=2)
 
 
-def _surrogate(surrogate: Surrogate) -> str:
+def _surrogate(result: Result) -> str:
+    surrogate = result.surrogate
+    learned = ""
+    if result.prediction_error is not None:
+        learned = (
+            " With pair terms and all trials, the surrogate predicts each trial from the others to within "
+            f"{100 * result.prediction_error:.3f} % (root mean square)."
+        )
     return (
         "The effects of the probes are added up to predict other maps. For the lowest map the sum is off by "
-        f"{100 * surrogate.gap:+.3f} % of perplexity (measured minus predicted)."
+        f"{100 * surrogate.gap:+.3f} % of perplexity (measured minus predicted).{learned}"
     )

@@ -13,18 +13,31 @@ from typing import Any
 from optuna.study import Study
 
 from search import plots
+from search.catalogue import catalogue_of
 from search.certify import Certificate, Try, certify
 from search.export import export, provenance_of
 from search.front import Point, pareto_front
 from search.gates import judge
+from search.gradient import gradient_probes, gradient_windows
+from search.knowledge import Knowledge, before_any_trial
 from search.objective import Baseline, Measured, Objective, measure_baseline
-from search.probe import LOWEST, WIDEST, End, Probe, open_end, planned, probe_from_stored, run_probes
+from search.probe import GRADIENT, LOWEST, WIDEST, End, Probe, open_end, planned, probe_from_stored, run_probes
 from search.progress import Progress
 from search.report import Result, front_json, render
 from search.run_directory import BASELINE, CERTIFICATE, FRONT, PROBES, REPORT, TRIES, WINNER, RunDirectory
 from search.spec import StudySpec
-from search.study import Seed, enqueue, open_study, points, recover, run_trials, status
-from search.surrogate import Surrogate, fit
+from search.study import (
+    Seed,
+    enqueue,
+    finished_differences,
+    open_study,
+    points,
+    prediction_error,
+    recover,
+    run_trials,
+    status,
+)
+from search.surrogate import Surrogate, fit, predicted_front
 from search.workspace import Workspace, open_workspace
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError
@@ -44,6 +57,7 @@ class Prepared:
     baseline: Baseline
     probes: list[Probe]
     surrogate: Surrogate
+    knowledge: Knowledge
 
 
 def prepare(spec: StudySpec, run: RunDirectory, say: Say) -> Prepared:
@@ -59,24 +73,47 @@ def prepare(spec: StudySpec, run: RunDirectory, say: Say) -> Prepared:
     widest, lowest = open_end(workspace, WIDEST), open_end(workspace, LOWEST)
     probes = _probe(workspace, (widest, lowest), run)
     offsets = [paired_increase(end.evaluation, baseline.evaluation).log_mean for end in (widest, lowest)]
-    surrogate = fit(workspace.space, spec.precision.activations, probes, *offsets)
+    surrogate = fit(workspace.space, probes, *offsets)
     say(
         f"probes: {len(probes)}; all-lowest costs {100 * math.expm1(offsets[1]):+.3f} %, "
         f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
     )
-    return Prepared(workspace, baseline, probes, surrogate)
+    return Prepared(workspace, baseline, probes, surrogate, _knowledge(workspace, surrogate, probes, offsets))
 
 
 def _probe(workspace: Workspace, ends: tuple[End, End], run: RunDirectory) -> list[Probe]:
-    owner = workspace.fingerprint_digest
-    done = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES) if line["fingerprint"] == owner]
+    """The study's probes, of the kind that it asks for; those of a former run are not measured again."""
+    owner, gradient = workspace.fingerprint_digest, workspace.spec.search.probe == "gradient"
+    stored = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES) if line["fingerprint"] == owner]
+    done = [probe for probe in stored if (probe.end == GRADIENT) == gradient]
+    if gradient:
+        if not done:
+            done = gradient_probes(workspace, Progress("gradients", len(gradient_windows(workspace))).step)
+            run.append_lines(PROBES, [{"fingerprint": owner, "probe": probe.stored()} for probe in done])
+        return done
     progress = Progress("probes", planned(workspace), len(done))
 
     def save(probe: Probe) -> None:
-        run.append_line(PROBES, {"fingerprint": owner, "probe": probe.stored()})
+        run.append_lines(PROBES, [{"fingerprint": owner, "probe": probe.stored()}])
         progress.step()
 
     return run_probes(workspace, ends, done, save)
+
+
+def _knowledge(
+    workspace: Workspace, surrogate: Surrogate, probes: Sequence[Probe], offsets: Sequence[float]
+) -> Knowledge:
+    """What the sampler starts from: expected effects, and all maps that probes and ends have measured."""
+    space = workspace.space
+    ends = {WIDEST: (space.widest(), offsets[0]), LOWEST: (space.lowest(), offsets[1])}
+    measured = [(space.chosen(held), offset) for held, offset in ends.values()]
+    for probe in probes:
+        if probe.end in ends:
+            held, offset = ends[probe.end]
+            changed = held.changed({probe.component: probe.precision})
+            measured.append((space.chosen(changed), offset + probe.log_increase))
+    catalogue = catalogue_of(space, workspace.spec.precision.activations)
+    return before_any_trial(catalogue, surrogate.effects, measured)
 
 
 def seeds(prepared: Prepared) -> list[Seed]:
@@ -91,9 +128,10 @@ def seeds(prepared: Prepared) -> list[Seed]:
         if name != "cumulative" or four_bit is not None:
             preset = PrecisionMap.preset(name, space.components, four_bit=four_bit or FOUR_BIT[0])
             found.append((space.within(preset), name))
+    named = [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
     budget = math.log1p(spec.search.budget_percent / 100)
-    found += [(predicted, "predicted front") for predicted in prepared.surrogate.front(spec.search.seeds, budget)]
-    return [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
+    predicted = predicted_front(prepared.surrogate, prepared.knowledge.catalogue, spec.search.seeds, budget)
+    return named + [Seed(params, "predicted front") for params in predicted]
 
 
 def run_search(spec: StudySpec, run: RunDirectory, say: Say) -> Result:
@@ -102,11 +140,11 @@ def run_search(spec: StudySpec, run: RunDirectory, say: Say) -> Result:
         prepared = prepare(spec, run, say)
         space = prepared.workspace.space
         choices = {component.name: space.choices[component.name] for component in space.free}
-        study = open_study(spec, run, choices, prepared.workspace.fingerprint())
+        study = open_study(spec, run, choices, prepared.workspace.fingerprint(), prepared.knowledge)
         again = recover(study, choices)
         if again:
             say(f"{again} interrupted trial{'s' if again > 1 else ''} will be tried again")
-        enqueue(study, seeds(prepared))
+        enqueue(study, seeds(prepared), choices)
         if status(study).finished < spec.search.trials:
             (run / CERTIFICATE).unlink(missing_ok=True)  # of a front that is about to change
         _trials(study, spec, choices, prepared)
@@ -119,7 +157,9 @@ def _trials(study: Study, spec: StudySpec, choices: Mapping[str, tuple[str, ...]
     progress = Progress("trials", spec.search.trials, len(points(study, space.choices)))
 
     def evaluate_params(params: Mapping[str, str]) -> Measured:
-        return objective(space.map(params))
+        if not spec.search.racing:
+            return objective(space.map(params))
+        return objective.race(space.map(params), finished_differences(study), spec.search.racing_error)
 
     def after(finished: bool) -> None:
         if finished:
@@ -170,6 +210,7 @@ def _finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Re
         front=front,
         status=status(study),
         surrogate=prepared.surrogate,
+        prediction_error=prediction_error(prepared.knowledge, study),
         certificate=certificate,
         gates=judge(certificate, exported.facts if exported else None, failure),
         benchmark=exported.benchmark if exported else None,
@@ -204,7 +245,7 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
     )
     for tried in certificate.tries if certificate else ():
         if tried not in former:
-            run.append_line(TRIES, asdict(tried))
+            run.append_lines(TRIES, [asdict(tried)])
     return certificate
 
 

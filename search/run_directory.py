@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,14 @@ class RunDirectory:
         except ValueError as error:
             raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
 
-    def append_line(self, name: str, content: object) -> None:
-        """Add one line of JSON to a file and see it written."""
+    def append_lines(self, name: str, contents: Iterable[object]) -> None:
+        """Add lines of JSON to a file and see them written."""
         try:
             with (self / name).open("ab+") as file:
                 # a crash can leave half a line at the end: cut it off, or it would spoil the next one
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
-                file.write(json.dumps(content).encode() + b"\n")
+                file.writelines(json.dumps(content).encode() + b"\n" for content in contents)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -276,3 +276,15 @@ def status(study: Study) -> Status:
         waiting=count[TrialState.WAITING],
         reasons=dict(reasons),
     )
+
+
+def prediction_error(knowledge: Knowledge, study: Study) -> float | None:
+    """Root mean square of what the surrogate misses each finished map by, predicted from all the others.
+
+    In log-perplexity; None below three finished trials.
+    """
+    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    if len(finished) < 3:
+        return None
+    missed = FrontSampler(knowledge, 1.0, 0).posterior(finished).leave_one_out()[-len(finished) :]
+    return float(np.sqrt(np.mean(missed**2)))

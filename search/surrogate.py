@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.catalogue import Catalogue
-from search.probe import LOWEST, WIDEST, Probe
-from search.programme import frontier
+from search.probe import GRADIENT, LOWEST, WIDEST, Probe
+from search.programme import Frontier, frontier
 from search.proposal import costs
 from search.space import Space
 
@@ -41,42 +41,50 @@ class Surrogate:
         return self.offset + sum(self.effects[name][precision] for name, precision in chosen.items())
 
 
+def additive_front(surrogate: Surrogate, catalogue: Catalogue) -> Frontier:
+    """Every map that no other beats by its bytes and the sum of its effects (the offset left out), exactly."""
+    flat = [surrogate.effects[catalogue.names[c]][catalogue.precisions[c][k]] for c, k in catalogue.features]
+    return frontier(catalogue.sizes, costs(catalogue, np.array(flat)), np.inf)
+
+
+def smallest_within(surrogate: Surrogate, catalogue: Catalogue, log_increase: float) -> dict[str, str] | None:
+    """The smallest map whose predicted increase is at most this much; None where there is none."""
+    front = additive_front(surrogate, catalogue)
+    within = np.flatnonzero(front.cost <= log_increase - surrogate.offset)
+    return catalogue.decode(front.choices[within[0]]) if within.size else None
+
+
+def best_within(surrogate: Surrogate, catalogue: Catalogue, most_bytes: float) -> dict[str, str] | None:
+    """The map of least predicted increase among those of at most so many bytes; None where there is none."""
+    front = additive_front(surrogate, catalogue)
+    fitting = np.flatnonzero(front.bytes + catalogue.fixed <= most_bytes)
+    return catalogue.decode(front.choices[fitting[-1]]) if fitting.size else None
+
+
 def predicted_front(surrogate: Surrogate, catalogue: Catalogue, count: int, budget: float) -> list[dict[str, str]]:
     """At most `count` different maps: the smallest predicted within the budget (log-increase), then the best at
     sizes spread evenly between the lowest and the widest map."""
-    flat = [surrogate.effects[catalogue.names[c]][catalogue.precisions[c][k]] for c, k in catalogue.features]
-    front = frontier(catalogue.sizes, costs(catalogue, np.array(flat)), np.inf)
     if count <= 0:
         return []
-    low, high = (sum(pick(held) for held in catalogue.sizes) for pick in (min, max))
-    within = np.flatnonzero(front.cost <= budget - surrogate.offset)
-    rows = list(within[:1])
-    for size in np.linspace(low, high, count + 1)[1:-1]:
-        rows.append(np.flatnonzero(front.bytes <= max(size, front.bytes[0]))[-1])
-    return [catalogue.decode(front.choices[row]) for row in dict.fromkeys(map(int, rows))][:count]
+    low, high = (catalogue.fixed + sum(pick(held) for held in catalogue.sizes) for pick in (min, max))
+    found = [smallest_within(surrogate, catalogue, budget)]
+    found += [best_within(surrogate, catalogue, size) for size in np.linspace(low, high, count + 1)[1:-1]]
+    different = {tuple(chosen.items()): chosen for chosen in found if chosen is not None}
+    return list(different.values())[:count]
 
 
 def fit(space: Space, probes: Iterable[Probe], widest: float, lowest: float) -> Surrogate:
     """The surrogate of a set of probes; `widest` and `lowest` are both ends' measured log-increases over FP32."""
     measured = {(probe.component, probe.precision, probe.end): probe for probe in probes}
-    effects = {
+    effects: Effects = {
         component.name: {
             precision: _effect(space.choices[component.name], component.name, precision, measured)
             for precision in space.choices[component.name]
         }
         for component in space.free
     }
-    return surrogate_of(space, effects, widest, lowest)
-
-
-def surrogate_of(space: Space, effects: Effects, widest: float, lowest: float) -> Surrogate:
-    """The surrogate of expected effects over FP32 or over the widest map, and of both ends' measured log-increases."""
-    over_widest = {
-        name: {precision: effect - held[space.choices[name][0]] for precision, effect in held.items()}
-        for name, held in effects.items()
-    }
-    predicted = widest + sum(held[space.choices[name][-1]] for name, held in over_widest.items())
-    return Surrogate(widest, over_widest, lowest - predicted)
+    predicted = widest + sum(held[space.choices[name][-1]] for name, held in effects.items())
+    return Surrogate(widest, effects, lowest - predicted)
 
 
 def _effect(
@@ -86,6 +94,8 @@ def _effect(
     top, bottom = choices[0], choices[-1]
     if precision == top:
         return 0.0
+    if (name, precision, GRADIENT) in measured:
+        return measured[name, precision, GRADIENT].log_increase
     lowered, to_top = measured[name, precision, WIDEST], measured[name, top, LOWEST]
     from_below, variance_below = -to_top.log_increase, to_top.log_stderr**2
     if precision != bottom:

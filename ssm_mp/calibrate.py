@@ -15,6 +15,7 @@ from ssm_mp.components import find_components
 from ssm_mp.data import Windows
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.models import LanguageModel, assemble
+from ssm_mp.models.scan import Scan
 from ssm_mp.quantize import ScaleRule, histogram_scale
 
 _BINS = 2048
@@ -39,24 +40,27 @@ Statistics = Mapping[str, InputStatistics]
 """Component name → statistics of its inputs, for every component that multiplies inputs."""
 
 
-class _Observed(nn.Module):
-    """Passes inputs on to a component's module and shows them to `see` first."""
+Watcher = Callable[[Tensor], Tensor]
+"""Sees the inputs `[..., k]` of a product; what it returns, the same values, is what is multiplied."""
 
-    def __init__(self, inner: nn.Module, see: Callable[[Tensor], None]) -> None:
+
+class _Observed(nn.Module):
+    """Passes inputs on to a component's module by way of `see`."""
+
+    def __init__(self, inner: nn.Module, see: Watcher) -> None:
         super().__init__()
         self.inner = inner
         self.see = see
 
     def forward(self, x: Tensor) -> Tensor:
-        self.see(x)
-        out: Tensor = self.inner(x)
+        out: Tensor = self.inner(self.see(x))
         return out
 
 
 class _ObservedHead(_Observed):
     """An embedding whose tied head is observed; the lookup multiplies nothing."""
 
-    def __init__(self, inner: nn.Module, see: Callable[[Tensor], None]) -> None:
+    def __init__(self, inner: nn.Module, see: Watcher) -> None:
         super().__init__(inner, see)
         self.block_of = inner.block_of
 
@@ -65,8 +69,7 @@ class _ObservedHead(_Observed):
         return out
 
     def project(self, x: Tensor) -> Tensor:
-        self.see(x)
-        out: Tensor = self.inner.project(x)  # type: ignore[operator]  # nn.Module attributes are untyped
+        out: Tensor = self.inner.project(self.see(x))  # type: ignore[operator]  # nn.Module attributes are untyped
         return out
 
 
@@ -78,29 +81,35 @@ def calibrate(model: LanguageModel, windows: Windows) -> dict[str, InputStatisti
     names = [component.name for component in find_components(model) if component.multiplies_inputs]
     largest = dict.fromkeys(names, 0.0)
 
-    def see_range(name: str) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
+    def see_range(name: str) -> Watcher:
+        def see(x: Tensor) -> Tensor:
             if x.numel():
                 largest[name] = max(largest[name], x.abs().max().item())
+            return x
 
         return see
 
-    _run(_observed(model, {name: see_range(name) for name in names}), windows)
+    _run(observed(model, {name: see_range(name) for name in names}), windows)
     counts = {name: torch.zeros(_BINS, dtype=torch.float64) for name in names}
 
-    def see_histogram(name: str) -> Callable[[Tensor], None]:
-        def see(x: Tensor) -> None:
+    def see_histogram(name: str) -> Watcher:
+        def see(x: Tensor) -> Tensor:
             if x.numel():
                 found = torch.histc(x.abs().float(), bins=_BINS, min=0.0, max=max(largest[name], 1e-30))
                 counts[name] += found.double().cpu()
+            return x
 
         return see
 
-    _run(_observed(model, {name: see_histogram(name) for name in names}), windows)
+    _run(observed(model, {name: see_histogram(name) for name in names}), windows)
     return {name: InputStatistics(largest[name], counts[name]) for name in names}
 
 
-def _observed(model: LanguageModel, watchers: Mapping[str, Callable[[Tensor], None]]) -> LanguageModel:
+def observed(model: LanguageModel, watchers: Mapping[str, Watcher], scan: Scan | None = None) -> LanguageModel:
+    """A model of the same modules whose products' inputs go by way of the watchers, by component name.
+
+    scan: as in `assemble`.
+    """
     modules: dict[str, nn.Module] = {}
     for component in find_components(model):
         inner = model.get_submodule(component.name)
@@ -109,7 +118,7 @@ def _observed(model: LanguageModel, watchers: Mapping[str, Callable[[Tensor], No
         else:
             wrapper = _ObservedHead if component.kind == "embedding" else _Observed
             modules[component.name] = wrapper(inner, watchers[component.name])
-    return assemble(model.config, modules)
+    return assemble(model.config, modules, scan)
 
 
 def _run(model: LanguageModel, windows: Windows) -> None:

@@ -45,11 +45,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Increase:
-    """Rise of log-perplexity over a reference on the same windows: mean and standard error of paired differences."""
+    """Rise of log-perplexity over a reference on the same windows: mean and standard error of paired differences.
+
+    skewness: of the differences, adjusted for the number of windows (Fisher and Pearson); 0 below three windows.
+    """
 
     log_mean: float
     log_stderr: float
     windows: int
+    skewness: float = 0.0
 
     @property
     def percent(self) -> float:
@@ -142,7 +146,17 @@ def paired_increase(candidate: Evaluation, reference: Evaluation) -> Increase:
     differences = (candidate.nll - reference.nll) / candidate.predicted
     n = differences.size
     stderr = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Increase(float(differences.mean()), stderr, n)
+    return Increase(float(differences.mean()), stderr, n, _skewness(differences))
+
+
+def _skewness(values: FloatArray) -> float:
+    """Adjusted Fisher–Pearson coefficient of `values [n]`; 0 for fewer than three, or where all are the same."""
+    n = values.size
+    centred = values - values.mean()
+    variance = float(np.mean(centred**2))
+    if n < 3 or variance == 0:
+        return 0.0
+    return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
 
 
 def _device(model: LanguageModel) -> torch.device:

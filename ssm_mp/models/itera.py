@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ssm_mp.config import IteraLayer as LayerSizes
 from ssm_mp.models.language_model import Parts
-from ssm_mp.models.scan import shared_step_scan
+from ssm_mp.models.scan import Scan, shared_step_scan
 
 
 class SharedStepSSM(nn.Module):
     """The state-space core: one step size a token, a state of N shared by all channels."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, scan: Scan) -> None:
         super().__init__()
+        self.scan = scan
         self.delta_proj = parts["delta_proj"]
         self.A_log = parts.value("A_log")
         self.B = parts.value("B")
@@ -29,18 +30,18 @@ class SharedStepSSM(nn.Module):
         """`a [b, l, I]` → `[b, l, I]`."""
         delta = F.softplus(self.delta_proj(a)).mean(dim=-1)  # [b, l]
         A = -torch.exp(self.A_log.tensor())  # [N]  # noqa: N806
-        return shared_step_scan(a, delta, A, self.B.tensor(), self.C.tensor(), self.D.tensor())
+        return self.scan(a, delta, A, self.B.tensor(), self.C.tensor(), self.D.tensor())
 
 
 class IteraMixer(nn.Module):
     """Norm, gated convolution, state-space core, projection."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, scan: Scan) -> None:
         super().__init__()
         self.norm = parts["norm"]
         self.in_proj = parts["in_proj"]
         self.conv1d = parts["conv1d"]
-        self.ssm = SharedStepSSM(parts.within("ssm"))
+        self.ssm = SharedStepSSM(parts.within("ssm"), scan)
         self.out_proj = parts["out_proj"]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,9 +132,9 @@ class ExpertBranch(nn.Module):
 class IteraLayer(nn.Module):
     """One layer: SSM with residual, then feed-forward or experts with residual."""
 
-    def __init__(self, sizes: LayerSizes, top_k: int, parts: Parts) -> None:
+    def __init__(self, sizes: LayerSizes, top_k: int, parts: Parts, scan: Scan = shared_step_scan) -> None:
         super().__init__()
-        self.ssm = IteraMixer(parts.within("ssm"))
+        self.ssm = IteraMixer(parts.within("ssm"), scan)
         branch = parts.within("moe")
         self.moe = ExpertBranch(sizes, top_k, branch) if sizes.experts else PlainFeedForward(branch)
 

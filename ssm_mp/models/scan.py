@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""`(x, delta, A, B, C, D) → y`, shapes as in `selective_scan_reference`."""
+"""`(x, delta, A, B, C, D) → y`, shapes as in the reference of the family's own scan."""
 
 
 def selective_scan_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:  # noqa: N803
@@ -21,10 +21,11 @@ def selective_scan_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: 
     """
     state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])  # [b, I, N]
     outputs = []
-    for t in range(x.shape[1]):
-        decay = torch.exp(delta[:, t, :, None] * A)
-        state = decay * state + (delta[:, t] * x[:, t])[:, :, None] * B[:, t, None, :]
-        outputs.append((state * C[:, t, None, :]).sum(dim=-1) + D * x[:, t])
+    # unbound once: the gradient of x[:, t] would be a whole tensor of zeros at every step
+    for x_t, delta_t, B_t, C_t in zip(*(values.unbind(dim=1) for values in (x, delta, B, C)), strict=True):  # noqa: N806
+        decay = torch.exp(delta_t[:, :, None] * A)
+        state = decay * state + (delta_t * x_t)[:, :, None] * B_t[:, None, :]
+        outputs.append((state * C_t[:, None, :]).sum(dim=-1) + D * x_t)
     return torch.stack(outputs, dim=1)
 
 
@@ -47,16 +48,16 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
 
 
 def shared_step_scan_reference(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:  # noqa: N803
-    """The `itera` scan (design, section 4): one step size a token, state shared by the channels.
+    """The `itera` scan (design, section 4): one step size a token, state shared by the channels; differentiable.
 
     x: `[b, l, I]`; delta: `[b, l]`; A: `[N]`, negative; B: `[N, I]`; C: `[I, N]`; D: `[I]`. Returns `[b, l, I]`.
     """
     state = x.new_zeros(x.shape[0], A.shape[0])  # [b, N]
     outputs = []
-    for t in range(x.shape[1]):
-        step = delta[:, t, None]
-        state = torch.exp(step * A) * state + step * (x[:, t] @ B.t())
-        outputs.append(state @ C.t() + D * x[:, t])
+    for x_t, delta_t in zip(x.unbind(dim=1), delta.unbind(dim=1), strict=True):
+        step = delta_t[:, None]
+        state = torch.exp(step * A) * state + step * (x_t @ B.t())
+        outputs.append(state @ C.t() + D * x_t)
     return torch.stack(outputs, dim=1)
 
 

@@ -30,12 +30,41 @@ def test_all_shares_together_stay_within_the_error(tries: int, error: float) -> 
     assert shares == sorted(shares, reverse=True)
 
 
-def test_the_bound_is_that_of_the_one_sided_t_test() -> None:
-    differences = np.random.default_rng(0).normal(0.02, 0.05, size=60)
-    increase = paired_increase(Evaluation(differences * 9, 9), Evaluation(np.zeros(60), 9))
+def increase_of(differences: np.ndarray) -> Increase:
+    return paired_increase(Evaluation(differences * 9, 9), Evaluation(np.zeros(differences.size), 9))
+
+
+def test_the_bounds_of_symmetric_differences_are_those_of_the_one_sided_t_test() -> None:
+    half = np.random.default_rng(0).normal(0, 0.05, size=30)
+    differences = 0.02 + np.concatenate([half, -half])
+    lower, upper = bounds(increase_of(differences), 0.95)
+    for bound, side in ((lower, "greater"), (upper, "less")):
+        test = stats.ttest_1samp(differences, np.log1p(bound / 100), alternative=side)
+        assert test.pvalue == pytest.approx(0.05)
+
+
+def test_the_bound_inverts_halls_transformation() -> None:
+    increase = increase_of(np.random.default_rng(1).gamma(0.5, size=50))
     _, upper = bounds(increase, 0.95)
-    test = stats.ttest_1samp(differences, np.log1p(upper / 100), alternative="less")
-    assert test.pvalue == pytest.approx(0.05)
+    t = (increase.log_mean - np.log1p(upper / 100)) / increase.log_stderr
+    root, skewness = np.sqrt(50), increase.skewness
+    transformed = t + skewness * t**2 / (3 * root) + skewness**2 * t**3 / (27 * 50) + skewness / (6 * root)
+    assert transformed == pytest.approx(stats.t.ppf(0.05, 49))
+
+
+@given(st.floats(-8, 8), st.integers(3, 2000), st.floats(0.6, 0.9999))
+def test_skewness_only_widens_the_bounds_and_mirrors(skewness: float, windows: int, confidence: float) -> None:
+    plain = bounds(Increase(0.0, 0.001, windows), confidence)
+    skewed = bounds(Increase(0.0, 0.001, windows, skewness), confidence)
+    mirrored = bounds(Increase(0.0, 0.001, windows, -skewness), confidence)
+    assert skewed[0] <= plain[0] < plain[1] <= skewed[1]
+    assert np.log1p(skewed[1] / 100) == pytest.approx(-np.log1p(mirrored[0] / 100))
+
+
+def test_the_skewness_of_differences_is_scipys() -> None:
+    differences = np.random.default_rng(2).gamma(1.0, size=40)
+    assert increase_of(differences).skewness == pytest.approx(stats.skew(differences, bias=False))
+    assert increase_of(np.array([1.0, 2.0])).skewness == increase_of(np.ones(9)).skewness == 0
 
 
 def test_the_smallest_that_holds_is_certified() -> None:

@@ -5,18 +5,23 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import optuna
 import pytest
 from optuna.trial import TrialState
 
+from search.catalogue import Catalogue
 from search.errors import StudyError
 from search.front import pareto_front
+from search.knowledge import before_any_trial
 from search.objective import Measured
 from search.run_directory import RunDirectory
 from search.sampler import map_key
 from search.spec import load_spec
-from search.study import Seed, enqueue, open_study, points, recover, run_trials, status
+from search.study import Seed, claim, enqueue, finished_differences, open_study, points, recover, run_trials, status
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluate import Increase
 
@@ -24,12 +29,14 @@ SPACE = {f"c{i}": ("fp16", "int8") for i in range(5)}
 COST = {f"c{i}": 0.004 * (i + 1) for i in range(5)}
 PRINT = {"checkpoint": "a"}
 EVERYTHING = {**SPACE, "pinned": ("fp16",)}
+CATALOGUE = Catalogue(tuple(SPACE), tuple(SPACE.values()), ((200, 100),) * 5, 0, 2000)
+KNOWLEDGE = before_any_trial(CATALOGUE, {name: {"fp16": 0.0, "int8": 2 * cost} for name, cost in COST.items()})
 
 
 def measured(params: Mapping[str, str]) -> Measured:
     size = 1000 - 100 * sum(p == "int8" for p in params.values())
     cost = sum(COST[name] for name, p in params.items() if p == "int8")
-    return Measured(size, 2000 / size, 10 * (1 + cost), Increase(cost, 1e-4, 50))
+    return Measured(size, 2000 / size, 10 * (1 + cost), Increase(cost, 1e-4, 50), np.full(50, cost), 50)
 
 
 def opened(folder: Path, sampler: str = "tpe", trials: int = 20):  # type: ignore[no-untyped-def]
@@ -38,7 +45,7 @@ def opened(folder: Path, sampler: str = "tpe", trials: int = 20):  # type: ignor
     spec = load_spec(study, [f"search.sampler={sampler}", f"search.trials={trials}"])
     run = RunDirectory(folder / "run")
     run.path.mkdir(exist_ok=True)
-    return spec, run, open_study(spec, run, SPACE, PRINT)
+    return spec, run, open_study(spec, run, SPACE, PRINT, KNOWLEDGE)
 
 
 def go(study: object, trials: int, evaluate: Callable[[Mapping[str, str]], Measured] = measured) -> list[bool]:
@@ -47,7 +54,7 @@ def go(study: object, trials: int, evaluate: Callable[[Mapping[str, str]], Measu
     return told
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "gp", "random"])
+@pytest.mark.parametrize("sampler", ["front", "tpe", "nsga2", "gp", "random"])
 def test_every_sampler_gives_exactly_n_different_maps(tmp_path: Path, sampler: str) -> None:
     _, _, study = opened(tmp_path, sampler)
     go(study, 26)
@@ -61,7 +68,7 @@ def test_a_continued_study_adds_to_what_is_there(tmp_path: Path) -> None:
     spec, run, study = opened(tmp_path)
     go(study, 8)
     first = points(study, EVERYTHING)
-    again = open_study(spec, run, SPACE, PRINT)
+    again = open_study(spec, run, SPACE, PRINT, KNOWLEDGE)
     assert go(again, 8) == []
     go(again, 14)
     found = points(again, EVERYTHING)
@@ -83,22 +90,22 @@ def test_an_exhausted_space_ends_the_search(tmp_path: Path) -> None:
 def test_seeds_come_first_and_only_once(tmp_path: Path) -> None:
     _, _, study = opened(tmp_path)
     seeds = [Seed(dict.fromkeys(SPACE, "fp16"), "a"), Seed(dict.fromkeys(SPACE, "int8"), "b")]
-    assert enqueue(study, [*seeds, Seed(dict.fromkeys(SPACE, "fp16"), "again")]) == 2
+    assert enqueue(study, [*seeds, Seed(dict.fromkeys(SPACE, "fp16"), "again")], SPACE) == 2
     go(study, 4)
     assert [p.origin for p in points(study, EVERYTHING)] == ["a", "b", "x", "x"]
-    assert enqueue(study, seeds) == 0
+    assert enqueue(study, seeds, SPACE) == 0
 
 
 def test_a_trial_killed_in_the_middle_is_tried_again(tmp_path: Path) -> None:
     spec, run, study = opened(tmp_path)
-    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")], SPACE)
 
     def killed(params: Mapping[str, str]) -> Measured:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         go(study, 3, killed)
-    again = open_study(spec, run, SPACE, PRINT)
+    again = open_study(spec, run, SPACE, PRINT, KNOWLEDGE)
     assert status(again).running == 1
     assert recover(again, SPACE) == 1
     go(again, 3)
@@ -111,12 +118,11 @@ def test_a_trial_killed_in_the_middle_is_tried_again(tmp_path: Path) -> None:
 
 def test_a_trial_killed_before_its_map_was_complete_costs_nothing(tmp_path: Path) -> None:
     spec, run, study = opened(tmp_path)
-    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
-    seed = study.ask()  # killed before any parameter was suggested: the queued map must not be lost
-    assert seed.params == {}
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")], SPACE)
+    claim(study, SPACE, "x")  # killed at once: the queued map must not be lost
     partial = study.ask()
     partial.suggest_categorical("c0", ("fp16", "int8"))
-    again = open_study(spec, run, SPACE, PRINT)
+    again = open_study(spec, run, SPACE, PRINT, KNOWLEDGE)
     assert recover(again, SPACE) == 2
     go(again, 2**5)
     found = points(again, EVERYTHING)
@@ -127,7 +133,7 @@ def test_a_trial_killed_before_its_map_was_complete_costs_nothing(tmp_path: Path
 
 def test_enqueued_maps_become_parents_of_nsga2(tmp_path: Path) -> None:
     _, _, study = opened(tmp_path, "nsga2")
-    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")], SPACE)
     go(study, 1)
     assert any("generation" in key for key in study.trials[0].system_attrs)
 
@@ -147,7 +153,7 @@ def test_a_map_that_cannot_be_evaluated_fails_with_its_reason(tmp_path: Path) ->
             raise EvaluationError("not finite")
         return measured(params)
 
-    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")])
+    enqueue(study, [Seed(dict.fromkeys(SPACE, "int8"), "b")], SPACE)
     told = go(study, 5, picky)
     assert told.count(True) == 5
     assert told.count(False) == status(study).failed >= 1
@@ -162,6 +168,44 @@ def test_a_study_in_which_everything_fails_ends_with_the_reason(tmp_path: Path) 
 
     with pytest.raises(EvaluationError, match="20 trials all failed: not finite"):
         go(study, 5, hopeless)
+
+
+def test_a_map_that_was_stopped_early_counts_but_is_never_on_the_front(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path, "front")
+
+    def raced(params: Mapping[str, str]) -> Measured:
+        full = measured(params)
+        if params["c0"] == "fp16":
+            return full
+        return replace(full, increase=Increase(full.increase.log_mean, 1e-3, 16), stopped="dominated")
+
+    go(study, 14, raced)
+    found = points(study, EVERYTHING)
+    state = status(study)
+    assert len(found) == state.finished == 14
+    assert state.stopped == sum(p.stopped is not None for p in found) > 0
+    assert {p.windows for p in found if p.stopped} == {16}
+    assert all(p.map["c0"] == "fp16" for p in pareto_front(found, 5.0))
+    assert len(finished_differences(study)) == 14 - state.stopped
+
+
+def test_a_proposal_of_front_is_written_in_one_operation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, study = opened(tmp_path, "front")
+    go(study, 3)
+    writes: list[str] = []
+    for name in ("create_new_trial", "set_trial_param", "set_trial_user_attr", "set_trial_system_attr"):
+        real = getattr(study._storage, name)
+
+        def counted(*args: object, name: str = name, real: Callable[..., object] = real, **kwargs: object) -> object:
+            writes.append(name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(study._storage, name, counted)
+    trial = claim(study, SPACE, "front")
+    assert trial is not None
+    assert writes == ["create_new_trial"]
+    assert set(trial.params) == set(SPACE)
+    assert optuna.importance.get_param_importances(study, target=lambda t: t.values[1]).keys() == SPACE.keys()
 
 
 def test_the_budget_is_a_constraint_that_optuna_knows(tmp_path: Path) -> None:
@@ -208,11 +252,11 @@ def test_a_run_that_came_to_nothing_leaves_no_directory(tmp_path: Path) -> None:
 
 def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    run.append_line("probes.jsonl", {"a": 1})
+    run.append_lines("probes.jsonl", [{"a": 1}])
     with (tmp_path / "probes.jsonl").open("a") as file:
         file.write('{"a": ')
     assert run.read_lines("probes.jsonl") == [{"a": 1}]
-    run.append_line("probes.jsonl", {"a": 2})
+    run.append_lines("probes.jsonl", [{"a": 2}])
     assert run.read_lines("probes.jsonl") == [{"a": 1}, {"a": 2}]
 
 

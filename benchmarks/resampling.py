@@ -1,0 +1,218 @@
+"""How often a certified winner breaks the budget on the reference model, over resamplings of its windows.
+
+    python -m benchmarks.resampling [--resamplings 20] [--cache FILE] [--json]      # about fifteen minutes on one core
+
+Sixteen maps that the surrogate predicts between +3 % and +7 %, and FP32, are evaluated once on a large pool of
+windows from the study's search and certify splits. Each resampling then draws search windows from the pool, which
+choose the front, and certify windows, which certify it, in four looks with one ledger of tries: half of the maps;
+the same again; all maps; twice the certify windows.
+
+The truth is each map's increase on the whole pool. That is a truth about a finite pool, in this sense only:
+
+- "disjoint": search and certify windows are drawn without replacement and never overlap. What is drawn is a large
+  part of the pool, so its mean lies closer to the pool's than the certificate assumes: this can only look too good.
+- "independent": every window is drawn with replacement. The pool is then the whole population and its mean the
+  exact truth; the certificate has no advantage, and the two splits are independent.
+
+Neither says anything of text from elsewhere. Windows of one file resemble each other, so that another library's
+mean scatters more than windows drawn from this one do. `file_effect` says how much: the variance of the mean, from
+runs of 32 neighbouring windows of the text, over the variance from single windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.looks import (
+    BUDGET,
+    HEADINGS,
+    Look,
+    Outcome,
+    Summary,
+    increase_of,
+    judge_study,
+    points_of,
+    row_of,
+    summarise,
+)
+from benchmarks.synthetic import Floats, Ints
+from search.catalogue import catalogue_of
+from search.front import Point
+from search.run import prepare
+from search.run_directory import RunDirectory
+from search.space import Space
+from search.spec import load_spec
+from search.surrogate import Surrogate, smallest_within
+from search.workspace import Workspace, load_splits
+from ssm_mp.data import Windows
+from ssm_mp.evaluate import Increase, evaluate
+from ssm_mp.layers import ActivationScheme
+from ssm_mp.precision_map import PrecisionMap
+
+Draw = Literal["disjoint", "independent"]
+
+SEARCH_WINDOWS, CERTIFY_WINDOWS = 128, 512
+PROBE_WINDOWS = 32
+"""Enough to find maps near the budget; which ones they are is fixed before any resampling."""
+
+_NEIGHBOURS = 32
+"""Windows in a run of neighbouring ones: about as many as a file of the library has."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pool:
+    """`sizes [m]` in bytes and paired differences `[m, w]`, nats a token, of the maps on every window of the pool.
+
+    The windows of each part stand in the order of the text.
+    """
+
+    sizes: Ints
+    differences: Floats
+
+    @property
+    def truth(self) -> Floats:
+        """Log-increases `[m]` on the whole pool."""
+        found: Floats = self.differences.mean(axis=1)
+        return found
+
+
+def choose_maps(
+    surrogate: Surrogate, space: Space, scheme: ActivationScheme, count: int, low: float, high: float
+) -> list[PrecisionMap]:
+    """The smallest maps predicted within increases spread evenly from `low` to `high` percent."""
+    found = []
+    for percent in np.linspace(low, high, count):
+        chosen = smallest_within(surrogate, catalogue_of(space, scheme), float(np.log1p(percent / 100)))
+        if chosen is not None:
+            found.append(space.map(chosen))
+    return list(dict.fromkeys(found))
+
+
+def measure_pool(workspace: Workspace, maps: list[PrecisionMap], windows: list[Windows], cache: Path | None) -> Pool:
+    """Evaluate FP32 and all maps on all windows; what `cache` (.npz) holds of them is not evaluated again."""
+    held = dict(np.load(cache)) if cache is not None and cache.is_file() else {}
+    owner = workspace.fingerprint_digest + "".join(part.digest for part in windows)
+
+    def nll(precision_map: PrecisionMap | None) -> Floats:
+        content = owner + json.dumps(None if precision_map is None else precision_map.to_json(), sort_keys=True)
+        key = hashlib.sha256(content.encode()).hexdigest()
+        if key not in held:
+            model = workspace.model if precision_map is None else workspace.converter.convert(precision_map)
+            held[key] = np.concatenate([evaluate(model, part).nll for part in windows])
+            if cache is not None:
+                np.savez(cache, **held)
+        found: Floats = held[key]
+        return found
+
+    reference = nll(None)
+    rows, sizes = [], []
+    for candidate in maps:
+        rows.append((nll(candidate) - reference) / windows[0].predicted)
+        sizes.append(candidate.bytes(workspace.space.components, workspace.spec.precision.activations))
+        print(f"{sizes[-1]:,} bytes: {100 * np.expm1(rows[-1].mean()):+.2f} % on the pool", file=sys.stderr)
+    return Pool(np.array(sizes), np.stack(rows))
+
+
+def resample(pool: Pool, how: Draw, rng: np.random.Generator) -> Outcome:
+    """One study on windows drawn from the pool, against the truth of the whole pool."""
+    count = SEARCH_WINDOWS + 2 * CERTIFY_WINDOWS
+    maps, windows = pool.differences.shape
+    drawn = rng.permutation(windows)[:count] if how == "disjoint" else rng.integers(windows, size=count)
+    order = rng.permutation(maps)  # in which the maps are tried
+    differences = pool.differences[order][:, drawn]
+    certify_split = differences[:, SEARCH_WINDOWS:]
+
+    def measure(point: Point, number: int) -> Increase:
+        return increase_of(certify_split[point.trial, :number])
+
+    points = points_of(pool.sizes[order], differences[:, :SEARCH_WINDOWS].mean(axis=1))
+    first = Look(maps // 2, CERTIFY_WINDOWS)
+    looks = [first, first, Look(maps, CERTIFY_WINDOWS), Look(maps, 2 * CERTIFY_WINDOWS)]
+    return judge_study(points, pool.truth[order], measure, looks)
+
+
+def resample_often(pool: Pool, how: Draw, count: int, seed: int = 0) -> Summary:
+    """Many resamplings of one pool; the same figures for the same seed."""
+    children = np.random.SeedSequence(seed).spawn(count)
+    return summarise([resample(pool, how, np.random.default_rng(child)) for child in children])
+
+
+def file_effect(pool: Pool) -> float:
+    """Variance of the mean from runs of neighbouring windows over that from single ones, the maps' median."""
+    maps, windows = pool.differences.shape
+    runs = windows // _NEIGHBOURS
+    kept = pool.differences[:, : runs * _NEIGHBOURS]
+    of_runs = kept.reshape(maps, runs, _NEIGHBOURS).mean(axis=2).var(axis=1, ddof=1) / runs
+    return float(np.median(of_runs / (kept.var(axis=1, ddof=1) / kept.shape[1])))
+
+
+def describe(pool: Pool) -> dict[str, Any]:
+    """The pool's maps and what their differences look like."""
+    centred = pool.differences - pool.truth[:, None]
+    sd = centred.std(axis=1)
+    return {
+        "windows": pool.differences.shape[1],
+        "bytes": pool.sizes.tolist(),
+        "increase_percent": (100 * np.expm1(pool.truth)).tolist(),
+        "within": int((pool.truth <= BUDGET).sum()),
+        "sd": sd.tolist(),
+        "skewness": ((centred**3).mean(axis=1) / sd**3).tolist(),
+        "kurtosis": ((centred**4).mean(axis=1) / sd**4).tolist(),
+        "file_effect": file_effect(pool),
+    }
+
+
+def open_pool(study: Path, run_dir: Path, each: int, maps: int, cache: Path | None) -> Pool:
+    """Probe the study (or read the probes in the run directory), choose the maps and evaluate them.
+
+    each: windows of the pool from the search part, and as many from the certify part.
+    """
+    spec = load_spec(study, [f"data.search_windows={PROBE_WINDOWS}"])
+    run = RunDirectory.of(spec, run_dir)
+    with run.owned():
+        prepared = prepare(spec, run, lambda line: print(line, file=sys.stderr))
+    workspace = prepared.workspace
+    wide = load_spec(study, [f"data.search_windows={each}", f"data.certify_windows={each}"])
+    splits = load_splits(wide, workspace.checkpoint.config)
+    chosen = choose_maps(
+        prepared.surrogate, prepared.workspace.space, prepared.workspace.spec.precision.activations, maps, 3, 7
+    )
+    return measure_pool(workspace, chosen, [splits.search, splits.certify], cache)
+
+
+def main() -> None:
+    """Evaluate the pool, resample it, and print a table in percent, or one JSON object."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--study", type=Path, default=Path("studies/reference-cumulative.toml"))
+    arguments.add_argument("--run-dir", type=Path, default=Path("runs/resampling"), help="keeps the probes")
+    arguments.add_argument("--each", type=int, default=1000, help="windows of the pool from each of the two parts")
+    arguments.add_argument("--maps", type=int, default=16)
+    arguments.add_argument("--resamplings", type=int, nargs="+", default=[20, 200, 2000])
+    arguments.add_argument("--cache", type=Path, help="an .npz file that keeps the maps' values for the next time")
+    arguments.add_argument("--json", action="store_true")
+    given = arguments.parse_args()
+    pool = open_pool(given.study, given.run_dir, given.each, given.maps, given.cache)
+    draws: tuple[Draw, ...] = ("disjoint", "independent")
+    found = [(how, count, resample_often(pool, how, count)) for how in draws for count in given.resamplings]
+    if given.json:
+        rows = [{"draw": how, **asdict(summary)} for how, _, summary in found]
+        print(json.dumps({"pool": describe(pool), "resamplings": rows}))
+        return
+    for name, value in describe(pool).items():
+        shown = [round(float(x), 3) for x in value] if isinstance(value, list) else round(value, 2)
+        print(f"{name}: {shown}")
+    print(f"{'resamplings':20} {HEADINGS}")
+    for how, count, summary in found:
+        print(f"{how:14}{count:6} {row_of(summary)}")
+
+
+if __name__ == "__main__":
+    main()
