@@ -34,6 +34,8 @@ STUDY = Path("studies/reference-cumulative.toml")
 FOLDER = Path("benchmarks/oracles")
 WINDOWS = {"two": 32, "three": 16}
 """Search windows that each oracle measures its increases on: its truth."""
+GRADIENT_WINDOWS = 16
+"""Calibration windows that the gradient probe makes its one pass over."""
 
 _BLOCKS = tuple(f"embedding.blocks.{b}" for b in range(4))
 _IN = tuple(f"layers.{i}.ssm.in_proj" for i in range(4))
@@ -148,7 +150,8 @@ def make(name: str, workers: int, parts: Path) -> Oracle:
     part = {c.name: c for c in space.components}
     sizes = np.array([[part[c].bytes(p, "static") for p in precisions] for c in components])
     fixed = _task(name).base.bytes(space.components, "static") - int(sizes[:, 0].sum())
-    effects = gradient_effects(_task(name).workspace)
+    calibration = _task(name).workspace.splits.calibration
+    effects = gradient_effects(_task(name).workspace, windows=Windows(calibration.ids[:GRADIENT_WINDOWS]))
     over_fp32 = np.array([[effects[c][p].log_increase for p in precisions] for c in components])
     return Oracle(
         components,

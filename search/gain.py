@@ -39,6 +39,12 @@ def staircase(compression: np.ndarray, increase_percent: np.ndarray, budget_perc
     return Staircase(np.array(edges[::-1]), np.array(heights[::-1]))
 
 
+def area(stairs: Staircase, budget_percent: float) -> float:
+    """The dominated area, × times percentage points: `front.hypervolume` of the same maps."""
+    width = np.diff(stairs.edges)[:-1]  # nothing reaches into the last step
+    return float((width * (budget_percent - stairs.heights[:-1])).sum())
+
+
 def expected_gain(stairs: Staircase, compression: np.ndarray, mean: np.ndarray, stddev: np.ndarray) -> np.ndarray:
     """Expected growth of the dominated area, × times percentage points, for each of `m` maps on its own: `[m]`.
 

@@ -63,14 +63,15 @@ class _Scores:
 
 
 def gradient_effects(
-    workspace: Workspace, progress: Callable[[], None] | None = None
+    workspace: Workspace, progress: Callable[[], None] | None = None, windows: Windows | None = None
 ) -> dict[str, dict[str, GradientEffect]]:
     """Component → precision → effect, for every free component and each of its choices.
 
+    windows: what to take gradients on, by default all of `gradient_windows`.
     Window by window, so one window's activations and logits are held at a time and one tensor's gradient.
     progress: called after each window. Raises EvaluationError where an effect is not finite.
     """
-    windows = gradient_windows(workspace)
+    windows = gradient_windows(workspace) if windows is None else windows
     scores = _Scores(defaultdict(float), defaultdict(float))
     model = _differentiable(workspace, scores)
     keys = [(c.name, precision) for c in workspace.space.free for precision in workspace.space.choices[c.name]]

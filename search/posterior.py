@@ -24,7 +24,7 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 
 _OFFSET_SPREAD = 3.0
 """Prior standard deviation of the offset, in units of the mean effect."""
-_FACTOR_SPREAD = 0.5
+_FACTOR_SPREAD = 1.0
 """Prior standard deviation of the factor that a precision's effects may all be off by."""
 _LEAST_MAGNITUDE = 0.02
 """A feature is taken to be at least this large, in units of the mean effect."""
