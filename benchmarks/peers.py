@@ -34,6 +34,8 @@ from ssm_mp.precision_map import PrecisionMap
 STUDY = Path("studies/reference-cumulative.toml")
 
 PEERS: dict[str, Callable[[Problem], Found]] = {"modelopt": peer_modelopt.search, "aimet": peer_aimet.search}
+_PACKAGES = frozenset({"modelopt", "aimet_torch"})
+"""A tool whose package is missing is left out; one that lacks something else has failed."""
 
 UNDECIDED = ("fp16", "int8")
 """What components get that a tool cannot decide about: left alone, and, so as not to hold that against it, int8."""
@@ -86,10 +88,10 @@ def compare(study: Path, run: Path | None) -> dict[str, Any]:
         _say(f"{name}: searching")
         try:
             found = search(problem)
-        except ModuleNotFoundError as error:
-            _say(f"{name}: left out ({error})")
-            continue
         except Exception as error:  # a tool may fail in any way, and that is a result
+            if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] in _PACKAGES:
+                _say(f"{name}: left out ({error})")
+                continue
             _say(traceback.format_exc())
             answers[name] = _failure(error)
             continue
