@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import StudyDirection
 
 from benchmarks.oracle import GRADIENT_WINDOWS, WINDOWS, Oracle
@@ -23,6 +23,7 @@ from search.knowledge import Knowledge, before_any_trial
 from search.programme import frontier
 from search.proposal import costs
 from search.sampler import make_sampler
+from ssm_mp.precision import get_precision
 
 BUDGET = 5.0
 MOST = 128
@@ -110,6 +111,7 @@ def sampled(oracle: Oracle, sampler: str, seed: int, seeds: tuple[Map, ...], kno
     catalogue = catalogue_of(oracle)
     pairs = zip(catalogue.names, catalogue.precisions, strict=True)
     space = {name: CategoricalDistribution(precisions) for name, precisions in pairs}
+    asked: dict[str, BaseDistribution] = dict(space)
     study = optuna.create_study(
         directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
         sampler=make_sampler(sampler, space, seed, knowledge, BUDGET),
@@ -117,7 +119,7 @@ def sampled(oracle: Oracle, sampler: str, seed: int, seeds: tuple[Map, ...], kno
     for chosen in seeds:
         study.enqueue_trial(catalogue.decode(chosen))
     while True:
-        trial = study.ask(fixed_distributions=space)
+        trial = study.ask(fixed_distributions=asked)
         chosen = tuple(int(k) for k in catalogue.encode(trial.params))
         found = increase_percent(oracle, chosen)
         trial.set_constraint("budget", found - BUDGET)
@@ -131,6 +133,8 @@ def contenders(name: str, oracle: Oracle) -> dict[str, Callable[[int], tuple[int
     catalogue = catalogue_of(oracle)
     unknown = before_any_trial(catalogue, _as_effects(oracle, np.zeros(oracle.sizes.shape)))
     estimated = before_any_trial(catalogue, _as_effects(oracle, oracle.gradient))
+    ends = tuple((k,) * len(oracle.components) for k in (0, len(oracle.precisions) - 1))
+    by_size = before_any_trial(catalogue, _as_effects(oracle, _effects_of_size(oracle, *ends)))
     probes = tuple(_probes(oracle, both))
     measured = [(catalogue.decode(chosen), float(oracle.log_increase[chosen])) for chosen in probes]
     probed = before_any_trial(catalogue, _as_effects(oracle, _effects(oracle, both)), measured)
@@ -139,9 +143,12 @@ def contenders(name: str, oracle: Oracle) -> dict[str, Callable[[int], tuple[int
     def of(sampler: str, queued: tuple[Map, ...]) -> Callable[[int], tuple[int, Iterator[Map]]]:
         return lambda seed: (0, sampled(oracle, sampler, seed, queued, unknown))
 
-    widest = ((0,) * len(oracle.components),)
     found: dict[str, Callable[[int], tuple[int, Iterator[Map]]]] = {
-        "front": lambda seed: (gradient_cost(name), sampled(oracle, "front", seed, widest, estimated)),
+        "front": lambda seed: (0, sampled(oracle, "front", seed, ends, by_size)),
+        "front, gradient probe": lambda seed: (
+            gradient_cost(name),
+            sampled(oracle, "front", seed, ends[:1], estimated),
+        ),
         "front, measured probes": lambda seed: (0, sampled(oracle, "front", seed, probes, probed)),
         "integer programme": lambda seed: (0, integer_programme(oracle, both)),
         "integer programme, one end": lambda seed: (0, integer_programme(oracle, one)),
@@ -153,6 +160,14 @@ def contenders(name: str, oracle: Oracle) -> dict[str, Callable[[int], tuple[int
         found[sampler] = of(sampler, ())
         found[f"{sampler}, seeded"] = of(sampler, seeds)
     return found
+
+
+def _effects_of_size(oracle: Oracle, widest: Map, lowest: Map) -> np.ndarray:
+    """What a study with `probe = "none"` expects: by size and bits, scaled to what the lowest map costs, `[n, k]`."""
+    variance = np.array([4.0 ** -get_precision(name).bits for name in oracle.precisions])
+    raw = oracle.sizes[:, :1] * (variance - variance[0])  # all widest are int8: bytes in proportion to parameters
+    total = float(oracle.log_increase[lowest] - oracle.log_increase[widest])
+    return np.asarray(raw * total / raw[:, -1].sum())
 
 
 def _as_effects(oracle: Oracle, effects: np.ndarray) -> dict[str, dict[str, float]]:

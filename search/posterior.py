@@ -24,11 +24,11 @@ from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky
 
 _OFFSET_SPREAD = 3.0
 """Prior standard deviation of the offset, in units of the mean effect."""
-_FACTOR_SPREAD = 1.0
+_FACTOR_SPREAD = 0.5
 """Prior standard deviation of the factor that a precision's effects may all be off by."""
-_LEAST_MAGNITUDE = 0.02
+_LEAST_MAGNITUDE = 0.1
 """A feature is taken to be at least this large, in units of the mean effect."""
-_SPREADS, _PAIRS, _NOISES = (0.1, 0.3, 0.8), (0.02, 0.1, 0.3, 0.8), (1e-3, 1e-2, 5e-2)
+_SPREADS, _PAIRS, _NOISES = (0.1, 0.3, 0.8, 1.6), (0.02, 0.1, 0.3, 0.8), (1e-3, 1e-2, 5e-2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -88,7 +88,7 @@ def render(result: Result) -> str:
         f"## Certificate\n\n{_certificate(result)}",
         f"## Winner\n\n{_winner(result)}",
         f"## Components\n\n{_components(result)}",
-        f"## Sensitivities\n\n![Sensitivities](sensitivities.png)\n\n{_surrogate(result)}",
+        f"## Sensitivities\n\n{_surrogate(result)}",
         f"## Provenance\n\n```json\n{json.dumps(result.provenance, indent=2)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -216,7 +216,10 @@ def _surrogate(result: Result) -> str:
             " With pair terms and all trials, the surrogate predicts each trial from the others to within "
             f"{100 * result.prediction_error:.3f} % (root mean square)."
         )
+    if result.spec.search.probe == "none":
+        return "Nothing was probed: effects were expected in proportion to size, and learned from the trials." + learned
     return (
-        "The effects of the probes are added up to predict other maps. For the lowest map the sum is off by "
+        "![Sensitivities](sensitivities.png)\n\nThe effects of the probes are added up to predict other maps. "
+        "For the lowest map the sum is off by "
         f"{100 * surrogate.gap:+.3f} % of perplexity (measured minus predicted).{learned}"
     )

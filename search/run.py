@@ -37,7 +37,7 @@ from search.study import (
     run_trials,
     status,
 )
-from search.surrogate import Surrogate, fit, predicted_front
+from search.surrogate import Surrogate, additive, effects_of_size, fit, predicted_front
 from search.workspace import Workspace, open_workspace
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError
@@ -73,7 +73,10 @@ def prepare(spec: StudySpec, run: RunDirectory, say: Say) -> Prepared:
     widest, lowest = open_end(workspace, WIDEST), open_end(workspace, LOWEST)
     probes = _probe(workspace, (widest, lowest), run)
     offsets = [paired_increase(end.evaluation, baseline.evaluation).log_mean for end in (widest, lowest)]
-    surrogate = fit(workspace.space, probes, *offsets)
+    if spec.search.probe == "none":
+        surrogate = additive(workspace.space, effects_of_size(workspace.space, *offsets), *offsets)
+    else:
+        surrogate = fit(workspace.space, probes, *offsets)
     say(
         f"probes: {len(probes)}; all-lowest costs {100 * math.expm1(offsets[1]):+.3f} %, "
         f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
@@ -83,6 +86,8 @@ def prepare(spec: StudySpec, run: RunDirectory, say: Say) -> Prepared:
 
 def _probe(workspace: Workspace, ends: tuple[End, End], run: RunDirectory) -> list[Probe]:
     """The study's probes, of the kind that it asks for; those of a former run are not measured again."""
+    if workspace.spec.search.probe == "none":
+        return []
     owner, gradient = workspace.fingerprint_digest, workspace.spec.search.probe == "gradient"
     stored = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES) if line["fingerprint"] == owner]
     done = [probe for probe in stored if (probe.end == GRADIENT) == gradient]
@@ -264,7 +269,8 @@ def draw(
     front = pareto_front(found, budget)
     picture = plots.plot_front(found, budget, winner, describe(certificate, bool(front)), baseline_bytes)
     paths = plots.save(picture, run.path, "front")
-    paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
+    if probes:
+        paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
     shown = next((point for point in front if point.trial == winner), front[0] if front else None)
     if shown is not None:
         allocation = PrecisionMap(tuple(shown.map.items()))

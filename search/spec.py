@@ -93,7 +93,7 @@ class SearchSection(_Section):
 
     trials: int = Field(default=64, ge=1)
     sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
-    probe: Literal["measured", "gradient"] = "measured"
+    probe: Literal["measured", "gradient", "none"] = "measured"
     racing: bool = True
     racing_error: float = Field(default=0.01, gt=0, lt=0.5)
     seeds: int = Field(default=12, ge=0, le=1000)

@@ -17,9 +17,12 @@ from search.probe import GRADIENT, LOWEST, WIDEST, Probe
 from search.programme import Frontier, frontier
 from search.proposal import costs
 from search.space import Space
+from ssm_mp.precision import get_precision
 
 _LEAST_VARIANCE = 1e-16
 """Keeps the weight of a probe finite where all windows agree to the last digit."""
+_LEAST_TOTAL = 1e-4
+"""Effects are taken to add up to at least this log-increase, where the lowest map happens to cost nothing."""
 
 Effects = Mapping[str, Mapping[str, float]]
 """Component → precision → log-increase over its widest precision."""
@@ -73,6 +76,25 @@ def predicted_front(surrogate: Surrogate, catalogue: Catalogue, count: int, budg
     return list(different.values())[:count]
 
 
+def effects_of_size(space: Space, widest: float, lowest: float) -> Effects:
+    """Expected effects where nothing was probed: in proportion to a component's parameters and to the variance of
+    rounding to so many bits, 4^−bits, scaled so that they add up to what the lowest map costs over the widest."""
+    raw = {
+        c.name: {p: c.count * (4.0 ** -get_precision(p).bits - 4.0 ** -get_precision(held[0]).bits) for p in held}
+        for c in space.free
+        for held in [space.choices[c.name]]
+    }
+    total = sum(held[space.choices[name][-1]] for name, held in raw.items())
+    scale = max(lowest - widest, _LEAST_TOTAL) / total if total > 0 else 0.0
+    return {name: {p: scale * value for p, value in held.items()} for name, held in raw.items()}
+
+
+def additive(space: Space, effects: Effects, widest: float, lowest: float) -> Surrogate:
+    """The surrogate of given effects and of both ends' measured log-increases over FP32."""
+    predicted = widest + sum(held[space.choices[name][-1]] for name, held in effects.items())
+    return Surrogate(widest, effects, lowest - predicted)
+
+
 def fit(space: Space, probes: Iterable[Probe], widest: float, lowest: float) -> Surrogate:
     """The surrogate of a set of probes; `widest` and `lowest` are both ends' measured log-increases over FP32."""
     measured = {(probe.component, probe.precision, probe.end): probe for probe in probes}
@@ -83,8 +105,7 @@ def fit(space: Space, probes: Iterable[Probe], widest: float, lowest: float) -> 
         }
         for component in space.free
     }
-    predicted = widest + sum(held[space.choices[name][-1]] for name, held in effects.items())
-    return Surrogate(widest, effects, lowest - predicted)
+    return additive(space, effects, widest, lowest)
 
 
 def _effect(

@@ -41,6 +41,8 @@ class Precision(ABC):
     """
 
     name: str
+    bits: int
+    """Bits of a code, scales left out."""
     quantizes_inputs: bool
     """Whether a linear layer of this precision takes part in the study's activation scheme."""
 
@@ -92,6 +94,7 @@ class Float16(Precision):
     """Stored float16; computed in float16 on a GPU, in float32 on a CPU (native half is far slower there)."""
 
     name = "fp16"
+    bits = 16
     quantizes_inputs = False
 
     def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
@@ -108,6 +111,7 @@ class Int8(Precision):
     """Weights int8, symmetric, a float16 scale per output channel (per row, or one for a vector)."""
 
     name = "int8"
+    bits = 8
     quantizes_inputs = True
 
     def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
@@ -130,6 +134,7 @@ class Grouped(Precision):
 
     def __init__(self, name: str, book: CodeBook) -> None:
         self.name = name
+        self.bits = book.bits
         self.book = book
 
     def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
