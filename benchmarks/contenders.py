@@ -43,8 +43,8 @@ def increase_percent(oracle: Oracle, chosen: Map) -> float:
 
 
 def gradient_cost(name: str) -> int:
-    """Evaluations that the gradient probe counts for: three passes over each calibration window."""
-    return -(-3 * GRADIENT_WINDOWS // WINDOWS[name])
+    """Evaluations that the gradient probe costs: as long as 14 forward passes a window (`benchmarks/gradient.py`)."""
+    return -(-14 * GRADIENT_WINDOWS // WINDOWS[name])
 
 
 def _probes(oracle: Oracle, ends: tuple[str, ...]) -> Iterator[Map]:
@@ -66,7 +66,7 @@ def _effects(oracle: Oracle, ends: tuple[str, ...]) -> np.ndarray:
         base = (0 if end == "widest" else k - 1,) * n
         rows = [[oracle.log_increase[(*base[:c], p, *base[c + 1 :])] for p in range(k)] for c in range(n)]
         found.append(np.array(rows) - np.array(rows)[:, :1])
-    return np.mean(found, axis=0)
+    return np.asarray(np.mean(found, axis=0))
 
 
 def integer_programme(oracle: Oracle, ends: tuple[str, ...]) -> Iterator[Map]:

@@ -13,8 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from scipy import stats
-
+from search.confidence import reach
 from search.errors import StudyError
 from search.front import Point
 from ssm_mp.evaluate import Increase
@@ -86,23 +85,11 @@ def bounds(increase: Increase, confidence: float) -> tuple[float, float]:
     Student's t, moved outwards on the side where the differences have their long tail: a few windows that lose much
     are easily missed, and the mean and the standard error are then too low together.
     """
-    quantile = float(stats.t.ppf(confidence, increase.windows - 1))
-    below, above = (_reach(quantile, sign * increase.skewness, increase.windows) for sign in (-1, 1))
+    below, above = (reach(confidence, sign * increase.skewness, increase.windows) for sign in (-1, 1))
     return (
         100 * math.expm1(increase.log_mean - below * increase.log_stderr),
         100 * math.expm1(increase.log_mean + above * increase.log_stderr),
     )
-
-
-def _reach(quantile: float, skewness: float, windows: int) -> float:
-    """Standard errors from the mean to the bound on the side of positive skewness; never less than the quantile.
-
-    Hall's cubic transformation of the t statistic, inverted (J. R. Statist. Soc. B 54, 1992, 221–228).
-    """
-    a = skewness / (3 * math.sqrt(windows))
-    if a < 1e-9:  # no long tail on this side
-        return quantile
-    return max(quantile, (1 - math.cbrt(1 - 3 * a * (quantile + a / 2))) / a)
 
 
 def error_share(number: int, error: float) -> float:

@@ -7,8 +7,9 @@ sample without replacement, and the mean of all lies above
 
     mean − t · s/√n · √(1 − n/w)        (finite population correction; Cochran 1977, section 2.6)
 
-with the confidence of `t`. A map is stopped where this bound is above the budget, or, for its differences from a
-smaller map that has seen all windows, above zero. The error allowed to a map is divided among all its looks.
+with the confidence of `t`, which is widened where the differences have a long tail below (`confidence.py`). A map
+is stopped where this bound is above the budget, or, for its differences from a smaller map that has seen all
+windows, above zero. The error allowed to a map is divided among all its looks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+
+from search.confidence import reach
+from ssm_mp.evaluate import skewness
 
 Reason = Literal["over budget", "dominated"]
 
@@ -53,7 +56,7 @@ def lower_bound(differences: np.ndarray, windows: int, error: float) -> float:
     """Lower confidence bound of the mean over all `windows` from the differences `[n]` of the first n."""
     n = differences.size
     spread = float(differences.std(ddof=1)) / math.sqrt(n) * math.sqrt(max(0.0, 1 - n / windows))
-    return float(differences.mean()) - float(stats.t.ppf(1 - error, n - 1)) * spread
+    return float(differences.mean()) - reach(1 - error, -skewness(differences), n) * spread
 
 
 def judge(

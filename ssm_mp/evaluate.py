@@ -146,10 +146,10 @@ def paired_increase(candidate: Evaluation, reference: Evaluation) -> Increase:
     differences = (candidate.nll - reference.nll) / candidate.predicted
     n = differences.size
     stderr = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Increase(float(differences.mean()), stderr, n, _skewness(differences))
+    return Increase(float(differences.mean()), stderr, n, skewness(differences))
 
 
-def _skewness(values: FloatArray) -> float:
+def skewness(values: FloatArray) -> float:
     """Adjusted Fisher–Pearson coefficient of `values [n]`; 0 for fewer than three, or where all are the same."""
     n = values.size
     centred = values - values.mean()

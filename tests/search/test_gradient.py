@@ -20,7 +20,7 @@ from search.gradient import (
 )
 from search.spec import load_spec
 from search.workspace import Workspace, open_workspace
-from ssm_mp.convert import Converter
+from ssm_mp.convert import Converter, Scheme
 from ssm_mp.data import Windows
 from ssm_mp.evaluate import evaluate
 from ssm_mp.layers import Linear
@@ -38,12 +38,10 @@ def open_tiny(folder: Path, family: str = "mamba", *overrides: str) -> Workspace
 
 
 def part_of_the_way(workspace: Workspace, name: str, precision: str, step: float) -> float:
-    """Mean log-perplexity with one component's weights `step` of the way to their quantised values, in float64."""
+    """Mean log-perplexity with one component's weights `step` of the way to their quantised values."""
     modules = {c.name: workspace.model.get_submodule(c.name) for c in workspace.space.components}
     component = next(c for c in workspace.space.components if c.name == name)
-    moved = Converter(workspace.model, workspace.converter.scheme, workspace.converter._statistics)._make(
-        component, "fp16"
-    )
+    moved = Converter(workspace.model, Scheme(activations="none")).module(component, "fp16")
     for parameter in component.parameters:
         held = getattr(modules[name], parameter.leaf)
         if isinstance(held, FloatTensor):

@@ -1,0 +1,122 @@
+"""The sampler `front` against exhaustive truth, alone, in threads and beside other workers."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import TrialState, create_trial
+
+from search.catalogue import Catalogue
+from search.front_sampler import FrontSampler
+from search.gain import area, staircase
+from search.knowledge import before_any_trial
+from search.posterior import Observations, fit_posterior
+from search.proposal import Evaluated, propose
+
+NAMES = tuple(f"c{i}" for i in range(8))
+PRECISIONS = ("int8", "nf4", "int3")
+SIZES = tuple((800 + 90 * i, 420 + 47 * i, 320 + 35 * i) for i in range(8))
+CATALOGUE = Catalogue(NAMES, (PRECISIONS,) * 8, SIZES, 500, 40000)
+EFFECT = np.array([[0, 0.0004 * (i + 1), 0.003 * (8 - i)] for i in range(8)])
+BUDGET = 5.0
+
+
+def truth(choices: np.ndarray) -> float:
+    cost = EFFECT[np.arange(8), choices]
+    return float(100 * np.expm1(0.002 + cost.sum() + 0.5 * (cost.sum() ** 2 - (cost**2).sum())))
+
+
+def expected() -> dict[str, dict[str, float]]:
+    rough = EFFECT * np.random.default_rng(0).lognormal(0.3, 0.5, EFFECT.shape)
+    return {name: dict(zip(PRECISIONS, map(float, row), strict=True)) for name, row in zip(NAMES, rough, strict=True)}
+
+
+def new_sampler(seed: int = 0) -> FrontSampler:
+    return FrontSampler(before_any_trial(CATALOGUE, expected()), BUDGET, seed)
+
+
+def new_study(seed: int = 0) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(directions=["maximize", "minimize"], sampler=new_sampler(seed))
+
+
+def objective(trial: optuna.Trial) -> tuple[float, float]:
+    chosen = CATALOGUE.encode({name: trial.suggest_categorical(name, PRECISIONS) for name in NAMES})
+    return 40000 / CATALOGUE.bytes(chosen[None])[0], truth(chosen)
+
+
+def fraction(study: optuna.Study) -> float:
+    every = np.array(list(itertools.product(range(3), repeat=8)))
+    exact = staircase(40000 / CATALOGUE.bytes(every), np.array([truth(row) for row in every]), BUDGET)
+    values = np.array([trial.values for trial in study.trials])
+    return area(staircase(values[:, 0], values[:, 1], BUDGET), BUDGET) / area(exact, BUDGET)
+
+
+def test_it_finds_almost_the_whole_front_in_few_evaluations() -> None:
+    study = new_study()
+    study.optimize(objective, n_trials=40)
+    assert fraction(study) > 0.99
+    random = optuna.create_study(directions=["maximize", "minimize"], sampler=optuna.samplers.RandomSampler(0))
+    random.optimize(objective, n_trials=40)
+    assert fraction(random) < 0.9
+
+
+def test_no_map_is_proposed_twice_even_in_threads() -> None:
+    study = new_study()
+    study.optimize(objective, n_trials=30, n_jobs=4)
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 30
+
+
+def test_workers_that_ask_before_anybody_has_told_get_different_maps() -> None:
+    study, sampler = new_study(), new_sampler()
+    with ThreadPoolExecutor(4) as pool:
+        asked = list(pool.map(lambda _: sampler.propose(study) or {}, range(12)))
+    assert len({tuple(params.items()) for params in asked}) == 12
+
+
+def test_maps_of_other_workers_are_never_proposed() -> None:
+    study = new_study()
+    space: dict[str, Any] = {name: CategoricalDistribution(PRECISIONS) for name in NAMES}
+    first = new_sampler().propose(study)
+    assert first is not None
+    for state in (TrialState.RUNNING, TrialState.WAITING):
+        study.add_trial(create_trial(state=state, params=first, distributions=space))
+        assert new_sampler().propose(study) != first
+
+
+def test_one_seed_gives_one_sequence() -> None:
+    runs = []
+    for _ in range(2):
+        study = new_study(5)
+        study.optimize(objective, n_trials=12)
+        runs.append([trial.params for trial in study.trials])
+    assert runs[0] == runs[1]
+
+
+def test_an_exhausted_space_is_said_to_be() -> None:
+    small = Catalogue(("a", "b"), (("fp16", "int8"),) * 2, ((20, 10), (40, 20)), 0, 100)
+    effects = {name: {"fp16": 0.0, "int8": 0.01} for name in ("a", "b")}
+    knowledge = before_any_trial(small, effects)
+    rng = np.random.default_rng(0)
+    seen: list[np.ndarray] = []
+    posterior = fit_posterior(knowledge.prior, Observations(np.zeros((0, 2)), np.zeros(0), np.zeros(0)))
+    for _ in range(4):
+        found = propose(small, posterior, Evaluated(np.zeros((0, 2), dtype=np.int64), np.zeros(0)), seen, 5.0, rng)
+        assert found is not None
+        seen.append(found)
+    assert len({tuple(row) for row in seen}) == 4
+    assert propose(small, posterior, Evaluated(np.zeros((0, 2), dtype=np.int64), np.zeros(0)), seen, 5.0, rng) is None
+
+
+@pytest.mark.parametrize("target", [0, 1])
+def test_optunas_importances_understand_the_parameters(target: int) -> None:
+    study = new_study()
+    study.optimize(objective, n_trials=25)
+    found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[target])
+    assert found.keys() == set(NAMES)
