@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -51,8 +52,19 @@ def exact(oracle: Oracle) -> tuple[float, int]:
     return area(staircase(oracle.fp32_bytes / sizes, percent, BUDGET), BUDGET), int(sizes[percent <= BUDGET].min())
 
 
-def run_one(name: str, contender: str, seed: int) -> Curve:
-    """One contender with one seed."""
+def run_one(name: str, contender: str, seed: int, cache: Path) -> Curve:
+    """One contender with one seed; what `cache` holds is not run again."""
+    kept = cache / f"{name}-{contender.replace(', ', '-').replace(' ', '-')}-{seed}.npz"
+    if kept.exists():
+        with np.load(kept) as file:
+            return Curve(file["fraction"], file["excess"])
+    curve = _run(name, contender, seed)
+    cache.mkdir(parents=True, exist_ok=True)
+    np.savez(kept, fraction=curve.fraction, excess=curve.excess)
+    return curve
+
+
+def _run(name: str, contender: str, seed: int) -> Curve:
     oracle = load_oracle(name)
     whole, smallest = exact(oracle)
     spent, order = contenders(name, oracle)[contender](seed)
@@ -68,13 +80,13 @@ def run_one(name: str, contender: str, seed: int) -> Curve:
     return Curve(fraction, excess)
 
 
-def run_all(name: str, workers: int) -> dict[str, list[Curve]]:
+def run_all(name: str, workers: int, cache: Path) -> dict[str, list[Curve]]:
     """All contenders, all seeds."""
     names = list(contenders(name, load_oracle(name)))
-    jobs = [(name, contender, seed) for contender in names for seed in range(SEEDS)]
+    jobs = [(name, contender, seed, cache) for contender in names for seed in range(SEEDS)]
     found: dict[str, list[Curve]] = {contender: [] for contender in names}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (_, contender, _), curve in zip(jobs, pool.map(run_one, *zip(*jobs, strict=True)), strict=True):
+        for (_, contender, _, _), curve in zip(jobs, pool.map(run_one, *zip(*jobs, strict=True)), strict=True):
             found[contender].append(curve)
             if len(found[contender]) == SEEDS:
                 print(f"{name}: {contender} done", file=sys.stderr, flush=True)
@@ -133,10 +145,13 @@ def main() -> None:
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--oracle", choices=sorted(SUBSPACES), action="append", help="default: both")
     arguments.add_argument("--plot", type=Path, help="where to draw the curves (.png)")
+    arguments.add_argument("--cache", type=Path, help="folder that keeps finished runs; default: none")
     arguments.add_argument("--study", type=Path, default=Path("studies/reference-cumulative.toml"), help="for peers")
     arguments.add_argument("--run-dir", type=Path, default=Path("runs/reference-cumulative"), help="for peers")
     given = arguments.parse_args()
-    results = {name: run_all(name, given.workers) for name in given.oracle or ("two", "three")}
+    with tempfile.TemporaryDirectory() as folder:
+        cache = given.cache or Path(folder)
+        results = {name: run_all(name, given.workers, cache) for name in given.oracle or ("two", "three")}
     if given.plot is not None:
         plot(results).savefig(given.plot, dpi=130)
     tables = {name: {who: summarise(curves) for who, curves in found.items()} for name, found in results.items()}
