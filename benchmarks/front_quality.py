@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from benchmarks.contenders import BUDGET, MOST, catalogue_of, contenders, increa
 from benchmarks.oracle import SUBSPACES, Oracle, load_oracle
 from benchmarks.peers import compare
 from search.gain import area, staircase
+from search.run_directory import FINGERPRINT
 
 BUDGETS = (16, 32, 64, 128)
 SEEDS = 10
@@ -158,7 +160,9 @@ def main() -> None:
     regrets = {name: {who: regret(curves) for who, curves in found.items()} for name, found in results.items()}
     first = next(iter(tables))
     if given.json:
-        peers = compare(given.study, given.run_dir)
+        installed = any(find_spec(package) for package in ("modelopt", "aimet_torch"))
+        finished = given.run_dir if (given.run_dir / FINGERPRINT).exists() else None
+        peers = compare(given.study, finished) if installed else {}
         print(json.dumps({"oracle": tables[first], "oracles": tables, "regret_bytes": regrets, "peers": peers}))
         return
     for name, table in tables.items():

@@ -246,9 +246,10 @@ def status(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, jso
     found = count(trials)
     for reason, number in found.reasons.items():
         _say(f"{number} failed: {reason}")
+    if found.stopped:
+        _say(f"{found.stopped} of the finished ones were stopped early: over budget or dominated")
     content = {
         "finished": found.finished,
-        "stopped": found.stopped,
         "running": found.running,
         "failed": found.failed,
         "waiting": found.waiting,

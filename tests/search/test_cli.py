@@ -171,6 +171,25 @@ def test_a_search_of_experts_ends_in_an_artifact(tmp_path: Path) -> None:
     assert evaluated["perplexity"] == winner["perplexity"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("probe", ["measured", "gradient", "none"])
+def test_a_search_below_8_bits_with_embedding_blocks_ends_in_an_artifact(tmp_path: Path, probe: str) -> None:
+    precision = '[precision]\nchoices = ["fp16", "int8", "nf4", "int3"]\nembedding_blocks = [8, 24]\n'
+    options = f'[search]\nbudget_percent = 20\nseeds = 2\nprobe = "{probe}"\n'
+    write_study(tmp_path, windows=(4, 32, 32), extra=precision + options)
+    found = answer("search", "tiny.toml", "--trials", 14, cwd=tmp_path)
+    assert found["trials"] == 14
+    assert {"embedding.blocks.0", "embedding.blocks.1", "embedding.blocks.2"} <= found["front"][0]["map"].keys()
+    assert all(point["windows"] == 32 for point in found["front"])
+    exported = answer("export", "tiny.toml", "--out", "out", "--set", "search.budget_percent=20", cwd=tmp_path)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert sum(tensor.numel() * tensor.element_size() for tensor in stored.values()) == exported["bytes"]
+    assert torch.float32 not in {tensor.dtype for tensor in stored.values()}
+    report = (tmp_path / "runs" / "tiny" / "report.md").read_text()
+    assert ("sensitivities.png" in report) == (probe != "none") == (tmp_path / "runs/tiny/sensitivities.png").exists()
+    answer("plot", "tiny.toml", cwd=tmp_path)
+
+
 def test_inspect_and_convert_answer_with_their_keys(tmp_path: Path) -> None:
     write_study(tmp_path, config=ITERA)
     found = answer("inspect", "model.safetensors", cwd=tmp_path)

@@ -20,7 +20,7 @@ def test_everything_but_the_checkpoint_has_a_default(tmp_path: Path) -> None:
     spec = load_spec(written(tmp_path, MINIMAL))
     assert spec.name == "my_study"
     assert spec.checkpoint_path == (tmp_path / "model.pt").resolve()
-    assert (spec.search.sampler, spec.search.budget_percent, spec.data.text) == ("tpe", 5.0, "python-stdlib")
+    assert (spec.search.sampler, spec.search.budget_percent, spec.data.text) == ("front", 5.0, "python-stdlib")
     assert spec.precision.choices == ("fp16", "int8")
 
 
