@@ -37,6 +37,7 @@ class FrontSampler(BaseSampler):
         self._learned_at = -_REFIT_EVERY
         self._lock = threading.Lock()
         self._proposed: set[bytes] = set()
+        self._rows: dict[int, np.ndarray] = {}
 
     def propose(self, study: Study) -> dict[str, str] | None:
         """The next map, as a trial's parameters; None where every map is evaluated, queued or running."""
@@ -77,8 +78,12 @@ class FrontSampler(BaseSampler):
         return found
 
     def _choices(self, trials: Sequence[FrozenTrial]) -> np.ndarray:
+        """Choices `[t, n]` of trials, each encoded once: a trial's map never changes."""
         catalogue = self._knowledge.catalogue
-        rows = [catalogue.encode(map_of(trial)) for trial in trials]
+        for trial in trials:
+            if trial.number not in self._rows:
+                self._rows[trial.number] = catalogue.encode(map_of(trial))
+        rows = [self._rows[trial.number] for trial in trials]
         return np.array(rows, dtype=np.int64).reshape(-1, len(catalogue.names))
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:

@@ -28,6 +28,8 @@ _FACTOR_SPREAD = 0.5
 """Prior standard deviation of the factor that a precision's effects may all be off by."""
 _LEAST_MAGNITUDE = 0.1
 """A feature is taken to be at least this large, in units of the mean effect."""
+_MOST_TO_LEARN_FROM = 128
+"""Observations, evenly picked, that the spreads are learned from: the cost grows with their third power."""
 _SPREADS, _PAIRS, _NOISES = (0.1, 0.3, 0.8, 1.6), (0.02, 0.1, 0.3, 0.8), (1e-3, 1e-2, 5e-2)
 
 
@@ -115,10 +117,12 @@ def fit_posterior(prior: Prior, observed: Observations, spreads: Spreads | None 
     unit = unit or 1e-3
     if spreads is not None:
         return _conditioned(prior, observed, spreads, unit)[0]
-    candidates = [
-        _conditioned(prior, observed, Spreads(*held), unit) for held in itertools.product(_SPREADS, _PAIRS, _NOISES)
-    ]
-    return max(candidates, key=lambda candidate: candidate[1])[0]
+    count = len(observed.log_increase)
+    picked = np.unique(np.linspace(0, count - 1, min(count, _MOST_TO_LEARN_FROM)).astype(int))
+    some = Observations(observed.features[picked], observed.log_increase[picked], observed.variance[picked])
+    candidates = [Spreads(*held) for held in itertools.product(_SPREADS, _PAIRS, _NOISES)]
+    best = max(candidates, key=lambda spreads: _conditioned(prior, some, spreads, unit)[1])
+    return _conditioned(prior, observed, best, unit)[0]
 
 
 def _conditioned(prior: Prior, observed: Observations, spreads: Spreads, unit: float) -> tuple[Posterior, float]:

@@ -19,14 +19,17 @@ from scipy.special import ndtr
 from search.catalogue import Catalogue, Choices
 from search.gain import Staircase, expected_gain, staircase
 from search.posterior import Posterior
-from search.programme import frontier
+from search.programme import MOST_STATES, frontier
 
 _WINNER_EVERY = 4
 """Every so many proposals look for a smaller map within the budget instead: the area hardly rewards the last bytes."""
 _LEAST_CHANCE = 0.02
 """A smaller map is worth a proposal for the winner only with this chance of being within the budget."""
-_MOST_CANDIDATES = 512
-_ROUNDS = 4
+_MOST_CANDIDATES = 256
+_ROUNDS, _ROUNDS_OF_MANY = 4, 1
+_MANY = 200
+"""Features from which on a proposal is improved in fewer rounds, and fronts are thinned sooner, to stay quick."""
+_MOST_STATES_OF_MANY = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,9 +101,10 @@ def predicted(catalogue: Catalogue, posterior: Posterior, choices: Choices) -> C
 def _fronts(catalogue: Catalogue, posterior: Posterior, budget: float, rng: np.random.Generator) -> Choices:
     """The fronts of the posterior's mean and of one draw, up to a little above the budget."""
     limit = math.log1p(1.3 * budget / 100)
+    most = MOST_STATES if len(catalogue.features) < _MANY else _MOST_STATES_OF_MANY
     found = []
     for offset, effects in (posterior.effects(), posterior.draw(rng)):
-        front = frontier(catalogue.sizes, costs(catalogue, effects), limit - offset)
+        front = frontier(catalogue.sizes, costs(catalogue, effects), limit - offset, most)
         if len(front.bytes):
             found.append(front.choices[np.unique(np.linspace(0, len(front.bytes) - 1, _MOST_CANDIDATES).astype(int))])
     return np.concatenate([np.zeros((0, len(catalogue.names)), dtype=np.int64), *found])
@@ -153,7 +157,7 @@ def _improved(
     """The candidate of the largest expected gain, changed one component at a time while that grows."""
     gains = _gains(catalogue, posterior, found, stairs)
     best, gain = found[gains.argmax()], gains.max()
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if len(catalogue.features) < _MANY else _ROUNDS_OF_MANY):
         around = _unseen(_neighbours(catalogue, best), seen)
         if not len(around):
             break
@@ -182,7 +186,7 @@ def _winner(
 
     saved = savings(found)
     best, most = found[saved.argmax()], saved.max()
-    for _ in range(_ROUNDS):
+    for _ in range(_ROUNDS if len(catalogue.features) < _MANY else _ROUNDS_OF_MANY):
         around = _unseen(_neighbours(catalogue, best), seen)
         if not len(around):
             break
