@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.front_quality [--json] [--workers 2] [--plot benchmarks/front_quality.png]
 
-About ten minutes on 2 cores. The truth are two oracles, subspaces of the reference model of which every map was
+About fifteen minutes on 2 cores. The truth are two oracles, subspaces of the reference model of which every map was
 evaluated (`oracle.py`): "two" (12 components, int8 and int3) and "three" (8 components, int8, nf4, int3). Figures are
 fractions of the exact front's hypervolume (corner: no compression, the budget of 5 %) after 16, 32, 64 and 128
 evaluations, probes counted, over ten seeds; and how many bytes the smallest map found within the budget is larger
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.contenders import BUDGET, MOST, catalogue_of, contenders, increase_percent
+from benchmarks.contenders import BUDGET, MOST, STOPS_AFTER, catalogue_of, contenders, increase_percent
 from benchmarks.oracle import SUBSPACES, Oracle, load_oracle
 from benchmarks.peers import compare
 from search.gain import area, staircase
@@ -70,7 +70,7 @@ def _run(name: str, contender: str, seed: int) -> Curve:
     oracle = load_oracle(name)
     whole, smallest = exact(oracle)
     spent, order = contenders(name, oracle)[contender](seed)
-    maps = list(itertools.islice(order, MOST - spent))
+    maps = list(itertools.islice(order, STOPS_AFTER.get(contender, MOST) - spent))
     percent = np.array([increase_percent(oracle, chosen) for chosen in maps])
     sizes = catalogue_of(oracle).bytes(np.array(maps))
     fraction, excess = np.zeros(MOST), np.full(MOST, -1)
@@ -163,7 +163,8 @@ def main() -> None:
         installed = any(find_spec(package) for package in ("modelopt", "aimet_torch"))
         finished = given.run_dir if (given.run_dir / FINGERPRINT).exists() else None
         peers = compare(given.study, finished) if installed else {}
-        print(json.dumps({"oracle": tables[first], "oracles": tables, "regret_bytes": regrets, "peers": peers}))
+        answer = {"oracle": tables[first], "oracles": tables, "regret_bytes": regrets, "stops_after": STOPS_AFTER}
+        print(json.dumps({**answer, "peers": peers}))
         return
     for name, table in tables.items():
         print(f"\n{name}: fraction of the exact hypervolume, median (worst) of {SEEDS} seeds; worst regret at {MOST}")
