@@ -100,6 +100,17 @@ def compare(study: Path, run: Path | None) -> dict[str, Any]:
     return answers
 
 
+def beside_former(former: Path, study: Path, run: Path) -> dict[str, Any]:
+    """The saved answer of an earlier comparison, with this run of ours put beside the points measured then."""
+    ours = _ours(open_workspace(load_spec(study), _say), run)
+    answers: dict[str, Any] = json.loads(former.read_text())
+    for answer in answers.values():
+        if "points" in answer:
+            theirs = [PeerPoint(**point) for point in answer["points"]]
+            answer["ours"] = _beside(ours, theirs, answer["budget_percent"])
+    return answers
+
+
 def _failure(error: Exception) -> dict[str, Any]:
     """What stopped a tool, and the last places in its code."""
     frames = traceback.extract_tb(error.__traceback__)[-3:]
@@ -231,9 +242,13 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true")
     arguments.add_argument("--study", type=Path, default=STUDY)
     arguments.add_argument("--run", type=Path, help="directory of a finished run of the same study")
+    arguments.add_argument("--former", type=Path, help="a saved --json answer: do not search again, only compare")
     given = arguments.parse_args()
     with contextlib.redirect_stdout(sys.stderr):  # the tools log to standard output
-        answers = compare(given.study, given.run)
+        if given.former is not None and given.run is not None:
+            answers = beside_former(given.former, given.study, given.run)
+        else:
+            answers = compare(given.study, given.run)
     if given.json:
         print(json.dumps(answers))
         return
