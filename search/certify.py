@@ -83,9 +83,11 @@ def bounds(increase: Increase, confidence: float) -> tuple[float, float]:
     """One-sided lower and upper bounds of the perplexity increase in percent, each at `confidence`.
 
     Student's t, moved outwards on the side where the differences have their long tail: a few windows that lose much
-    are easily missed, and the mean and the standard error are then too low together.
+    are easily missed, and the mean and the standard error are then too low together. The skewness is taken to be two
+    standard errors more than was seen, for the same reason.
     """
-    below, above = (reach(confidence, sign * increase.skewness, increase.windows) for sign in (-1, 1))
+    unseen = 2 * math.sqrt(6 / increase.windows)
+    below, above = (reach(confidence, sign * increase.skewness + unseen, increase.windows) for sign in (-1, 1))
     return (
         100 * math.expm1(increase.log_mean - below * increase.log_stderr),
         100 * math.expm1(increase.log_mean + above * increase.log_stderr),

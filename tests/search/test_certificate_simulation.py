@@ -11,7 +11,12 @@ from search import certify as certificate
 from ssm_mp.evaluate import Increase
 
 SEARCHES = 1000
-HARDEST = ("just above, 2 maps, 128 windows", "just above, 512 windows", "just above, skewness 2, 512 windows")
+HARDEST = (
+    "just above, 2 maps, 128 windows",
+    "just above, 64 windows",
+    "just above, 512 windows",
+    "just above, skewness 2, 512 windows",
+)
 """Maps that all truly break the budget by less than 1 % of it: whatever is certified is wrong."""
 
 
@@ -30,7 +35,7 @@ def test_at_most_5_percent_of_searches_certify_a_map_that_breaks_the_budget(name
 @pytest.mark.slow
 def test_without_dividing_the_error_among_tries_the_same_simulation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "error_share", lambda number, error: error)
-    assert simulate(scenario(HARDEST[1]), 300).broken_percent > 8
+    assert simulate(scenario(HARDEST[2]), 300).broken_percent > 8
 
 
 @pytest.mark.slow

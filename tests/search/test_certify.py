@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from search.certify import Certificate, Try, bounds, certificate_from_json, certify, error_share
+from search.confidence import reach
 from search.gates import Facts, judge, overall
 from ssm_mp.evaluate import Evaluation, Increase, paired_increase
 from tests.search.test_front import point
@@ -34,27 +35,25 @@ def increase_of(differences: np.ndarray) -> Increase:
     return paired_increase(Evaluation(differences * 9, 9), Evaluation(np.zeros(differences.size), 9))
 
 
-def test_the_bounds_of_symmetric_differences_are_those_of_the_one_sided_t_test() -> None:
-    half = np.random.default_rng(0).normal(0, 0.05, size=30)
-    differences = 0.02 + np.concatenate([half, -half])
-    lower, upper = bounds(increase_of(differences), 0.95)
-    for bound, side in ((lower, "greater"), (upper, "less")):
-        test = stats.ttest_1samp(differences, np.log1p(bound / 100), alternative=side)
-        assert test.pvalue == pytest.approx(0.05)
+def test_without_skewness_the_reach_is_that_of_the_one_sided_t_test() -> None:
+    differences = np.random.default_rng(0).normal(0.02, 0.05, size=60)
+    increase = increase_of(differences)
+    bound = increase.log_mean + reach(0.95, 0.0, 60) * increase.log_stderr
+    assert stats.ttest_1samp(differences, bound, alternative="less").pvalue == pytest.approx(0.05)
 
 
-def test_the_bound_inverts_halls_transformation() -> None:
+def test_the_bound_inverts_halls_transformation_at_a_skewness_of_two_standard_errors_more() -> None:
     increase = increase_of(np.random.default_rng(1).gamma(0.5, size=50))
     _, upper = bounds(increase, 0.95)
     t = (increase.log_mean - np.log1p(upper / 100)) / increase.log_stderr
-    root, skewness = np.sqrt(50), increase.skewness
+    root, skewness = np.sqrt(50), increase.skewness + 2 * np.sqrt(6 / 50)
     transformed = t + skewness * t**2 / (3 * root) + skewness**2 * t**3 / (27 * 50) + skewness / (6 * root)
     assert transformed == pytest.approx(stats.t.ppf(0.05, 49))
 
 
 @given(st.floats(-8, 8), st.integers(3, 2000), st.floats(0.6, 0.9999))
 def test_skewness_only_widens_the_bounds_and_mirrors(skewness: float, windows: int, confidence: float) -> None:
-    plain = bounds(Increase(0.0, 0.001, windows), confidence)
+    plain = tuple(100 * np.expm1(sign * 0.001 * reach(confidence, 0.0, windows)) for sign in (-1, 1))
     skewed = bounds(Increase(0.0, 0.001, windows, skewness), confidence)
     mirrored = bounds(Increase(0.0, 0.001, windows, -skewness), confidence)
     assert skewed[0] <= plain[0] < plain[1] <= skewed[1]
