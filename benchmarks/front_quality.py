@@ -118,14 +118,18 @@ def regret(curves: Sequence[Curve]) -> dict[str, dict[str, float | None]]:
 
 def plot(results: dict[str, dict[str, list[Curve]]]) -> Figure:
     """What each contender still misses of the exact hypervolume, median and band over the seeds."""
-    figure = Figure(figsize=(11.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(11.5, 5.8), layout="constrained")
     panels = figure.subplots(1, len(results), squeeze=False)[0]
     for axes, (name, found) in zip(panels, results.items(), strict=True):
         for i, (contender, curves) in enumerate(found.items()):
             missing = np.maximum(1 - np.stack([curve.fraction for curve in curves]), 1e-5)
             ours = contender.startswith("front")
             colour = ("#0072B2", "#56B4E9", "#009E73")[i] if ours else f"C{i}"
-            style: Any = {"color": colour, "linewidth": 2.4 if ours else 1.1, "linestyle": "--" if ", " in contender else "-"}
+            style: Any = {
+                "color": colour,
+                "linewidth": 2.4 if ours else 1.1,
+                "linestyle": "--" if ", " in contender else "-",
+            }
             x = np.arange(1, MOST + 1)
             axes.plot(x, np.median(missing, axis=0), label=contender, **style)
             axes.fill_between(x, missing.min(axis=0), missing.max(axis=0), color=colour, alpha=0.12, linewidth=0)
@@ -136,7 +140,8 @@ def plot(results: dict[str, dict[str, list[Curve]]]) -> Figure:
         axes.set_title(f"{len(components)} components, {' / '.join(precisions)}", fontsize=10, loc="left")
         axes.grid(color="#E6E6E6")
     panels[0].set_ylabel("missing of the exact hypervolume (median, band: all seeds)")
-    panels[0].legend(fontsize=7.5, frameon=False, loc="upper right", ncols=2)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=8.5)
     return figure
 
 
