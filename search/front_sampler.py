@@ -84,7 +84,7 @@ class FrontSampler(BaseSampler):
             if trial.number not in self._rows:
                 self._rows[trial.number] = catalogue.encode(map_of(trial))
         rows = [self._rows[trial.number] for trial in trials]
-        return np.array(rows, dtype=np.int64).reshape(-1, len(catalogue.names))
+        return np.array(rows, dtype=np.int64).reshape(len(rows), len(catalogue.names))
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         catalogue = self._knowledge.catalogue

@@ -71,6 +71,8 @@ def gradient_effects(
     Window by window, so one window's activations and logits are held at a time and one tensor's gradient.
     progress: called after each window. Raises EvaluationError where an effect is not finite.
     """
+    if not workspace.space.free:
+        return {}
     windows = gradient_windows(workspace) if windows is None else windows
     scores = _Scores(defaultdict(float), defaultdict(float))
     model = _differentiable(workspace, scores)

@@ -54,5 +54,5 @@ def before_any_trial(
 ) -> Knowledge:
     """Knowledge of expected effects and of measured maps (a trial's parameters, log-increase over FP32)."""
     rows = [catalogue.encode(params) for params, _ in measured]
-    choices = np.array(rows, dtype=np.int64).reshape(-1, len(catalogue.names))
+    choices = np.array(rows, dtype=np.int64).reshape(len(rows), len(catalogue.names))
     return Knowledge(catalogue, make_prior(catalogue, effects), choices, np.array([y for _, y in measured]))

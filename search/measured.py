@@ -22,7 +22,8 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 def map_of(trial: FrozenTrial) -> dict[str, Any]:
     """The free components' precisions of a trial in any state."""
-    return dict(trial.system_attrs.get("fixed_params", trial.params))
+    queued = trial.system_attrs.get("fixed_params", {})  # as an older version queued maps
+    return dict(queued if len(queued) > len(trial.params) else trial.params)
 
 
 def packed(differences: np.ndarray) -> str:

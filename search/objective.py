@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from search.racing import Reason, best_rival, judge, rungs
 from search.workspace import Workspace
@@ -23,7 +24,8 @@ Finished = Sequence[tuple[int, np.ndarray]]
 class Measured:
     """Size and quality of one map on the search windows.
 
-    differences: log-increase of each window over FP32, `[windows seen]`; stopped: why not all `of_windows` were.
+    differences: log-increase of each window over FP32, `[windows seen]`; stopped: why not all `of_windows` were,
+    and lower_percent: the least that its increase on all of them can be.
     """
 
     bytes: int
@@ -33,6 +35,7 @@ class Measured:
     differences: np.ndarray
     of_windows: int
     stopped: Reason | None = None
+    lower_percent: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +63,15 @@ class Objective:
     def __init__(self, workspace: Workspace, baseline: Baseline) -> None:
         self._workspace = workspace
         self._baseline = baseline
+        # windows stand in the order of the text, and its beginning is no random sample of it
+        windows = len(workspace.splits.search)
+        self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:
         """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""
-        return self._measured(precision_map, evaluate(self._converted(precision_map), self._workspace.splits.search))
+        windows = self._workspace.splits.search
+        nll = evaluate(self._converted(precision_map), windows).nll
+        return self._measured(precision_map, nll, np.arange(len(windows)))
 
     def race(self, precision_map: PrecisionMap, finished: Finished, error: float) -> Measured:
         """The same in rungs of windows, stopped where the map shows over budget or beaten by one of `finished`.
@@ -75,22 +83,27 @@ class Objective:
         model = self._converted(precision_map)
         size = precision_map.bytes(self._workspace.space.components, self._workspace.spec.precision.activations)
         rival = best_rival(size, finished)
-        nll = np.zeros(0)
-        for seen in rungs(len(windows)):
-            nll = np.concatenate([nll, evaluate(model, Windows(windows.ids[nll.size : seen])).nll])
-            measured = self._measured(precision_map, Evaluation(nll, windows.predicted))
-            if seen < len(windows):
-                stop = judge(measured.differences, len(windows), budget, rival, error)
-                if stop is not None:
-                    return self._measured(precision_map, Evaluation(nll, windows.predicted), stop.reason)
-        return measured
+        nll = np.full(len(windows), np.nan)
+        began = 0
+        for count in rungs(len(windows)):
+            new, seen = self._order[began:count], self._order[:count]
+            nll[new] = evaluate(model, Windows(windows.ids[torch.from_numpy(new)])).nll
+            began = count
+            if count == len(windows):
+                break
+            measured = self._measured(precision_map, nll[seen], seen)
+            stop = judge(measured.differences, len(windows), budget, None if rival is None else rival[seen], error)
+            if stop is not None:
+                return replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
+        return self._measured(precision_map, nll, np.arange(len(windows)))
 
     def _converted(self, precision_map: PrecisionMap) -> LanguageModel:
         return self._workspace.converter.convert(precision_map)
 
-    def _measured(self, precision_map: PrecisionMap, seen: Evaluation, stopped: Reason | None = None) -> Measured:
+    def _measured(self, precision_map: PrecisionMap, nll: np.ndarray, at: np.ndarray) -> Measured:
+        """From the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
         workspace, full = self._workspace, self._baseline.evaluation
-        reference = Evaluation(full.nll[: seen.windows], full.predicted)
+        seen, reference = Evaluation(nll, full.predicted), Evaluation(full.nll[at], full.predicted)
         size = precision_map.bytes(workspace.space.components, workspace.spec.precision.activations)
         return Measured(
             bytes=size,
@@ -99,5 +112,4 @@ class Objective:
             increase=paired_increase(seen, reference),
             differences=(seen.nll - reference.nll) / seen.predicted,
             of_windows=full.windows,
-            stopped=stopped,
         )

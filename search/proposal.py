@@ -138,7 +138,7 @@ def _neighbours(catalogue: Catalogue, row: np.ndarray) -> Choices:
                 other = row.copy()
                 other[c] = k
                 found.append(other)
-    return np.array(found, dtype=np.int64).reshape(-1, len(catalogue.names))
+    return np.array(found, dtype=np.int64).reshape(len(found), len(catalogue.names))
 
 
 def catalogue_map(catalogue: Catalogue, rng: np.random.Generator) -> np.ndarray:

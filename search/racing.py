@@ -65,7 +65,7 @@ def judge(
     """Whether a map that has seen `n < windows` windows can be stopped.
 
     differences: its log-increase over FP32 on each window seen, `[n]`; rival: that of the best map which is no
-    larger, on all windows `[w]`, None where there is none; error: allowed to this map in all.
+    larger, on the same windows, None where there is none; error: allowed to this map in all.
     """
     looks = 2 * (len(rungs(windows)) - 1)
     share = error / looks
@@ -73,7 +73,7 @@ def judge(
     shown = 100 * math.expm1(bound)
     if shown > budget_percent:
         return Stop("over budget", shown)
-    if rival is not None and lower_bound(differences - rival[: differences.size], windows, share) > 0:
+    if rival is not None and lower_bound(differences - rival, windows, share) > 0:
         return Stop("dominated", shown)
     return None
 

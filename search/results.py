@@ -12,7 +12,7 @@ from optuna.study import Study
 from search.certify import Certificate, standing_certificate
 from search.errors import StudyError
 from search.front import Point, pareto_front
-from search.probe import probe_from_stored
+from search.probe import GRADIENT, probe_from_stored
 from search.run import draw
 from search.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
 from search.spec import StudySpec
@@ -43,5 +43,6 @@ def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())
     certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))
-    probes = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
+    stored = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
+    probes = [probe for probe in stored if (probe.end == GRADIENT) == (spec.search.probe == "gradient")]
     return draw(run, spec, find_components(blocked), found, probes, certificate, stored_baseline(run)["bytes"])

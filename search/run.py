@@ -33,6 +33,7 @@ from search.study import (
     open_study,
     points,
     prediction_error,
+    reconsider,
     recover,
     run_trials,
     status,
@@ -150,16 +151,22 @@ def run_search(spec: StudySpec, run: RunDirectory, say: Say) -> Result:
         if again:
             say(f"{again} interrupted trial{'s' if again > 1 else ''} will be tried again")
         enqueue(study, seeds(prepared), choices)
-        if status(study).finished < spec.search.trials:
+        reopened = reconsider(study, choices, spec.search.budget_percent)
+        if reopened:
+            say(f"{reopened} maps that were stopped as over a lower budget will be tried again")
+        target = max(spec.search.trials, status(study).finished if reopened else 0) + reopened
+        if status(study).finished < target:
             (run / CERTIFICATE).unlink(missing_ok=True)  # of a front that is about to change
-        _trials(study, spec, choices, prepared)
+        _trials(study, spec, choices, prepared, target)
         return _finish(study, prepared, run, say)
 
 
-def _trials(study: Study, spec: StudySpec, choices: Mapping[str, tuple[str, ...]], prepared: Prepared) -> None:
+def _trials(
+    study: Study, spec: StudySpec, choices: Mapping[str, tuple[str, ...]], prepared: Prepared, trials: int
+) -> None:
     objective = Objective(prepared.workspace, prepared.baseline)
     space = prepared.workspace.space
-    progress = Progress("trials", spec.search.trials, len(points(study, space.choices)))
+    progress = Progress("trials", trials, len(points(study, space.choices)))
 
     def evaluate_params(params: Mapping[str, str]) -> Measured:
         if not spec.search.racing:
@@ -177,7 +184,7 @@ def _trials(study: Study, spec: StudySpec, choices: Mapping[str, tuple[str, ...]
             progress.step(best)
 
     run_trials(
-        study, choices, evaluate_params, trials=spec.search.trials, budget_percent=spec.search.budget_percent,
+        study, choices, evaluate_params, trials=trials, budget_percent=spec.search.budget_percent,
         sampler=spec.search.sampler, after=after,
     )  # fmt: skip
     progress.close()

@@ -115,6 +115,21 @@ def recover(study: Study, space: Mapping[str, tuple[str, ...]]) -> int:
     return len(stale)
 
 
+def reconsider(study: Study, space: Mapping[str, tuple[str, ...]], budget_percent: float) -> int:
+    """Queue the maps again that were stopped as over a budget lower than this one; returns how many."""
+    trials = study.get_trials(deepcopy=False)
+    known = {map_key(map_of(t)) for t in trials if t.state not in (TrialState.PRUNED, TrialState.FAIL)}
+    queued = 0
+    for trial in trials:
+        measured = trial.user_attrs.get(MEASURED, {})
+        over = trial.state == TrialState.PRUNED and measured.get("stopped") == "over budget"
+        if over and measured["lower_percent"] <= budget_percent and map_key(map_of(trial)) not in known:
+            _queue(study, Seed(map_of(trial), trial.user_attrs.get(ORIGIN, "")), space)
+            known.add(map_key(map_of(trial)))
+            queued += 1
+    return queued
+
+
 def _drop_repeated(study: Study) -> None:
     """Fail queued maps that are queued twice, as a kill in the middle of `recover` leaves them."""
     seen: set[str] = set()
@@ -182,7 +197,10 @@ def claim(study: Study, space: Mapping[str, tuple[str, ...]], sampler: str) -> T
     """The next trial to evaluate, running: a queued one, else a new proposal; None where every map has been tried."""
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
         if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
-            return Trial(study, waiting._trial_id)
+            trial = Trial(study, waiting._trial_id)
+            for name, choices in space.items():  # a write only for a map that an older version queued
+                trial.suggest_categorical(name, choices)
+            return trial
     if isinstance(study.sampler, FrontSampler):
         params = study.sampler.propose(study)
         if params is None:
@@ -214,6 +232,7 @@ def _run_one(
         "stderr_percent": measured.increase.stderr_percent,
         "windows": measured.increase.windows,
         "of_windows": measured.of_windows,
+        "lower_percent": measured.lower_percent,
         "stopped": measured.stopped,
         "compression": measured.compression,
         "seconds": round(time.monotonic() - began, 3),
@@ -281,9 +300,12 @@ def status(study: Study) -> Status:
 def prediction_error(knowledge: Knowledge, study: Study) -> float | None:
     """Root mean square of what the surrogate misses each finished map by, predicted from all the others.
 
-    In log-perplexity; None below three finished trials.
+    In log-perplexity; maps that were probed as well are left out. None below three finished trials.
     """
-    finished = study.get_trials(deepcopy=False, states=FINISHED)
+    catalogue = knowledge.catalogue
+    probed = {row.tobytes() for row in knowledge.choices}
+    every = study.get_trials(deepcopy=False, states=FINISHED)
+    finished = [trial for trial in every if catalogue.encode(map_of(trial)).tobytes() not in probed]
     if len(finished) < 3:
         return None
     missed = FrontSampler(knowledge, 1.0, 0).posterior(finished).leave_one_out()[-len(finished) :]

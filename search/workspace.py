@@ -154,8 +154,8 @@ def load_splits(spec: StudySpec, config: Config) -> Splits:
     unused = max(0, len(windows) - sum(counts))
     own, search, certify, rest = draw(windows, [*counts, unused], data.seed, str(path))
     if data.calibration == "text":
-        ids = torch.cat([own.ids, rest.ids])
-        return Splits(own, search, certify, torch.bincount(ids.flatten(), minlength=config.vocabulary))
+        # not the unused windows: there are fewer of them where more windows certify
+        return Splits(own, search, certify, torch.bincount(own.ids.flatten(), minlength=config.vocabulary))
     return _splits(spec, config, rest, str(path), search, certify)
 
 

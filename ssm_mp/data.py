@@ -53,7 +53,7 @@ class Windows:
 class Splits:
     """Disjoint windows: activation ranges, probes and trials, and the winner's certificate.
 
-    token_counts: how often each token occurs in the whole text that calibration windows may be drawn from, `[V]`.
+    token_counts: how often each token occurs in the calibration text, `[V]`.
     """
 
     calibration: Windows

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
-from ssm_mp.quantize import ScaleRule, stored_scales
+from ssm_mp.quantize import SMALLEST_FLOAT16, ScaleRule, stored_scales
 
 GROUP = 64
 """Values that share a scale."""
@@ -83,7 +83,9 @@ def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook) -> Tensor:
         return best
     best_error = _square_error(groups, best, book)
     for step in range(1, _CLIPPINGS):
-        clipped = stored_scales(full * (1.0 - 0.5 * step / (_CLIPPINGS - 1)))
+        # clipping must not take a scale below float16's reach that the whole range keeps within it
+        share = full * (1.0 - 0.5 * step / (_CLIPPINGS - 1))
+        clipped = stored_scales(torch.maximum(share, full.clamp(max=SMALLEST_FLOAT16)))
         error = _square_error(groups, clipped, book)
         better = error < best_error
         best = torch.where(better, clipped, best)

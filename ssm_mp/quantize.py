@@ -22,7 +22,7 @@ ScaleMethod = Literal["minmax", "percentile", "mse"]
 INT8_LIMIT = 127
 """Largest magnitude of a symmetric int8 value; −128 is not used."""
 
-_SMALLEST_FLOAT16 = 2.0**-24
+SMALLEST_FLOAT16 = 2.0**-24
 
 _EXACT_FLOAT32_TERMS = (1 << 24) // (INT8_LIMIT * INT8_LIMIT)
 """How many int8 × int8 products float32 adds up without rounding (integers below 2^24 are exact)."""
@@ -65,7 +65,7 @@ def _least_square_scales(rows: Tensor, limit: int, steps: int = 51) -> Tensor:
     best_error = _square_error(rows, best, limit)
     for step in range(1, steps):
         clipped = full * (1.0 - 0.5 * step / (steps - 1))
-        scales = stored_scales(torch.maximum(clipped, full.clamp(max=_SMALLEST_FLOAT16)))
+        scales = stored_scales(torch.maximum(clipped, full.clamp(max=SMALLEST_FLOAT16)))
         error = _square_error(rows, scales, limit)
         better = error < best_error
         best = torch.where(better, scales, best)

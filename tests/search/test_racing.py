@@ -33,11 +33,11 @@ def test_pairing_with_the_rival_sees_what_the_mean_alone_cannot() -> None:
     rng = np.random.default_rng(0)
     rival = rng.normal(0.02, 0.03, 128)
     worse = rival[:32] + rng.normal(0.004, 0.001, 32)
-    stop = judge(worse, 128, 5.0, rival, 0.01)
+    stop = judge(worse, 128, 5.0, rival[:32], 0.01)
     assert stop is not None
     assert stop.reason == "dominated"
     assert judge(worse, 128, 5.0, None, 0.01) is None
-    assert judge(rival[:32] - 0.001, 128, 5.0, rival, 0.01) is None
+    assert judge(rival[:32] - 0.001, 128, 5.0, rival[:32], 0.01) is None
 
 
 def test_the_rival_is_the_best_map_that_is_no_larger() -> None:
@@ -51,7 +51,11 @@ def test_the_rival_is_the_best_map_that_is_no_larger() -> None:
 def raced(differences: np.ndarray, budget: float, rival: np.ndarray | None, error: float) -> bool:
     """Whether some rung stops a map, given its differences on all windows."""
     seen = rungs(differences.size)[:-1]
-    return any(judge(differences[:n], differences.size, budget, rival, error) is not None for n in seen)
+    held = differences if rival is None else rival
+    return any(
+        judge(differences[:n], differences.size, budget, None if rival is None else held[:n], error) is not None
+        for n in seen
+    )
 
 
 def draws(kind: str, rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from search.catalogue import catalogue_of
-from search.objective import measure_baseline
+from search.objective import Objective, measure_baseline
 from search.probe import LOWEST, WIDEST, Probe, open_end, planned, probe_from_stored, run_probes
+from search.run import prepare
+from search.run_directory import RunDirectory
 from search.spec import load_spec
 from search.surrogate import best_within, fit, predicted_front, smallest_within
 from search.workspace import Workspace, open_workspace
@@ -171,3 +173,28 @@ def test_the_surrogate_is_exact_where_effects_add_up(workspace: Workspace) -> No
     front = predicted_front(surrogate, catalogue_of(space, "static"), 6, math.log1p(0.05))
     assert 1 <= len(front) <= 6
     assert len({tuple(m.items()) for m in front}) == len(front)
+
+
+def test_racing_through_all_rungs_measures_what_one_evaluation_does(tmp_path: Path) -> None:
+    workspace = open_workspace(load_spec(write_study(tmp_path, windows=(4, 40, 16))))
+    objective = Objective(workspace, measure_baseline(workspace))
+    whole = objective(workspace.space.lowest())
+    raced = objective.race(workspace.space.lowest(), [], 1e-9)
+    assert raced.stopped is None
+    assert raced.increase.windows == 40
+    assert raced.perplexity == pytest.approx(whole.perplexity, rel=1e-9)
+    assert raced.differences == pytest.approx(whole.differences, abs=1e-7)
+    rival = (1, whole.differences - 0.05 * (1 + np.arange(40) % 2))
+    stopped = objective.race(workspace.space.lowest(), [rival], 0.05)
+    assert stopped.stopped == "dominated"
+    assert stopped.increase.windows == stopped.differences.size < 40
+
+
+@pytest.mark.parametrize("probe", ["measured", "gradient", "none"])
+def test_a_study_without_a_free_component_can_be_prepared(tmp_path: Path, probe: str) -> None:
+    spec = load_spec(write_study(tmp_path, extra='[precision]\npin = ["*"]'), [f"search.probe={probe}"])
+    run = RunDirectory(tmp_path / "run")
+    with run.owned():
+        prepared = prepare(spec, run, lambda line: None)
+    assert prepared.probes == []
+    assert prepared.knowledge.catalogue.maps == 1

@@ -21,7 +21,18 @@ from search.objective import Measured
 from search.run_directory import RunDirectory
 from search.sampler import map_key
 from search.spec import load_spec
-from search.study import Seed, claim, enqueue, finished_differences, open_study, points, recover, run_trials, status
+from search.study import (
+    Seed,
+    claim,
+    enqueue,
+    finished_differences,
+    open_study,
+    points,
+    reconsider,
+    recover,
+    run_trials,
+    status,
+)
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluate import Increase
 
@@ -206,6 +217,34 @@ def test_a_proposal_of_front_is_written_in_one_operation(tmp_path: Path, monkeyp
     assert writes == ["create_new_trial"]
     assert set(trial.params) == set(SPACE)
     assert optuna.importance.get_param_importances(study, target=lambda t: t.values[1]).keys() == SPACE.keys()
+
+
+def test_a_map_that_an_older_version_queued_is_evaluated_as_it_was_queued(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path, "front")
+    study.enqueue_trial(dict.fromkeys(SPACE, "int8"))
+    go(study, 1)
+    assert points(study, EVERYTHING)[0].map == {**dict.fromkeys(SPACE, "int8"), "pinned": "fp16"}
+
+
+def test_a_larger_budget_tries_again_what_a_smaller_one_stopped(tmp_path: Path) -> None:
+    _, _, study = opened(tmp_path, "front")
+
+    def raced(params: Mapping[str, str]) -> Measured:
+        full = measured(params)
+        over = full.increase.percent > 2
+        return replace(full, stopped="over budget", lower_percent=full.increase.percent) if over else full
+
+    go(study, 20, raced)
+    stopped = [p for p in points(study, EVERYTHING) if p.stopped]
+    reopened = sum(p.increase_percent <= 4 for p in stopped)
+    assert len(stopped) > reopened > 0
+    assert reconsider(study, SPACE, 2.0) == 0
+    assert reconsider(study, SPACE, 4.0) == reopened
+    assert reconsider(study, SPACE, 4.0) == 0
+    go(study, 20 + reopened)
+    again = [p for p in points(study, EVERYTHING) if p.trial >= 20]
+    assert len(again) == reopened
+    assert all(2 < p.increase_percent <= 4 and p.stopped is None for p in again)
 
 
 def test_the_budget_is_a_constraint_that_optuna_knows(tmp_path: Path) -> None:

@@ -113,6 +113,14 @@ def test_a_group_of_zeros_stays_zero_and_an_infinite_scale_is_refused(name: str)
         precision.store(weight, "weight", ScaleRule("mse"))
 
 
+@pytest.mark.parametrize("name", BOOKS)
+def test_what_the_whole_range_can_hold_least_squares_can_too(name: str) -> None:
+    weight = torch.randn(2, 64)
+    weight[0] = torch.linspace(-1, 1, 64) * 6e-8 * BOOKS[name].limit
+    stored = PRECISIONS[name].store(weight, "weight", ScaleRule("mse"))
+    assert bool(torch.isfinite(stored.tensor()).all())
+
+
 def test_nf4_is_better_than_int4_on_normal_weights_and_both_than_int3() -> None:
     weight = torch.randn(100, 64)
     error = {
