@@ -123,7 +123,7 @@ def reconsider(study: Study, space: Mapping[str, tuple[str, ...]], budget_percen
     for trial in trials:
         measured = trial.user_attrs.get(MEASURED, {})
         over = trial.state == TrialState.PRUNED and measured.get("stopped") == "over budget"
-        if over and measured["lower_percent"] <= budget_percent and map_key(map_of(trial)) not in known:
+        if over and measured.get("lower_percent", np.inf) <= budget_percent and map_key(map_of(trial)) not in known:
             _queue(study, Seed(map_of(trial), trial.user_attrs.get(ORIGIN, "")), space)
             known.add(map_key(map_of(trial)))
             queued += 1
