@@ -70,7 +70,7 @@ def plot_front(
         note = f"; {above} worse trials above the picture" if above else ""
         title = f"{len(points)} precision maps tried; FP32 is {baseline_bytes / 1e6:.2f} MB{note}\n{certified}"
         figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
-        _legend(axes, broken, budget_percent)
+        _legend(axes, shown, broken, budget_percent)
     return figure
 
 
@@ -106,7 +106,12 @@ def _draw_points(
 ) -> None:
     front = pareto_front(points, budget_percent)
     on_front = {point.trial for point in front}
-    others = [point for point in shown if point.trial not in on_front]
+    others = [point for point in shown if point.trial not in on_front and point.stopped is None]
+    stopped = [point for point in shown if point.stopped is not None]
+    axes.scatter(
+        [p.compression for p in stopped], [p.increase_percent for p in stopped], s=14, color=GREY, marker="x",
+        alpha=0.65, linewidths=0.8,
+    )  # fmt: skip
     axes.scatter(
         [p.compression for p in others],
         [p.increase_percent for p in others],
@@ -165,13 +170,17 @@ def _empty_place(axes: Axes, shown: Sequence[Point]) -> tuple[float, float]:
     )
 
 
-def _legend(axes: Axes, broken: bool, budget_percent: float) -> None:
+def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget_percent: float) -> None:
+    origins = {point.origin for point in shown}
+    stopped = Line2D([], [], marker="x", color=GREY, linestyle="none", markersize=4, label="stopped early")
     handles = [
         Line2D([], [], marker="o", color=BLUE, markersize=5, label="Pareto front, 95 % interval"),
         Line2D([], [], marker="o", color=GREY, linestyle="none", markersize=4, label="other trials"),
+        *([stopped] if any(point.stopped for point in shown) else []),
         *(
             Line2D([], [], marker=marker, color=colour, linestyle="none", markeredgecolor=BLACK, label=name)
             for name, (marker, colour) in _NAMED.items()
+            if name in origins
         ),
         Line2D(
             [],

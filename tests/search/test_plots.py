@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -46,6 +47,14 @@ def test_the_front_shows_winner_budget_and_units(tmp_path: Path, budget: float) 
         assert expected in said
     for name in ("uniform fp16", "conservative", "aggressive", "uniform int8", "Certified on 512 unseen windows"):
         assert name in said
+
+
+def test_a_map_that_was_stopped_early_is_marked_and_absent_names_are_not_in_the_legend(tmp_path: Path) -> None:
+    halted = replace(POINTS[2], trial=9, windows=16, stopped="dominated")
+    said = texts(save(plot_front([*POINTS, halted], 5.0, None, "", 6000), tmp_path, "front")[1])
+    assert "stopped early" in said
+    assert "cumulative" not in said
+    assert "stopped early" not in texts(save(plot_front(POINTS, 5.0, None, "", 6000), tmp_path, "other")[1])
 
 
 def test_a_front_without_a_certificate_is_not_called_empty() -> None:
