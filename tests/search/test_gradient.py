@@ -67,7 +67,7 @@ def test_the_linear_term_is_the_slope_of_the_log_perplexity(tmp_path: Path, fami
 
 def test_the_linear_term_of_inputs_is_the_slope_too(tmp_path: Path) -> None:
     both, weights = open_tiny(tmp_path), open_tiny(tmp_path, "mamba", "precision.activations=none")
-    name, step = "layers.1.ssm.out_proj", 0.02
+    name, step = "layers.1.ssm.out_proj", 0.25  # float32 rounding must not show in the difference
     component = next(c for c in both.space.components if c.name == name)
     quantizer = both.converter.module(component, "int8").inputs
 
@@ -86,7 +86,7 @@ def test_the_linear_term_of_inputs_is_the_slope_too(tmp_path: Path) -> None:
     down = evaluate(model, gradient_windows(both))
     slope = (up.nll.sum() - down.nll.sum()) / up.tokens / (2 * step)
     of_inputs = gradient_effects(both)[name]["int8"].first - gradient_effects(weights)[name]["int8"].first
-    assert of_inputs == pytest.approx(slope, rel=2e-2, abs=1e-6)
+    assert of_inputs == pytest.approx(slope, rel=5e-2, abs=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
