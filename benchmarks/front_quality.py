@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.front_quality [--json] [--workers 2] [--plot benchmarks/front_quality.png]
 
-About fifteen minutes on 2 cores. The truth are two oracles, subspaces of the reference model of which every map was
+Most of its time goes to the Gaussian process. The truth are two oracles, subspaces of the reference model of which
+every map was
 evaluated (`oracle.py`): "two" (12 components, int8 and int3) and "three" (8 components, int8, nf4, int3). Figures are
 fractions of the exact front's hypervolume (corner: no compression, the budget of 5 %) after 16, 32, 64 and 128
 evaluations, probes counted, over ten seeds; and how many bytes the smallest map found within the budget is larger

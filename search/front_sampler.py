@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.knowledge import Knowledge
 from search.measured import FINISHED, MEASURED, log_increase, map_of
 from search.posterior import Posterior, Spreads
-from search.proposal import Evaluated, catalogue_map, propose
+from search.proposal import Evaluated, propose, random_map
 
 _REFIT_EVERY = 8
 """Trials after which the spreads of the prior are learned anew."""
@@ -98,7 +98,7 @@ class FrontSampler(BaseSampler):
             return {}  # an enqueued map: nothing to propose
         found = self.propose(study)
         return found if found is not None else self._knowledge.catalogue.decode(
-            catalogue_map(self._knowledge.catalogue, self._rng)
+            random_map(self._knowledge.catalogue, self._rng)
         )  # fmt: skip
 
     def sample_independent(

@@ -94,7 +94,10 @@ def gradient_effects(
 
 
 def gradient_evaluations(workspace: Workspace) -> float:
-    """What `gradient_effects` costs, counted in evaluations of all search windows: a backward pass as two forward."""
+    """What `gradient_effects` costs, counted in evaluations of all search windows: a backward pass as two forward.
+
+    On the clock it is several times that where a model is so small that the scan's Python loop dominates.
+    """
     return _PASSES * len(gradient_windows(workspace)) / len(workspace.splits.search)
 
 

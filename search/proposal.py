@@ -70,7 +70,7 @@ def propose(
     stairs = _stairs(catalogue, posterior, evaluated, taken, budget_percent)
     found = _unseen(_fronts(catalogue, posterior, budget_percent, rng), seen)
     while not len(found):  # everything on the predicted fronts is known: look elsewhere
-        found = _unseen(_neighbours(catalogue, catalogue_map(catalogue, rng)), seen)
+        found = _unseen(_neighbours(catalogue, random_map(catalogue, rng)), seen)
     smallest = _smallest(catalogue, evaluated, budget_percent)
     if smallest is not None and len(seen) % _WINNER_EVERY == 0:
         smaller = _winner(catalogue, posterior, found, seen, smallest, budget_percent)
@@ -141,7 +141,7 @@ def _neighbours(catalogue: Catalogue, row: np.ndarray) -> Choices:
     return np.array(found, dtype=np.int64).reshape(len(found), len(catalogue.names))
 
 
-def catalogue_map(catalogue: Catalogue, rng: np.random.Generator) -> np.ndarray:
+def random_map(catalogue: Catalogue, rng: np.random.Generator) -> np.ndarray:
     """A map at random, `[n]`."""
     return np.array([rng.integers(len(held)) for held in catalogue.precisions], dtype=np.int64)
 

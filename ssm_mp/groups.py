@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
-from ssm_mp.quantize import SMALLEST_FLOAT16, ScaleRule, stored_scales
+from ssm_mp.quantize import ScaleRule, least_square_scales, stored_scales
 
 GROUP = 64
 """Values that share a scale."""
 
 _CLIPPINGS = 33
-"""Clippings of a group's range that the least-square rule tries, from the whole of it down to half."""
+"""Clippings of a group's range that the least-square rule tries: fewer than of a row, there are more groups."""
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,9 @@ def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook) -> Tensor:
     `mse` takes the clipping of the range with the least squared error.
     """
     full = groups.abs().amax(dim=1) / book.limit
-    best = stored_scales(full)
     if rule.method != "mse":
-        return best
-    best_error = _square_error(groups, best, book)
-    for step in range(1, _CLIPPINGS):
-        # clipping must not take a scale below float16's reach that the whole range keeps within it
-        share = full * (1.0 - 0.5 * step / (_CLIPPINGS - 1))
-        clipped = stored_scales(torch.maximum(share, full.clamp(max=SMALLEST_FLOAT16)))
-        error = _square_error(groups, clipped, book)
-        better = error < best_error
-        best = torch.where(better, clipped, best)
-        best_error = torch.where(better, error, best_error)
-    return best
+        return stored_scales(full)
+    return least_square_scales(full, lambda scales: _square_error(groups, scales, book), _CLIPPINGS)
 
 
 def _square_error(groups: Tensor, scales: Tensor, book: CodeBook) -> Tensor:

@@ -8,6 +8,7 @@ rounding of its scale), and only then used: the stored scale is the one that qua
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -22,7 +23,10 @@ ScaleMethod = Literal["minmax", "percentile", "mse"]
 INT8_LIMIT = 127
 """Largest magnitude of a symmetric int8 value; −128 is not used."""
 
-SMALLEST_FLOAT16 = 2.0**-24
+_SMALLEST_FLOAT16 = 2.0**-24
+
+_CLIPPINGS = 51
+"""Clippings of a row's range that the least-square rule tries."""
 
 _EXACT_FLOAT32_TERMS = (1 << 24) // (INT8_LIMIT * INT8_LIMIT)
 """How many int8 × int8 products float32 adds up without rounding (integers below 2^24 are exact)."""
@@ -46,7 +50,8 @@ def weight_scales(rows: Tensor, rule: ScaleRule, limit: int = INT8_LIMIT) -> Ten
     Raises InfeasibleError where float16 cannot hold a scale. A row of zeros has scale 1.
     """
     if rule.method == "mse":
-        return _least_square_scales(rows, limit)
+        full = rows.abs().amax(dim=1) / limit
+        return least_square_scales(full, lambda scales: _square_error(rows, scales, limit), _CLIPPINGS)
     magnitudes = rows.abs()
     if rule.method == "minmax":
         largest = magnitudes.amax(dim=1)
@@ -58,18 +63,21 @@ def weight_scales(rows: Tensor, rule: ScaleRule, limit: int = INT8_LIMIT) -> Ten
     return stored_scales(largest / limit)
 
 
-def _least_square_scales(rows: Tensor, limit: int, steps: int = 51) -> Tensor:
-    """For each row, the stored scale of least squared error among `steps` clippings of its range."""
-    full = rows.abs().amax(dim=1) / limit
+def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], steps: int) -> Tensor:
+    """The stored scales `[r]` of least error among `steps` clippings of the range, from `full [r]` down to half of it.
+
+    error: of stored scales `[r]`, one number a row `[r]`.
+    """
     best = stored_scales(full)
-    best_error = _square_error(rows, best, limit)
+    best_error = error(best)
     for step in range(1, steps):
         clipped = full * (1.0 - 0.5 * step / (steps - 1))
-        scales = stored_scales(torch.maximum(clipped, full.clamp(max=SMALLEST_FLOAT16)))
-        error = _square_error(rows, scales, limit)
-        better = error < best_error
+        # clipping must not take a scale below float16's reach that the whole range keeps within it
+        scales = stored_scales(torch.maximum(clipped, full.clamp(max=_SMALLEST_FLOAT16)))
+        found = error(scales)
+        better = found < best_error
         best = torch.where(better, scales, best)
-        best_error = torch.where(better, error, best_error)
+        best_error = torch.where(better, found, best_error)
     return best
 
 

@@ -188,6 +188,9 @@ def test_racing_through_all_rungs_measures_what_one_evaluation_does(tmp_path: Pa
     stopped = objective.race(workspace.space.lowest(), [rival], 0.05)
     assert stopped.stopped == "dominated"
     assert stopped.increase.windows == stopped.differences.size < 40
+    # a random sample of the windows, not the beginning of the text
+    assert set(np.round(stopped.differences, 6)) <= set(np.round(whole.differences, 6))
+    assert stopped.differences[:16] != pytest.approx(whole.differences[:16])
 
 
 @pytest.mark.parametrize("probe", ["measured", "gradient", "none"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bitsandbytes import functional
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,7 +81,6 @@ def test_least_square_scales_are_never_worse_than_the_largest_magnitude(book: Co
 
 
 def test_nf4_has_the_code_book_and_the_rounding_of_bitsandbytes() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
     weight = torch.randn(96, 64)
     packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
     assert torch.equal(state.code, NF4_BOOK.levels(weight.device))
