@@ -17,7 +17,8 @@ from typing import Any
 from search.front import Point, hypervolume, pareto_front
 from search.run_directory import RunDirectory
 from search.spec import load_spec
-from search.study import load_study, points
+from search.storage import read_study
+from search.trials import points
 from search.workspace import open_workspace
 from ssm_mp.evaluate import evaluate, paired_increase
 
@@ -62,7 +63,7 @@ def allocations(study: Path) -> list[dict[str, Any]]:
 def finished(run: Path) -> list[Point]:
     """All trials of a finished search."""
     directory = RunDirectory(run)
-    return points(load_study(directory), directory.space())
+    return points(read_study(directory), directory.space())
 
 
 def fronts(split: Path, whole: Path, budget: float) -> dict[str, Any]:

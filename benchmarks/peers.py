@@ -27,7 +27,8 @@ from search.front import Point, pareto_front
 from search.objective import Measured, Objective, measure_baseline
 from search.run_directory import PROBES, RunDirectory, require_same
 from search.spec import load_spec
-from search.study import load_study, points
+from search.storage import read_study
+from search.trials import points
 from search.workspace import Workspace, open_workspace
 from ssm_mp.precision_map import PrecisionMap
 
@@ -174,7 +175,7 @@ def _ours(workspace: Workspace, path: Path) -> Ours:
     """Our run of the same study. Raises StudyError where it is of another."""
     run = RunDirectory(path)
     require_same(run.fingerprint(), json.loads(json.dumps(workspace.fingerprint())), str(path))
-    found = tuple(points(load_study(run), run.space()))
+    found = tuple(points(read_study(run), run.space()))
     return Ours(path.name, found, len(run.read_lines(PROBES)))
 
 

@@ -50,7 +50,7 @@ from benchmarks.looks import (
 from benchmarks.synthetic import Floats, Ints
 from search.catalogue import catalogue_of
 from search.front import Point
-from search.run import prepare
+from search.prepare import prepare
 from search.run_directory import RunDirectory
 from search.space import Space
 from search.spec import load_spec
@@ -58,8 +58,8 @@ from search.surrogate import Surrogate, smallest_within
 from search.workspace import Workspace, load_splits
 from ssm_mp.data import Windows
 from ssm_mp.evaluate import Increase, evaluate
-from ssm_mp.layers import ActivationScheme
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import ActivationScheme
 
 Draw = Literal["disjoint", "independent", "runs"]
 

@@ -16,9 +16,9 @@ from typing import Any
 from search.spec import load_spec
 from search.workspace import open_workspace
 from ssm_mp.calibrate import calibrate
-from ssm_mp.convert import Scheme, convert
+from ssm_mp.convert import convert
 from ssm_mp.evaluate import evaluate, paired_increase
-from ssm_mp.quantize import ScaleMethod, ScaleRule
+from ssm_mp.scheme import ScaleMethod, ScaleRule, Scheme
 
 METHODS: tuple[ScaleMethod, ...] = ("minmax", "percentile", "mse")
 

@@ -88,3 +88,67 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def launched(answer: Mapping[str, Any]) -> str:
+    """What was submitted, and what to do next."""
+    jobs = answer["jobs"]
+    return "\n".join(
+        (
+            f"prepare  {jobs['prepare']}",
+            f"search   {jobs['search']}  ({answer['workers']} workers)",
+            f"finish   {jobs['finish']}",
+            f"logs     {answer['logs']}",
+            f"watch it   {answer['status']} --watch",
+            f"end it     {answer['cancel']}",
+        )
+    )
+
+
+def stood(answer: Mapping[str, Any]) -> str:
+    """How a search stands."""
+    lines = [_counted(answer)]
+    for step, states in answer["jobs"].items():
+        lines.append(f"{step:<8} " + (", ".join(f"{n} {state.lower()}" for state, n in states.items()) or "over"))
+    if answer["running"]:
+        rows = [(row["worker"], row["node"], str(row["trial"]), clock(row["seconds"])) for row in answer["running"]]
+        lines += ["", table(("worker", "node", "trial", "since"), rows, left=2)]
+    if answer["reasons"]:
+        lines += ["", *(f"{number:>4} failed: {reason}" for reason, number in answer["reasons"].items())]
+    best = answer["best"]
+    if best is not None:
+        lines += ["", f"best: trial {best['trial']}, {best['compression']:.3f}×, {best['increase_percent']:+.3f} %"]
+    if answer["growth"]:
+        grown = [(clock(g["seconds"]), str(g["finished"]), f"{g['hypervolume']:.4f}") for g in _few(answer["growth"])]
+        lines += ["", table(("time", "finished", "hypervolume"), grown, left=0)]
+    return "\n".join(lines)
+
+
+def _counted(answer: Mapping[str, Any]) -> str:
+    parts = [f"{answer['finished']} of {answer['asked']} finished"]
+    if answer["stopped"]:
+        parts.append(f"{answer['stopped']} of them stopped early")
+    parts += [f"{len(answer['running'])} running", f"{answer['waiting']} queued", f"{answer['failed']} failed"]
+    if answer["trials_per_hour"] is not None:
+        parts.append(f"{answer['trials_per_hour']:,.0f} an hour")
+    if answer["seconds_left"]:
+        parts.append(f"{clock(answer['seconds_left'])} left")
+    return ", ".join(parts)
+
+
+def _few(growth: Sequence[Any], most: int = 8) -> list[Any]:
+    """At most so many of a long list, the first and the last among them."""
+    if len(growth) <= most:
+        return list(growth)
+    return [growth[round(i * (len(growth) - 1) / (most - 1))] for i in range(most)]
+
+
+def clock(seconds: float) -> str:
+    """Seconds as people read them: `3:07`, `2:03:07`.
+
+    >>> clock(187), clock(7387)
+    ('3:07', '2:03:07')
+    """
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"

@@ -13,7 +13,7 @@ import numpy as np
 
 from search.space import Space
 from ssm_mp.components import fp32_bytes
-from ssm_mp.layers import ActivationScheme
+from ssm_mp.scheme import ActivationScheme
 
 Choices = np.ndarray
 """Maps as choice indices, int64 `[m, n]`: 0 the widest precision of a component."""

@@ -9,16 +9,31 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from search import cluster
+from search.options import (
+    Force,
+    Json,
+    Overrides,
+    RunDir,
+    StudyOption,
+    StudyPath,
+    Trials,
+    overrides,
+    passed_on,
+    print_answer,
+    say,
+)
 
 if TYPE_CHECKING:
     from optuna.study import Study
 
+    from search.report import Result
     from search.run_directory import RunDirectory
     from search.spec import StudySpec
 
@@ -40,19 +55,14 @@ class Split(StrEnum):
     certify = "certify"
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-StudyPath = Annotated[Path, typer.Argument(help="Study file, TOML.", metavar="STUDY")]
-StudyOption = Annotated[Path, typer.Option("--study", help="Study file that says text, windows and scheme.")]
-RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; default runs/<study name>.")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key of the study: section.key=value. May be repeated.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
-
-
-def _answer(content: Mapping[str, Any], as_json: bool, text: Callable[[Mapping[str, Any]], str]) -> None:
-    """Print an answer, as JSON or for people."""
-    print(json.dumps(content) if as_json else text(content))
+for command, example in (
+    (cluster.launch, "ssm-mp launch studies/x.toml --workers 8 --dry-run"),
+    (cluster.worker, "ssm-mp worker studies/x.toml   (in as many processes as you like)"),
+    (cluster.prepare, "ssm-mp prepare studies/x.toml"),
+    (cluster.finish, "ssm-mp finish studies/x.toml"),
+    (cluster.status, "ssm-mp status studies/x.toml --watch"),
+):
+    app.command(epilog=f"Example:  {example}")(command)
 
 
 @app.command(epilog="Example:  ssm-mp inspect studies/reference/model.safetensors")
@@ -67,7 +77,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], j
 
     found = load_checkpoint(checkpoint)
     for note in found.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
     components = find_components(found)
     content = {
         "family": found.family,
@@ -77,7 +87,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], j
         "fp32_bytes": fp32_bytes(components),
         "components": component_rows(components, pinned_names(components)),
     }
-    _answer(content, json_, inspected)
+    print_answer(content, json_, inspected)
 
 
 @app.command(epilog="Example:  ssm-mp evaluate runs/reference/winner --study studies/reference.toml --split certify")
@@ -109,7 +119,7 @@ def evaluate(
     if not (path / MAP).exists():
         require_better_than_guessing(evaluation, model.config.vocabulary)
     content = {"perplexity": evaluation.perplexity, "windows": evaluation.windows, "tokens": evaluation.tokens}
-    _answer(content, json_, listed)
+    print_answer(content, json_, listed)
 
 
 @app.command(
@@ -139,7 +149,7 @@ def convert(
         raise PrecisionMapError(f"--map {map_}: expected {', '.join(PRESETS)} or an existing map file")
     rules = None if map_ in PRESETS else read_rules(map_)
     spec = load_spec(study, [f"checkpoint.path={json.dumps(str(checkpoint.resolve()))}"])
-    workspace = open_workspace(spec, _say)
+    workspace = open_workspace(spec, say)
     components, pins = workspace.space.components, workspace.space.pins
     if rules is None:
         precision_map = PrecisionMap.preset(map_, components, pins)
@@ -154,55 +164,56 @@ def convert(
         "perplexity": exported.perplexity,
         "increase_percent": exported.increase_percent,
     }
-    _answer(content, json_, listed)
+    print_answer(content, json_, listed)
 
 
 @app.command(epilog="Example:  ssm-mp probe studies/reference.toml")
 def probe(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
     """Measure how sensitive each component is to each precision, from both ends."""
     from search.answers import probed
-    from search.run import prepare
+    from search.prepare import prepare
     from search.run_directory import RunDirectory
     from search.spec import load_spec
 
-    spec = load_spec(study, set_ or ())
+    spec = load_spec(study, overrides(set_))
     run = RunDirectory.of(spec, run_dir)
     with run.owned():
-        prepared = prepare(spec, run, _say)
-    _answer({"probes": [measured.to_json() for measured in prepared.probes]}, json_, probed)
+        prepared = prepare(spec, run, say)
+    print_answer({"probes": [measured.to_json() for measured in prepared.probes]}, json_, probed)
 
 
 @app.command(
     epilog="Examples:  ssm-mp search studies/reference.toml\n\n"
     "ssm-mp search studies/reference.toml --trials 200   (adds to what is there)\n\n"
-    "ssm-mp search my.toml --set search.sampler=nsga2 --run-dir runs/other"
+    "ssm-mp search my.toml --workers 4 --set search.sampler=nsga2 --run-dir runs/other"
 )
 def search(
     study: StudyPath,
-    trials: Annotated[int | None, typer.Option(min=1, help="Number of finished trials to reach.")] = None,
+    trials: Trials = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run trials on this machine.")] = 1,
     run_dir: RunDir = None,
     set_: Overrides = None,
     json_: Json = False,
 ) -> None:
     """Run or continue a search: probes, trials, front, certificate, winner, plots, report."""
-    from search.answers import fronted
-    from search.gates import overall
-    from search.run import answer, run_search
-    from search.run_directory import REPORT, RunDirectory
+    from search.local import run_local
+    from search.run import run_search
+    from search.run_directory import RunDirectory
     from search.spec import load_spec
 
-    overrides = [*(set_ or ()), *([] if trials is None else [f"search.trials={trials}"])]
-    spec = load_spec(study, overrides)
+    asked = overrides(set_, trials)
+    spec = load_spec(study, asked)
     run = RunDirectory.of(spec, run_dir)
     try:
-        result = run_search(spec, run, _say)
+        result: Result | None
+        if workers == 1:
+            result = run_search(spec, run, say)
+        else:
+            result = run_local(spec, run, passed_on(study, run_dir, asked), workers, say)
     except KeyboardInterrupt:
-        _say("interrupted; the same command continues where it stopped")
+        say("interrupted; the same command continues where it stopped")
         raise
-    _say(f"report and plots: {run / REPORT}")
-    _answer(answer(result), json_, fronted)
-    if result.winner is None or overall(result.gates) == "fail":
-        raise typer.Exit(1)
+    cluster.conclude(result, run, json_)
 
 
 @app.command(epilog="Example:  ssm-mp front studies/reference.toml --json")
@@ -212,18 +223,18 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     from search.front import pareto_front
     from search.report import front_json
     from search.results import stored_baseline, stored_certificate
-    from search.study import points
+    from search.trials import points
 
     spec, run, trials = _opened(study, run_dir, set_)
     found = points(trials, run.space())
     within = pareto_front(found, spec.search.budget_percent)
     certificate = stored_certificate(run, spec, within)
     if certificate is None:
-        _say("note: no certificate for this front and budget yet; `ssm-mp search` makes it")
+        say("note: no certificate for this front and budget yet; `ssm-mp search` makes it")
     content = front_json(
         found, within, stored_baseline(run), spec.search.budget_percent, certificate.to_json() if certificate else None
     )
-    _answer(content, json_, fronted)
+    print_answer(content, json_, fronted)
 
 
 @app.command(epilog="Example:  ssm-mp plot studies/reference.toml")
@@ -233,28 +244,7 @@ def plot(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_
     from search.results import redraw
 
     spec, run, trials = _opened(study, run_dir, set_)
-    _answer({path.name: str(path) for path in redraw(spec, run, trials)}, json_, listed)
-
-
-@app.command(epilog="Example:  ssm-mp status studies/reference.toml")
-def status(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
-    """Count the trials that are finished, running, failed and waiting."""
-    from search.answers import listed
-    from search.study import status as count
-
-    _, _, trials = _opened(study, run_dir, set_)
-    found = count(trials)
-    for reason, number in found.reasons.items():
-        _say(f"{number} failed: {reason}")
-    if found.stopped:
-        _say(f"{found.stopped} of the finished ones were stopped early: over budget or dominated")
-    content = {
-        "finished": found.finished,
-        "running": found.running,
-        "failed": found.failed,
-        "waiting": found.waiting,
-    }
-    _answer(content, json_, listed)
+    print_answer({path.name: str(path) for path in redraw(spec, run, trials)}, json_, listed)
 
 
 @app.command(
@@ -278,7 +268,7 @@ def export(
     from search.picking import export_pick
 
     spec, run, trials = _opened(study, run_dir, set_)
-    exported, verdict = export_pick(spec, run, trials, pick, out, replace=force, say=_say)
+    exported, verdict = export_pick(spec, run, trials, pick, out, replace=force, say=say)
     content = {
         "path": str(out),
         "map": exported.artifact.precision_map.to_json(),
@@ -290,24 +280,19 @@ def export(
         "certificate": verdict,
         "verified": True,  # export raises where what is read back is not what was measured
     }
-    _answer(content, json_, listed)
+    print_answer(content, json_, listed)
 
 
-def _opened(study: Path, run_dir: Path | None, overrides: list[str] | None) -> tuple[StudySpec, RunDirectory, Study]:
+def _opened(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[StudySpec, RunDirectory, Study]:
     """The study file, run directory and trials of a search that was started."""
     from search.run_directory import RunDirectory
     from search.spec import load_spec
-    from search.study import load_study
+    from search.storage import opened_as_it_is
 
-    spec = load_spec(study, overrides or ())
+    spec = load_spec(study, overrides(set_))
     run = RunDirectory.of(spec, run_dir)
     run.require()
-    return spec, run, load_study(run)
-
-
-def _say(line: str) -> None:
-    """Print a line for people."""
-    print(line, file=sys.stderr, flush=True)
+    return spec, run, opened_as_it_is(run, spec, say).study
 
 
 def main() -> None:
@@ -328,11 +313,11 @@ def _explained(error: Exception) -> int:
     from ssm_mp.errors import MachineError, SsmMpError
 
     if isinstance(error, SsmMpError):
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return error.exit_code
     if isinstance(error, OSError | MemoryError | SQLAlchemyError | StorageInternalError):
         reason = str(error.__cause__ or error).split("\n")[0]
-        _say(f"error: this machine did not let it finish ({type(error).__name__}: {reason})")
+        say(f"error: this machine did not let it finish ({type(error).__name__}: {reason})")
     else:
         traceback.print_exception(error)
     return MachineError.exit_code

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,14 @@ from search.proposal import Evaluated, propose, random_map
 
 _REFIT_EVERY = 8
 """Trials after which the spreads of the prior are learned anew."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A map to evaluate: a trial's parameters, and system attributes that the sampler wants on it."""
+
+    params: Mapping[str, str]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class FrontSampler(BaseSampler):
@@ -39,10 +48,16 @@ class FrontSampler(BaseSampler):
         self._proposed: set[bytes] = set()
         self._rows: dict[int, np.ndarray] = {}
 
-    def propose(self, study: Study) -> dict[str, str] | None:
-        """The next map, as a trial's parameters; None where every map is evaluated, queued or running."""
+    def propose(self, study: Study) -> Proposal | None:
+        """The next map; None where every map is evaluated, queued or running."""
         with self._lock:
-            return self._propose(study.get_trials(deepcopy=False))
+            found = self._propose(study.get_trials(deepcopy=False))
+        return None if found is None else Proposal(found)
+
+    def forget(self, proposal: Proposal) -> None:
+        """That a proposal became no trial: it may be proposed again."""
+        with self._lock:
+            self._proposed.discard(self._knowledge.catalogue.encode(proposal.params).tobytes())
 
     def _propose(self, trials: Sequence[FrozenTrial]) -> dict[str, str] | None:
         catalogue = self._knowledge.catalogue
@@ -97,7 +112,7 @@ class FrontSampler(BaseSampler):
         if "fixed_params" in trial.system_attrs:
             return {}  # an enqueued map: nothing to propose
         found = self.propose(study)
-        return found if found is not None else self._knowledge.catalogue.decode(
+        return dict(found.params) if found is not None else self._knowledge.catalogue.decode(
             random_map(self._knowledge.catalogue, self._rng)
         )  # fmt: skip
 

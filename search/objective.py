@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -60,9 +60,13 @@ def measure_baseline(workspace: Workspace) -> Baseline:
 class Objective:
     """Converts and evaluates maps of one workspace."""
 
-    def __init__(self, workspace: Workspace, baseline: Baseline) -> None:
+    def __init__(
+        self, workspace: Workspace, baseline: Baseline, before_layer: Callable[[], None] | None = None
+    ) -> None:
+        """`before_layer` is called before each layer of each evaluation; what it raises ends that."""
         self._workspace = workspace
         self._baseline = baseline
+        self._before_layer = before_layer
         # windows stand in the order of the text, and its beginning is no random sample of it
         windows = len(workspace.splits.search)
         self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
@@ -70,7 +74,7 @@ class Objective:
     def __call__(self, precision_map: PrecisionMap) -> Measured:
         """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""
         windows = self._workspace.splits.search
-        nll = evaluate(self._converted(precision_map), windows).nll
+        nll = evaluate(self._converted(precision_map), windows, before_layer=self._before_layer).nll
         return self._measured(precision_map, nll, np.arange(len(windows)))
 
     def race(self, precision_map: PrecisionMap, finished: Finished, error: float) -> Measured:
@@ -87,7 +91,8 @@ class Objective:
         began = 0
         for count in rungs(len(windows)):
             new, seen = self._order[began:count], self._order[:count]
-            nll[new] = evaluate(model, Windows(windows.ids[torch.from_numpy(new)])).nll
+            part = Windows(windows.ids[torch.from_numpy(new)])
+            nll[new] = evaluate(model, part, before_layer=self._before_layer).nll
             began = count
             if count == len(windows):
                 break

@@ -9,13 +9,13 @@ from optuna.study import Study
 
 from search.errors import NothingFoundError, StudyError
 from search.export import Exported, export
+from search.finish import certify_front
 from search.front import Point, knee, pareto_front
 from search.objective import measure_baseline
 from search.results import stored_certificate
-from search.run import certify_front
 from search.run_directory import RunDirectory
 from search.spec import StudySpec
-from search.study import points
+from search.trials import points
 from search.workspace import open_workspace
 from ssm_mp.artifact import require_free
 

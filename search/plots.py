@@ -18,8 +18,8 @@ from search.front import Point, pareto_front
 from search.probe import LOWEST, Probe
 from ssm_mp.components import Component
 from ssm_mp.errors import MachineError
-from ssm_mp.layers import ActivationScheme
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import ActivationScheme
 
 # Okabe & Ito (2008): told apart under every common colour blindness; marks differ in shape as well
 BLUE, ORANGE, GREEN, RED, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999", "#000000"

@@ -1,7 +1,8 @@
 """Sensitivity of each component to each precision, measured from both ends.
 
 From all-widest, one component is lowered; from all-lowest, one is raised. Everything before the layer
-where it acts is the same as in the map it departs from, so those activations are computed once a layer.
+where it acts is the same as in the map it departs from, so those activations are computed once a layer, and the
+probes that share them are one group, the unit that workers share out.
 """
 
 from __future__ import annotations
@@ -79,40 +80,69 @@ def open_end(workspace: Workspace, name: str) -> End:
     return End(name, precision_map, model, finish(model, final, windows), final)
 
 
+@dataclass(frozen=True)
+class Group:
+    """Probes that share a prefix: from one end, of the components that act at one stage."""
+
+    end: str
+    stage: int
+
+
+def groups(workspace: Workspace) -> list[Group]:
+    """All groups of a study's probes, in the order of the data flow."""
+    stages = sorted({component.stage for component in workspace.space.free})
+    return [Group(end, stage) for end in (WIDEST, LOWEST) for stage in stages]
+
+
+def missing(workspace: Workspace, group: Group, done: Iterable[Probe]) -> list[tuple[Component, str]]:
+    """Components and precisions of a group that were not measured yet."""
+    space = workspace.space
+    held = (space.widest() if group.end == WIDEST else space.lowest()).to_json()
+    known = {(probe.component, probe.precision, probe.end) for probe in done}
+    return [
+        (component, precision)
+        for component in space.free
+        if component.stage == group.stage
+        for precision in space.choices[component.name]
+        if precision != held[component.name] and (component.name, precision, group.end) not in known
+    ]
+
+
+def run_group(
+    workspace: Workspace, end: End, group: Group, done: Iterable[Probe], check: Callable[[], None]
+) -> Iterator[Probe]:
+    """The missing probes of a group, as they are measured; `check` is called before each layer and may raise."""
+    wanted = missing(workspace, group, done)
+    if not wanted:
+        return
+    prefix = start(end.model, workspace.splits.search)
+    # stage 0 is what acts at the embedding: nothing before it to reuse
+    prefix = advance(end.model, prefix, max(0, group.stage - 1), before_layer=check)
+    for component, precision in wanted:
+        yield _measure(workspace, end, component, precision, prefix, check)
+
+
 def run_probes(
     workspace: Workspace, ends: Iterable[End], done: Iterable[Probe], save: Callable[[Probe], None]
 ) -> list[Probe]:
-    """All probes of a study: those done before, and the others, each given to `save` when measured."""
-    probes = list(done)
-    known = {(probe.component, probe.precision, probe.end) for probe in probes}
-    for end in ends:
-        for probe in _from_end(workspace, end, known):
-            save(probe)
-            probes.append(probe)
+    """All probes from these ends, in one process: those done before, and the others, each given to `save`."""
+    probes, by_name = list(done), {end.name: end for end in ends}
+    for group in groups(workspace):
+        if group.end in by_name:
+            for probe in run_group(workspace, by_name[group.end], group, list(probes), lambda: None):
+                save(probe)
+                probes.append(probe)
     return probes
 
 
-def _from_end(workspace: Workspace, end: End, known: set[tuple[str, str, str]]) -> Iterator[Probe]:
-    """The missing probes from one end, in the order of the data flow, so that the prefix only moves forward."""
-    prefix: Prefix | None = None
-    held = end.map.to_json()
-    for component in sorted(workspace.space.free, key=lambda component: component.stage):
-        for precision in workspace.space.choices[component.name]:
-            if precision == held[component.name] or (component.name, precision, end.name) in known:
-                continue
-            if component.stage > 0:
-                prefix = prefix or start(end.model, workspace.splits.search)
-                prefix = advance(end.model, prefix, component.stage - 1 - prefix.layer)
-            yield _measure(workspace, end, component, precision, prefix)
-
-
-def _measure(workspace: Workspace, end: End, component: Component, precision: str, prefix: Prefix | None) -> Probe:
+def _measure(
+    workspace: Workspace, end: End, component: Component, precision: str, prefix: Prefix, check: Callable[[], None]
+) -> Probe:
     windows = workspace.splits.search
     model = workspace.converter.convert(end.map.changed({component.name: precision}))
     origin = end.map[component.name]
-    # component.stage is 0 for what acts at the embedding: nothing before it to reuse
-    begin = prefix if prefix is not None and component.stage > 0 else start(model, windows)
-    final = advance(model, begin, len(model.layers) - begin.layer)
+    begin = prefix if component.stage > 0 else start(model, windows)
+    final = advance(model, begin, len(model.layers) - begin.layer, before_layer=check)
     try:
         evaluation = finish(model, final, windows)
     except EvaluationError as error:

@@ -7,6 +7,8 @@ import sys
 import time
 from typing import TextIO
 
+from search.answers import clock
+
 _PLAIN_EVERY = 10.0
 """Seconds between plain lines, so that a log file stays short."""
 
@@ -28,12 +30,17 @@ class Progress:
         self._done += 1
         self._show(best)
 
+    def show(self, done: int, best: str = "") -> None:
+        """So many done by now, by this process and others."""
+        self._done = done
+        self._show(best)
+
     def _show(self, best: str) -> None:
         now = time.monotonic()
         spent = now - self._began
         made = self._done - self._first
         left = spent / made * (self._total - self._done) if made else 0.0
-        parts = [f"{self._stage} {self._done}/{self._total}", best, f"{_clock(left)} left"]
+        parts = [f"{self._stage} {self._done}/{self._total}", best, f"{clock(left)} left"]
         line = "  ".join(part for part in parts if part)
         if self._live:
             width = shutil.get_terminal_size().columns - 1
@@ -49,8 +56,3 @@ class Progress:
         """End the live line where the stage stopped early."""
         if self._live and self._done < self._total:
             self._stream.write("\n")
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes}:{seconds:02d}"

@@ -11,8 +11,8 @@ from search.certify import Certificate
 from search.front import Point, hypervolume
 from search.gates import Gate, overall
 from search.spec import StudySpec
-from search.study import Status
 from search.surrogate import Surrogate
+from search.trials import Counts
 from ssm_mp.benchmark import Benchmark
 from ssm_mp.components import Component
 
@@ -30,7 +30,7 @@ class Result:
     baseline_bytes: int
     points: Sequence[Point]
     front: Sequence[Point]
-    status: Status
+    counts: Counts
     surrogate: Surrogate
     prediction_error: float | None
     certificate: Certificate | None
@@ -99,8 +99,8 @@ def _summary(result: Result) -> str:
     lines = [
         f"Checkpoint `{spec.checkpoint.path}`, {sum(c.count for c in result.components):,} parameters, "
         f"{result.baseline_bytes:,} bytes in FP32, perplexity {result.baseline_perplexity:.4f} on the search windows.",
-        f"{result.status.finished} precision maps were converted and evaluated, {result.status.stopped} of them "
-        f"stopped early ({result.status.failed} failed), with "
+        f"{result.counts.finished} precision maps were converted and evaluated, {result.counts.stopped} of them "
+        f"stopped early ({result.counts.failed} failed), with "
         f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
         f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %.",
     ]

@@ -11,12 +11,12 @@ from optuna.study import Study
 
 from search.certify import Certificate, standing_certificate
 from search.errors import StudyError
+from search.finish import draw
 from search.front import Point, pareto_front
 from search.probe import GRADIENT, probe_from_stored
-from search.run import draw
 from search.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
 from search.spec import StudySpec
-from search.study import points
+from search.trials import points
 from ssm_mp.checkpoint import load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.embedding_blocks import with_blocks

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from search.errors import StudyError
+from search.file_lock import FileLock
 from search.spec import StudySpec
 from ssm_mp.errors import MachineError
 
@@ -23,8 +23,11 @@ TRIES = "tries.jsonl"
 FRONT = "front.json"
 REPORT = "report.md"
 DATABASE = "study.db"
+JOURNAL = "study.journal"
 WINNER = "winner"
 
+LOCKS = "locks"
+"""Folder of the locks; they mean nothing while no process works on the run."""
 _RESTORE = "restore it, or give --run-dir another directory"
 
 
@@ -42,27 +45,31 @@ class RunDirectory:
     def __truediv__(self, name: str) -> Path:
         return self.path / name
 
+    def lock(self, name: str) -> FileLock:
+        """A lock that processes which work on this run share. Makes the directory."""
+        folder = self / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / name)
+
     @contextmanager
     def owned(self) -> Iterator[None]:
         """Hold the directory for this process; raises StudyError where another process holds it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            lock_file = self / "lock"
-            lock = FileLock(lock_file)
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise StudyError(
-                f"{self.path}: another process is working in this run directory; wait for it, or give --run-dir another"
-            ) from None
+            lock = self.lock("owner")
         except OSError as error:
             raise MachineError(f"{self.path}: the run directory cannot be used ({error})") from None
-        try:
-            yield
-        finally:
-            if [path.name for path in self.path.iterdir()] == [lock_file.name]:  # nothing came of it
-                lock_file.unlink()
-                self.path.rmdir()
-            lock.release()
+        with lock.tried() as mine:
+            if not mine:
+                raise StudyError(
+                    f"{self.path}: another process is working in this run directory; wait for it, or give --run-dir "
+                    "another"
+                )
+            try:
+                yield
+            finally:
+                if [path.name for path in self.path.iterdir()] == [LOCKS]:  # nothing came of it
+                    shutil.rmtree(self.path)
 
     def require(self) -> None:
         """Raise StudyError where nothing has been run here yet."""
@@ -71,16 +78,17 @@ class RunDirectory:
 
     def check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """Store a study's fingerprint, or refuse, saying what changed, where another one is stored."""
-        stored = self.read_json(FINGERPRINT)
         current = json.loads(json.dumps(fingerprint))
-        if stored is None:
-            left = [name for name in (DATABASE, PROBES) if (self / name).exists()]
-            if left:
-                raise StudyError(
-                    f"{self / FINGERPRINT} is missing, so nobody knows what {left[0]} belongs to; {_RESTORE}"
-                )
-            self.write_json(FINGERPRINT, current)
-            return
+        with self.lock(FINGERPRINT).held():  # of workers on unlike machines the first one counts
+            stored = self.read_json(FINGERPRINT)
+            if stored is None:
+                left = [name for name in (DATABASE, JOURNAL, PROBES) if (self / name).exists()]
+                if left:
+                    raise StudyError(
+                        f"{self / FINGERPRINT} is missing, so nobody knows what {left[0]} belongs to; {_RESTORE}"
+                    )
+                self.write_json(FINGERPRINT, current)
+                return
         require_same(stored, current, str(self.path))
 
     def fingerprint(self) -> dict[str, Any]:
@@ -102,7 +110,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text whole: under another name first, then renamed."""
-        partial = self / f".{name}.partial"
+        partial = self / f".{name}.{os.getpid()}.partial"
         try:
             partial.write_text(text, encoding="utf-8")
             partial.replace(self / name)
@@ -123,7 +131,7 @@ class RunDirectory:
     def append_lines(self, name: str, contents: Iterable[object]) -> None:
         """Add lines of JSON to a file and see them written."""
         try:
-            with (self / name).open("ab+") as file:
+            with self.lock(name).held(), (self / name).open("ab+") as file:
                 # a crash can leave half a line at the end: cut it off, or it would spoil the next one
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from math import prod
+from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from search.front_sampler import FrontSampler
+from search.front_sampler import FrontSampler, Proposal
 from search.knowledge import Knowledge
 from search.measured import map_of
 
@@ -41,6 +44,37 @@ def complete_maps(study: Study, space: Iterable[str]) -> set[str]:
     return {key for key in seen_maps(study) if set(json.loads(key)) == names}
 
 
+class Proposer(Protocol):
+    """A sampler that proposes whole maps, for trials that are written in one operation."""
+
+    def propose(self, study: Study) -> Proposal | None:
+        """The next map; None where every map is evaluated, queued or running."""
+
+    def forget(self, proposal: Proposal) -> None:
+        """That a proposal became no trial."""
+
+
+def proposer(study: Study) -> Proposer:
+    """The sampler of a study of ours."""
+    sampler = study.sampler
+    assert isinstance(sampler, FrontSampler | Unrepeated)
+    return sampler
+
+
+class _Draft:
+    """A storage for a trial that is not written yet: keeps what a sampler notes on it, and passes on all else."""
+
+    def __init__(self, storage: BaseStorage) -> None:
+        self._storage = storage
+        self.attributes: dict[str, Any] = {}
+
+    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
+        self.attributes[key] = value
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+
 class Unrepeated(BaseSampler):
     """Proposes through another sampler, over the whole space at once, and never a map that the study has.
 
@@ -52,6 +86,20 @@ class Unrepeated(BaseSampler):
         self._inner = inner
         self._space: dict[str, BaseDistribution] = dict(space)
         self._random = random.Random(seed)
+
+    def propose(self, study: Study) -> Proposal | None:
+        """The next map, with the attributes that the inner sampler notes on a trial (NSGA-II its generation)."""
+        if len(complete_maps(study, self._space)) >= prod(len(_choices(held)) for held in self._space.values()):
+            return None
+        draft, drafted = _Draft(study._storage), copy.copy(study)
+        drafted._storage = draft  # type: ignore[assignment]  # all that a sampler asks of a storage
+        drafted._thread_local.cached_all_trials = None  # as `ask` does
+        trial = create_trial(state=TrialState.RUNNING)
+        params = self.sample_relative(drafted, trial, self._space)
+        return Proposal(params, draft.attributes)
+
+    def forget(self, proposal: Proposal) -> None:
+        """Nothing to forget: what it has proposed is read from the study."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._space

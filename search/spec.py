@@ -6,15 +6,14 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from search.directives import SlurmSection
 from search.errors import StudyError
-from ssm_mp.convert import Scheme
-from ssm_mp.layers import ActivationScheme
-from ssm_mp.precision import PRECISIONS
-from ssm_mp.quantize import ScaleMethod, ScaleRule
+from ssm_mp.scheme import PRECISION_NAMES, ActivationScheme, ScaleMethod, ScaleRule, Scheme
 
 STDLIB = "python-stdlib"
 """Name of the text that every user has: the standard library of the running interpreter."""
@@ -68,12 +67,12 @@ class PrecisionSection(_Section):
     @field_validator("choices")
     @classmethod
     def _known(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in choices if name not in PRECISIONS]
+        unknown = [name for name in choices if name not in PRECISION_NAMES]
         if unknown:
-            raise ValueError(f"unknown precision {unknown[0]!r}; known are {', '.join(map(repr, PRECISIONS))}")
+            raise ValueError(f"unknown precision {unknown[0]!r}; known are {', '.join(map(repr, PRECISION_NAMES))}")
         if len(choices) < 2 or len(set(choices)) < len(choices):
             raise ValueError(f"expected at least two different precisions, found {list(choices)}")
-        widest_first = tuple(name for name in PRECISIONS if name in choices)
+        widest_first = tuple(name for name in PRECISION_NAMES if name in choices)
         if widest_first[0] != "fp16":
             raise ValueError("'fp16' must be among the choices: it is where the pinned components and the probes stand")
         return widest_first
@@ -86,6 +85,9 @@ class PrecisionSection(_Section):
             weight_scales=ScaleRule(self.weight_scale, self.percentile),
             input_scales=ScaleRule(self.input_scale, self.percentile),
         )
+
+
+SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
 
 
 class SearchSection(_Section):
@@ -108,6 +110,37 @@ class SearchSection(_Section):
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+class StorageSection(_Section):
+    """`[storage]`: where trials are kept. `auto`: SQLite in the run directory for one process, a journal for many."""
+
+    kind: Literal["auto", "sqlite", "journal", "postgresql"] = "auto"
+    url: str = ""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "postgresql" and not self.url:
+            raise ValueError('kind = "postgresql" needs url = "postgresql+psycopg://user@host:5432/database"')
+        if self.kind != "postgresql" and self.url:
+            raise ValueError('url is for kind = "postgresql"')
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _without_password(cls, url: str) -> str:
+        if not url:
+            return url
+        if not url.startswith("postgresql+psycopg://"):
+            # not shown: whatever it is, it may hold a password
+            raise ValueError('expected an address that begins with "postgresql+psycopg://"')
+        parts = urlsplit(url)
+        if parts.password is not None or "password" in parse_qs(parts.query):
+            raise ValueError(
+                "it holds a password, which would end up in files and logs; leave it out, and set PGPASSWORD or write "
+                "a pgpass file (and change the password: this file has been readable)"
+            )
+        return url
+
+
 class StudySpec(_Section):
     """A whole study file."""
 
@@ -115,6 +148,8 @@ class StudySpec(_Section):
     data: DataSection = DataSection()
     precision: PrecisionSection = PrecisionSection()
     search: SearchSection = SearchSection()
+    storage: StorageSection = StorageSection()
+    slurm: SlurmSection = SlurmSection()
     path: Path = Field(exclude=True)
 
     @property

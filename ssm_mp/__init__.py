@@ -1,24 +1,32 @@
 """Mixed precision for state-space language models: checkpoints, components, conversion, evaluation, artifacts.
 
 from ssm_mp import load_model, find_components, PrecisionMap, convert, evaluate, load_artifact
+
+A public name is loaded on first use, so that what needs no torch (errors, schemes, study files) imports none.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-from ssm_mp.artifact import Artifact, load_artifact, read_artifact, save_artifact
-from ssm_mp.benchmark import Benchmark, benchmark
-from ssm_mp.calibrate import calibrate
-from ssm_mp.checkpoint import Checkpoint, load_checkpoint
-from ssm_mp.components import Component, find_components
-from ssm_mp.convert import Converter, Scheme, convert
-from ssm_mp.data import Splits, Windows
-from ssm_mp.errors import SsmMpError
-from ssm_mp.evaluate import Evaluation, evaluate, paired_increase
-from ssm_mp.models import LanguageModel, build
-from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.quantize import ScaleRule
+if TYPE_CHECKING:
+    from ssm_mp.artifact import Artifact, load_artifact, read_artifact, save_artifact
+    from ssm_mp.benchmark import Benchmark, benchmark
+    from ssm_mp.calibrate import calibrate
+    from ssm_mp.checkpoint import Checkpoint, load_checkpoint
+    from ssm_mp.components import Component, find_components
+    from ssm_mp.convert import Converter, convert
+    from ssm_mp.data import Splits, Windows
+    from ssm_mp.errors import SsmMpError
+    from ssm_mp.evaluate import Evaluation, evaluate, paired_increase
+    from ssm_mp.models import LanguageModel
+    from ssm_mp.precision_map import PrecisionMap
+    from ssm_mp.scheme import ScaleRule, Scheme
 
 __all__ = [
     "Artifact", "Benchmark", "Checkpoint", "Component", "Converter", "Evaluation", "LanguageModel", "PrecisionMap",
@@ -26,6 +34,45 @@ __all__ = [
     "find_components", "load_artifact", "load_checkpoint", "load_model", "paired_increase", "read_artifact",
     "save_artifact",
 ]  # fmt: skip
+
+_HOMES = {
+    "artifact": ("Artifact", "load_artifact", "read_artifact", "save_artifact"),
+    "benchmark": ("Benchmark", "benchmark"),
+    "calibrate": ("calibrate",),
+    "checkpoint": ("Checkpoint", "load_checkpoint"),
+    "components": ("Component", "find_components"),
+    "convert": ("Converter", "convert"),
+    "data": ("Splits", "Windows"),
+    "errors": ("SsmMpError",),
+    "evaluate": ("Evaluation", "evaluate", "paired_increase"),
+    "models": ("LanguageModel",),
+    "precision_map": ("PrecisionMap",),
+    "scheme": ("ScaleRule", "Scheme"),
+}
+"""The public names that each file of the package defines."""
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+class _Package(ModuleType):
+    """The package itself. A name that a function shares with its file (`convert`) is always the function."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _HOME_OF:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}", name=name, obj=self)
+        value = getattr(import_module(f"{self.__name__}.{_HOME_OF[name]}"), name)
+        setattr(self, name, value)
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # the import system binds a file to its package: that would hide the function of the same name
+        if not (name in _HOME_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> Iterable[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def load_model(path: str | Path) -> LanguageModel:
@@ -36,5 +83,8 @@ def load_model(path: str | Path) -> LanguageModel:
     >>> load_model("studies/reference/model.safetensors")(torch.zeros(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 8000])
     """
+    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.models import build
+
     checkpoint = load_checkpoint(path)
     return build(checkpoint.config, checkpoint.tensors)

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config, config_from_json, config_to_json
-from ssm_mp.convert import Scheme
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.models import LanguageModel, assemble
 from ssm_mp.precision import get_precision
 from ssm_mp.precision_map import PrecisionMap, require_pins
+from ssm_mp.scheme import Scheme
 from ssm_mp.stored import ArraySpec, Stored
 
 FORMAT = "ssm-mp/1"

@@ -16,7 +16,8 @@ from ssm_mp.data import Windows
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.models import LanguageModel, assemble
 from ssm_mp.models.scan import Scan
-from ssm_mp.quantize import ScaleRule, histogram_scale
+from ssm_mp.quantize import histogram_scale
+from ssm_mp.scheme import ScaleRule
 
 _BINS = 2048
 _BATCH = 8

@@ -2,40 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
-
 import torch
 from torch import nn
 
 from ssm_mp.calibrate import Statistics
 from ssm_mp.components import Component, find_components
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
-from ssm_mp.layers import ActivationScheme, DynamicInput, InputQuantizer, StaticInput, component_module
+from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.models import LanguageModel, assemble
 from ssm_mp.precision import get_precision
 from ssm_mp.precision_map import PrecisionMap, require_pins
-from ssm_mp.quantize import ScaleRule
+from ssm_mp.scheme import Scheme
 from ssm_mp.stored import ByteTensor, FloatTensor, Stored
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """What a quantised component means: how its inputs are quantised and how both kinds of scale are chosen."""
-
-    activations: ActivationScheme = "static"
-    weight_scales: ScaleRule = field(default_factory=ScaleRule)
-    input_scales: ScaleRule = field(default_factory=ScaleRule)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Scheme:
-        """Inverse of `to_json`; raises KeyError or TypeError on foreign input."""
-        rules = {key: ScaleRule(**values[key]) for key in ("weight_scales", "input_scales")}
-        return cls(activations=values["activations"], **rules)
 
 
 class Converter:

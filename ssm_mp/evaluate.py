@@ -6,6 +6,7 @@ Dimensions: `w` windows, `b` batch, `L` window length, `d` model, `V` vocabulary
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,9 +75,12 @@ class Prefix:
     hidden: Tensor
 
 
-def evaluate(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Evaluation:
+def evaluate(
+    model: LanguageModel, windows: Windows, batch: int = BATCH, before_layer: Callable[[], None] | None = None
+) -> Evaluation:
     """Negative log-likelihood of every window, summed in float64. Deterministic on one machine.
 
+    before_layer: called before each layer; what it raises ends the evaluation.
     Raises EvaluationError where a window's likelihood is NaN or infinite.
 
     >>> import torch
@@ -88,7 +92,7 @@ def evaluate(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Eval
     parts = []
     with torch.inference_mode():
         for ids in windows.ids.to(_device(model)).split(batch):
-            parts.append(_window_nll(model, model.hidden(ids), ids))
+            parts.append(_window_nll(model, model.hidden(ids, before_layer), ids))
     return _finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
@@ -98,11 +102,19 @@ def start(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Prefix:
         return Prefix(0, torch.cat([model.embed(ids) for ids in windows.ids.to(_device(model)).split(batch)]))
 
 
-def advance(model: LanguageModel, prefix: Prefix, layers: int = 1, batch: int = BATCH) -> Prefix:
-    """The prefix `layers` further on."""
+def advance(
+    model: LanguageModel,
+    prefix: Prefix,
+    layers: int = 1,
+    batch: int = BATCH,
+    before_layer: Callable[[], None] | None = None,
+) -> Prefix:
+    """The prefix `layers` further on; `before_layer` as in `evaluate`."""
     hidden = prefix.hidden
     with torch.inference_mode():
         for layer in model.layers[prefix.layer : prefix.layer + layers]:
+            if before_layer is not None:
+                before_layer()
             hidden = torch.cat([layer(part) for part in hidden.split(batch)])
     return Prefix(prefix.layer + layers, hidden)
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
-from ssm_mp.quantize import ScaleRule, least_square_scales, stored_scales
+from ssm_mp.quantize import least_square_scales, stored_scales
+from ssm_mp.scheme import ScaleRule
 
 GROUP = 64
 """Values that share a scale."""

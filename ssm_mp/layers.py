@@ -10,7 +10,6 @@ input quantisers differ.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
@@ -19,8 +18,6 @@ from torch import Tensor, nn
 from ssm_mp.config import Config
 from ssm_mp.quantize import INT8_LIMIT, integer_product, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
-
-ActivationScheme = Literal["static", "dynamic", "none"]
 
 _SMALLEST_SCALE = 1e-12
 """Keeps the dynamic scale of an all-zero token away from zero."""

@@ -28,7 +28,8 @@ from ssm_mp.groups import (
     pack,
     to_groups,
 )
-from ssm_mp.quantize import ScaleRule, quantize_rows, weight_scales
+from ssm_mp.quantize import quantize_rows, weight_scales
+from ssm_mp.scheme import ScaleRule
 from ssm_mp.stored import ArraySpec, ByteTensor, FloatTensor, GroupedTensor, Int8Tensor, Stored
 
 FLOAT16_LARGEST = 65504.0
@@ -159,7 +160,7 @@ INT4 = Grouped("int4", INT4_BOOK)
 INT3 = Grouped("int3", INT3_BOOK)
 
 PRECISIONS: dict[str, Precision] = {precision.name: precision for precision in (FP16, INT8, NF4, INT4, INT3)}
-"""Every precision by name, the widest first; `nf4` and `int4` are equally wide."""
+"""Every precision by name, in the order of `ssm_mp.scheme.PRECISION_NAMES`."""
 FOUR_BIT = (NF4.name, INT4.name)
 """The precisions of 4 bits, the better one on normally distributed weights first."""
 

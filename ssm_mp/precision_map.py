@@ -13,8 +13,8 @@ from typing import Any
 
 from ssm_mp.components import ALWAYS_PINNED, DEFAULT_PINNED, Component
 from ssm_mp.errors import PrecisionMapError
-from ssm_mp.layers import ActivationScheme
 from ssm_mp.precision import FOUR_BIT, get_precision
+from ssm_mp.scheme import ActivationScheme
 
 PINNED_TO = "fp16"
 

@@ -9,16 +9,13 @@ rounding of its scale), and only then used: the stored scale is the one that qua
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssm_mp.errors import InfeasibleError
-
-ScaleMethod = Literal["minmax", "percentile", "mse"]
+from ssm_mp.scheme import ScaleRule
 
 INT8_LIMIT = 127
 """Largest magnitude of a symmetric int8 value; −128 is not used."""
@@ -30,18 +27,6 @@ _CLIPPINGS = 51
 
 _EXACT_FLOAT32_TERMS = (1 << 24) // (INT8_LIMIT * INT8_LIMIT)
 """How many int8 × int8 products float32 adds up without rounding (integers below 2^24 are exact)."""
-
-
-@dataclass(frozen=True)
-class ScaleRule:
-    """How a scale is chosen: the largest magnitude, a percentile of the magnitudes, or the least square error.
-
-    The percentile is the nearest rank within a row (for inputs, within all calibrated values): the default
-    99.99 clips nothing in rows of fewer than 10 000 values.
-    """
-
-    method: ScaleMethod = "minmax"
-    percentile: float = 99.99
 
 
 def weight_scales(rows: Tensor, rule: ScaleRule, limit: int = INT8_LIMIT) -> Tensor:

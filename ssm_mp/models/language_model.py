@@ -5,7 +5,7 @@ Dimensions: `b` batch, `l` length, `d` model, `V` vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -84,10 +84,12 @@ class LanguageModel(nn.Module):
             return logits.index_select(-1, self.embedding.column_of)
         return logits
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """Token ids `[b, l]` → last hidden state `[b, l, d]`."""
+    def hidden(self, ids: Tensor, before_layer: Callable[[], None] | None = None) -> Tensor:
+        """Token ids `[b, l]` → last hidden state `[b, l, d]`; `before_layer` is called before each layer."""
         x = self.embed(ids)
         for layer in self.layers:
+            if before_layer is not None:
+                before_layer()
             x = layer(x)
         return x
 

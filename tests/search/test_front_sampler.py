@@ -76,7 +76,7 @@ def test_no_map_is_proposed_twice_even_in_threads() -> None:
 def test_workers_that_ask_before_anybody_has_told_get_different_maps() -> None:
     study, sampler = new_study(), new_sampler()
     with ThreadPoolExecutor(4) as pool:
-        asked = list(pool.map(lambda _: sampler.propose(study) or {}, range(12)))
+        asked = [found.params for found in pool.map(lambda _: sampler.propose(study), range(12)) if found is not None]
     assert len({tuple(params.items()) for params in asked}) == 12
 
 
@@ -86,7 +86,7 @@ def test_maps_of_other_workers_are_never_proposed() -> None:
     first = new_sampler().propose(study)
     assert first is not None
     for state in (TrialState.RUNNING, TrialState.WAITING):
-        study.add_trial(create_trial(state=state, params=first, distributions=space))
+        study.add_trial(create_trial(state=state, params=dict(first.params), distributions=space))
         assert new_sampler().propose(study) != first
 
 

@@ -20,11 +20,12 @@ from search.gradient import (
 )
 from search.spec import load_spec
 from search.workspace import Workspace, open_workspace
-from ssm_mp.convert import Converter, Scheme
+from ssm_mp.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.evaluate import evaluate
 from ssm_mp.layers import Linear
 from ssm_mp.models import assemble
+from ssm_mp.scheme import Scheme
 from ssm_mp.stored import FloatTensor
 from tests.tiny import CONFIGS, write_study
 

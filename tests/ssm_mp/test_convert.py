@@ -10,13 +10,14 @@ import torch
 from ssm_mp.artifact import stored_arrays, tensor_bytes
 from ssm_mp.calibrate import calibrate
 from ssm_mp.components import find_components
-from ssm_mp.convert import Converter, Scheme, convert
+from ssm_mp.convert import Converter, convert
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.evaluate import evaluate
-from ssm_mp.layers import ActivationScheme, Linear
+from ssm_mp.layers import Linear
 from ssm_mp.models import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.quantize import ScaleRule, quantize_tensor
+from ssm_mp.quantize import quantize_tensor
+from ssm_mp.scheme import ActivationScheme, ScaleRule, Scheme
 from ssm_mp.stored import Int8Tensor
 from tests.tiny import CONFIGS, ITERA, MAMBA, random_model, random_tensors, some_windows
 

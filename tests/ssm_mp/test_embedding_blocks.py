@@ -13,13 +13,14 @@ from ssm_mp.artifact import load_artifact, save_artifact, tensor_bytes
 from ssm_mp.calibrate import calibrate
 from ssm_mp.components import find_components, fp32_bytes
 from ssm_mp.config import config_from_json, config_to_json, index_bits
-from ssm_mp.convert import Scheme, convert
+from ssm_mp.convert import convert
 from ssm_mp.embedding_blocks import block_numbers, split_embedding, with_blocks
 from ssm_mp.errors import PrecisionMapError
 from ssm_mp.evaluate import evaluate
 from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, MAMBA, VOCABULARY, random_model, some_windows
 
 BLOCKS = (5, 20, 50)

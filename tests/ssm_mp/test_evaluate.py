@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ssm_mp.benchmark import benchmark, resident_bytes
 from ssm_mp.components import find_components
-from ssm_mp.convert import Scheme, convert
+from ssm_mp.convert import convert
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluate import (
@@ -24,6 +24,7 @@ from ssm_mp.evaluate import (
 )
 from ssm_mp.models import build
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
 
 

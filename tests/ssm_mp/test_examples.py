@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import doctest
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +16,6 @@ DOCUMENTED = ("", ".artifact", ".components", ".convert", ".evaluate", ".precisi
 @pytest.mark.parametrize("module", DOCUMENTED)
 def test_examples_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[2])
-    result = doctest.testmod(sys.modules[ssm_mp.__name__ + module])
+    result = doctest.testmod(import_module(ssm_mp.__name__ + module))
     assert result.attempted > 0
     assert result.failed == 0

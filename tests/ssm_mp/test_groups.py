@@ -24,7 +24,7 @@ from ssm_mp.groups import (
     unpack_values,
 )
 from ssm_mp.precision import INT3, INT4, NF4, PRECISIONS
-from ssm_mp.quantize import ScaleRule
+from ssm_mp.scheme import ScaleRule
 
 BOOKS = {"int4": INT4_BOOK, "int3": INT3_BOOK, "nf4": NF4_BOOK}
 books = st.sampled_from(list(BOOKS.values()))

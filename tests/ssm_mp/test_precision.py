@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ssm_mp.config import Role
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.precision import FP16, INT8, PRECISIONS, Precision, get_precision
-from ssm_mp.quantize import ScaleRule
+from ssm_mp.scheme import PRECISION_NAMES, ScaleRule
 from ssm_mp.stored import ArraySpec
 
 shapes = st.one_of(
@@ -20,6 +20,10 @@ precisions = st.sampled_from(list(PRECISIONS.values()))
 WEIGHT: Role = "weight"
 ERRORS = {"fp16": 0.001, "int8": 0.005, "nf4": 0.16, "int4": 0.08, "int3": 0.17}
 """Largest error of a value, as a share of the largest in its group."""
+
+
+def test_precisions_are_those_that_a_study_can_name_in_the_same_order() -> None:
+    assert tuple(PRECISIONS) == PRECISION_NAMES
 
 
 @given(precisions, shapes, st.integers(0, 99))

@@ -14,8 +14,6 @@ from torch import Tensor
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.quantize import (
     INT8_LIMIT,
-    ScaleMethod,
-    ScaleRule,
     dequantize_rows,
     histogram_scale,
     integer_product,
@@ -25,6 +23,7 @@ from ssm_mp.quantize import (
     stored_scales,
     weight_scales,
 )
+from ssm_mp.scheme import ScaleMethod, ScaleRule
 
 METHODS: tuple[ScaleMethod, ...] = ("minmax", "percentile", "mse")
 

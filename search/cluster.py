@@ -1,0 +1,225 @@
+"""The commands of `ssm-mp` for many workers: launch, prepare, worker, finish, status."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from search.options import Json, Overrides, RunDir, StudyPath, Trials, overrides, passed_on, print_answer, say
+
+if TYPE_CHECKING:
+    from search.report import Result
+    from search.run_directory import RunDirectory
+    from search.spec import StudySpec
+    from search.stop import Stop
+
+_WATCH_SECONDS = 2.0
+_EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def launch(
+    study: StudyPath,
+    workers: Annotated[int, typer.Option(min=1, help="Tasks of the worker array.")] = 8,
+    trials: Trials = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and commands, submit nothing.")] = False,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Submit a search to Slurm: prepare, an array of workers, finish."""
+    from search.answers import launched
+    from search.launch import dry_run_text, submit_study
+    from search.run_directory import RunDirectory
+    from search.spec import load_spec
+
+    asked = overrides(set_, trials)
+    spec = load_spec(study, asked)
+    run = RunDirectory.of(spec, run_dir)
+    arguments = passed_on(study, run_dir, asked)
+    if dry_run:
+        print(dry_run_text(spec, run, arguments, workers))
+        return
+    print_answer(submit_study(spec, run, arguments, workers, say), json_, launched)
+
+
+def prepare(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None) -> None:
+    """Measure baseline and probes before the workers begin; many probes are left to them."""
+    from search.launch import FAILED
+    from search.prepare import prepare_alone
+    from search.stop import Stop, WorkInterruptedError
+    from search.storage import choose_storage
+    from ssm_mp.errors import SsmMpError
+
+    spec, run = _study(study, run_dir, set_)
+    stop = Stop()
+    with stop.listening(signal.SIGUSR1, signal.SIGTERM):
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            (run / FAILED).unlink(missing_ok=True)
+            choose_storage(spec, run, many=True, say=say)
+            prepare_alone(spec, run, say, stop)
+        except SsmMpError as error:
+            run.write_json(FAILED, {"error": str(error)})  # for the workers, which need not find out for themselves
+            raise
+        except WorkInterruptedError:
+            _leave(stop)
+
+
+def worker(
+    study: StudyPath,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    finish_: Annotated[bool, typer.Option("--finish", help="Finish the study when its last trial is done.")] = False,
+) -> None:
+    """Evaluate trials beside other workers until the study has as many as asked for.
+
+    Works in Slurm and outside of it. SIGUSR1 and SIGTERM make it give its trial back; on SIGUSR1 a Slurm task requeues
+    itself.
+    """
+    from search.launch import require_not_failed
+    from search.stop import Stop, WorkInterruptedError
+    from search.storage import choose_storage, exists, opened_as_it_is
+    from search.trials import is_finished
+
+    spec, run = _study(study, run_dir, set_)
+    stop = Stop()
+    with stop.listening(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        require_not_failed(run)
+        choose_storage(spec, run, many=True, say=say)
+        if exists(run):
+            standing = opened_as_it_is(run, spec, say).study
+            if is_finished(standing, spec.search.trials, spec.search.budget_percent):
+                say("the study has all its trials already")
+                return _finish_last(spec, run) if finish_ else None
+        from search.run import run_worker
+
+        try:
+            ending = run_worker(spec, run, say, stop)
+        except WorkInterruptedError:
+            ending = "stopped"
+        if ending == "stopped":
+            _leave(stop)
+    say(f"the study is {ending}")
+    return _finish_last(spec, run) if finish_ else None
+
+
+def finish(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+    """Finish a study that its workers have left: front, certificate, winner, plots, report."""
+    from search.launch import require_not_failed
+    from search.run import finish_study
+
+    spec, run = _study(study, run_dir, set_)
+    require_not_failed(run)
+    conclude(finish_study(spec, run, say), run, json_)
+
+
+def status(
+    study: StudyPath,
+    watch: Annotated[bool, typer.Option("--watch", help="Show it anew every two seconds, until it is over.")] = False,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    json_: Json = False,
+) -> None:
+    """Show how a search stands: trials, workers, rate, time left, best so far."""
+    from search.answers import stood
+
+    spec, run = _study(study, run_dir, set_)
+    while True:
+        content = _standing(spec, run)
+        if watch and not json_:
+            print("\x1b[2J\x1b[H", end="")  # clears the screen
+        print_answer(content, json_, stood)
+        if not watch or (content["finished"] >= content["asked"] and not content["running"]):
+            return
+        time.sleep(_WATCH_SECONDS)
+
+
+def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:
+    """Print what a search found; exit code 1 where it found nothing that is certified and good enough."""
+    from search.answers import fronted
+    from search.finish import answer
+    from search.gates import overall
+    from search.run_directory import REPORT
+
+    if result is None:
+        say("the study is not complete, so nothing was certified; start it again with the same command, it continues")
+        raise typer.Exit(1)
+    say(f"report and plots: {run / REPORT}")
+    print_answer(answer(result), as_json, fronted)
+    if result.winner is None or overall(result.gates) == "fail":
+        raise typer.Exit(1)
+
+
+def _study(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[StudySpec, RunDirectory]:
+    from search.run_directory import RunDirectory
+    from search.spec import load_spec
+
+    spec = load_spec(study, overrides(set_))
+    return spec, RunDirectory.of(spec, run_dir)
+
+
+def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
+    """Finish, where no other worker does or did."""
+    from search.errors import StudyError
+    from search.run import finish_study
+    from search.run_directory import CERTIFICATE
+
+    if (run / CERTIFICATE).exists():
+        return
+    try:
+        conclude(finish_study(spec, run, say), run, False)
+    except StudyError as error:
+        say(str(error))
+
+
+def _leave(stop: Stop) -> None:
+    """End a worker that a signal stopped, and has nothing in hand any more; a Slurm task goes back to the queue.
+
+    On a warning (before the time limit, or before a preemption) it requeues itself. SIGTERM comes with a preemption
+    too, while the task still counts as running; a cancelled one does not.
+    """
+    import os
+
+    from search.slurm import QueueUnknownError, owner_of_this_task, queue_states, requeue
+
+    assert stop.signal is not None
+    say(f"stopped by {stop.signal.name}; nothing is lost")
+    task = owner_of_this_task(os.environ)
+    again = stop.signal == signal.SIGUSR1
+    if task is not None and stop.signal == signal.SIGTERM:
+        try:
+            states = queue_states([task.job]) or {}
+        except QueueUnknownError:
+            states = {}
+        again = task.job in states and states[task.job].state == "RUNNING"
+    if task is not None and again:
+        refused = requeue(task.job)
+        if refused is None:
+            say("requeued")
+            time.sleep(60)  # Slurm ends this process; leaving by itself would count as done
+        else:
+            say(f"could not requeue: {refused}")
+    raise typer.Exit(_EXIT_CODES.get(stop.signal, 0))
+
+
+def _standing(spec: StudySpec, run: RunDirectory) -> dict[str, Any]:
+    """What `status` answers."""
+    from datetime import datetime
+
+    from search.launch import launched_jobs
+    from search.status import empty_standing, standing
+    from search.storage import exists, opened_as_it_is
+
+    jobs: Mapping[str, Mapping[str, int]] = launched_jobs(run)
+    if not exists(run):
+        if not jobs:
+            run.require()
+        return empty_standing(spec.search.trials, jobs).to_json()
+    study = opened_as_it_is(run, spec, say).study
+    found = standing(study, run.space(), spec.search.trials, spec.search.budget_percent, datetime.now(), jobs)
+    return found.to_json()

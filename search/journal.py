@@ -1,0 +1,86 @@
+"""Optuna's journal file, made to survive what happens on a shared folder.
+
+Two things differ from Optuna's own backend: the lock is the kernel's, so a killed holder never makes others wait,
+and what a killed or a full disk left half written is cut off before the next line, and waited for, not tripped over.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from optuna.storages.journal import JournalFileBackend
+
+from search.file_lock import FileLock
+from ssm_mp.errors import MachineError
+
+PATIENCE = 900.0
+"""Seconds that a full folder or a restarting database is waited for before a worker gives up."""
+
+_PASSING = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.ETIMEDOUT})
+"""Failures of a shared folder that go away: full, over quota, a server that restarts."""
+
+
+class Journal(JournalFileBackend):
+    """The journal file, appended to whole lines at a time under `FileLock`."""
+
+    def __init__(self, path: Path, lock: FileLock, say: Callable[[str], None], patience: float = PATIENCE) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._append_lock = lock
+        self._say = say
+        self._patience = patience
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Write lines, all of them or none; a folder that is full for a while is waited for."""
+        data = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
+        deadline, told = time.monotonic() + self._patience, False
+        while True:
+            try:
+                with self._append_lock.held():
+                    _append_whole(self._path, data)
+                return
+            except OSError as error:
+                if error.errno not in _PASSING or time.monotonic() > deadline:
+                    raise MachineError(
+                        f"{self._path}: the journal cannot be written ({error.strerror}); nothing of this study is "
+                        "lost: mend that, and start the same command again"
+                    ) from None
+                if not told:
+                    self._say(f"{self._path}: {error.strerror}; waiting for up to {self._patience:.0f} s")
+                    told = True
+            time.sleep(min(1.0, self._patience / 20))
+
+
+def _append_whole(path: Path, data: bytes) -> None:
+    """Append under the lock: cut off a half-written last line first, and leave none behind."""
+    with path.open("r+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        file.truncate(end)
+        file.seek(end)
+        try:
+            written = 0
+            while written < len(data):
+                written += file.write(data[written:])
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end)  # frees space, so it works on a full disk
+            raise
+
+
+def _end_of_lines(file: Any, block: int = 4096) -> int:
+    """Offset behind the last newline of a file."""
+    at: int = file.seek(0, os.SEEK_END)
+    while at > 0:
+        begin = max(0, at - block)
+        file.seek(begin)
+        newline = file.read(at - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + int(newline) + 1
+        at = begin
+    return 0

@@ -1,0 +1,222 @@
+"""Where a study's trials are kept: SQLite for one process, a journal file or PostgreSQL for many workers.
+
+What a run uses is written down in its directory when it begins, so that every worker, `status` and a later
+continuation open the same study.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import optuna
+import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.study import Study, StudyDirection
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from search.errors import StudyError
+from search.file_lock import FileLock
+from search.journal import PATIENCE, Journal
+from search.run_directory import DATABASE, JOURNAL, RunDirectory
+from search.spec import StudySpec
+from ssm_mp.errors import MachineError
+
+Kind = Literal["sqlite", "journal", "postgresql"]
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+STORAGE = "storage.json"
+STUDY_NAME = "precision search"
+"""Name of the one study that a run's own file holds."""
+_ONE_PROCESS = (
+    "SQLite is for one process: measured with four, 14 of 120 queued trials ran twice. Give --run-dir another "
+    'directory, or say [storage] kind = "journal" (a shared folder) or "postgresql"'
+)
+
+
+@dataclass(frozen=True)
+class StorageChoice:
+    """What a run keeps its trials in. `url` is PostgreSQL's, without a password; `study` the study's name there."""
+
+    kind: Kind
+    url: str = ""
+    study: str = STUDY_NAME
+
+
+def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) -> StorageChoice:
+    """The storage of a run: the one it began with, else what the study asks for, written down.
+
+    many: more than one process will work on it; SQLite is then refused, and a journal file is the default.
+    Raises StudyError where the study file now asks for another storage than the run began with.
+    """
+    stored, asked = stored_choice(run), spec.storage.kind
+    if stored is None:
+        kind: Kind = asked if asked != "auto" else "journal" if many else "sqlite"
+        name = f"{spec.name}-{secrets.token_hex(4)}" if kind == "postgresql" else STUDY_NAME
+        stored = StorageChoice(kind, spec.storage.url if kind == "postgresql" else "", name)
+        if many and kind == "sqlite":
+            raise StudyError(f"[storage] kind = 'sqlite' with several workers: {_ONE_PROCESS}")
+        with run.lock(STORAGE).held():  # workers that begin together agree on one
+            stored = stored_choice(run) or stored
+            run.write_json(STORAGE, asdict(stored))
+    if asked not in ("auto", stored.kind):
+        raise StudyError(
+            f"{run.path}: this run keeps its trials in {stored.kind}, and [storage] kind = {asked!r} asks for another "
+            "place; say what it was, or give --run-dir another directory"
+        )
+    if stored.kind == "postgresql" and spec.storage.url and spec.storage.url != stored.url:
+        stored = StorageChoice("postgresql", spec.storage.url, stored.study)  # the same study behind a new address
+        say("note: [storage] url differs from the one that this run began with; using the new one")
+    if many and stored.kind == "sqlite":
+        raise StudyError(f"{run.path}: this run keeps its trials in {DATABASE}. {_ONE_PROCESS}")
+    return stored
+
+
+def stored_choice(run: RunDirectory) -> StorageChoice | None:
+    """What a run began with, None where it has not begun."""
+    values = run.read_json(STORAGE)
+    if values is None:
+        return StorageChoice("sqlite") if (run / DATABASE).exists() else None  # of an older version
+    try:
+        return StorageChoice(**values)
+    except TypeError:
+        raise StudyError(f"{run / STORAGE}: damaged; restore it, or give --run-dir another directory") from None
+
+
+@dataclass(frozen=True, eq=False)
+class OpenStudy:
+    """An Optuna study with the lock that claims are made under."""
+
+    study: Study
+    choice: StorageChoice
+    _lock: FileLock | sqlalchemy.Engine
+    _say: Say
+    patience: float = PATIENCE
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the study's lock. Raises a database error where it was lost before the end."""
+        if isinstance(self._lock, FileLock):
+            with self._lock.held():
+                yield
+            return
+        with self._lock.begin() as connection:
+            # let go by the server when the transaction ends, or this process does
+            connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": self._key})
+            yield
+            connection.execute(sqlalchemy.text("SELECT 1"))
+
+    @property
+    def _key(self) -> int:
+        digest = hashlib.sha256(self.choice.study.encode()).digest()
+        return int.from_bytes(digest[:8], "big", signed=True)
+
+    def patiently(self, action: Callable[[], T]) -> T:
+        """Do what can be done again: a database that is away is waited for. Raises MachineError out of patience."""
+        deadline, told = time.monotonic() + self.patience, False
+        while True:
+            try:
+                return action()
+            except (DBAPIError, StorageInternalError) as error:
+                if self.choice.kind != "postgresql":
+                    raise
+                if time.monotonic() > deadline:
+                    raise MachineError(f"the database stayed away for {self.patience:.0f} s ({_said(error)})") from None
+                if not told:
+                    self._say(f"the database is away ({_said(error)}); waiting for up to {self.patience:.0f} s")
+                    told = True
+                time.sleep(0.5)
+
+
+def opened_as_it_is(run: RunDirectory, spec: StudySpec, say: Say) -> OpenStudy:
+    """The study of a run that has begun, to read: whatever storage it began with."""
+    return connect(choose_storage(spec, run, many=False, say=say), run, say)
+
+
+def read_study(run: RunDirectory) -> Study:
+    """The study of a run that has begun, without its study file."""
+    choice = stored_choice(run)
+    if choice is None:
+        raise StudyError(f"{run.path}: no search has been run here yet; start one with `ssm-mp search`")
+    return connect(choice, run, lambda line: None).study
+
+
+def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
+    """The study of a run as it stands, without a sampler; made where there is none yet.
+
+    Raises MachineError where the storage cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    lock = run.lock("claims")
+    if choice.kind == "journal":
+        journal = JournalStorage(Journal((run / JOURNAL).absolute(), run.lock(JOURNAL), say))
+        with lock.held():
+            return OpenStudy(_study(journal, choice), choice, lock, say)
+    path = (run / DATABASE).absolute()
+    url = f"sqlite:///{path}" if choice.kind == "sqlite" else choice.url
+    where = str(path) if choice.kind == "sqlite" else shown_url(url)
+    try:
+        with lock.held():  # tables are made once
+            storage = _database(url, choice.kind)
+            study = _study(storage, choice)
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise MachineError(f"{where}: the database cannot be used ({_said(error)}){_advice(choice.kind)}") from None
+    return OpenStudy(study, choice, lock if choice.kind == "sqlite" else storage.engine, say)
+
+
+def _database(url: str, kind: Kind) -> RDBStorage:
+    options: dict[str, Any] = {}
+    if kind == "postgresql":
+        # a connection that a restart has cut is replaced before it is used
+        options = {"pool_pre_ping": True, "connect_args": {"connect_timeout": 10, "application_name": "ssm-mp"}}
+    try:
+        return RDBStorage(url, engine_kwargs=options)
+    except ImportError:
+        raise MachineError(
+            "PostgreSQL needs psycopg, which is not installed: pip install --constraint constraints.txt '.[postgres]'"
+        ) from None
+
+
+def _study(storage: BaseStorage, choice: StorageChoice) -> Study:
+    return optuna.create_study(
+        study_name=choice.study,
+        storage=storage,
+        directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
+        load_if_exists=True,
+    )
+
+
+def shown_url(url: str) -> str:
+    """A database's address for people; a password never shows."""
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _advice(kind: Kind) -> str:
+    if kind == "sqlite":
+        return ""
+    return "; the password comes from PGPASSWORD or a pgpass file, the address from [storage] url"
+
+
+def _said(error: BaseException) -> str:
+    """What a database driver said, in one line."""
+    cause = error.__cause__ or error
+    said = str(getattr(cause, "orig", None) or cause)
+    return " ".join(said.split("\n", maxsplit=1)[0].split())
+
+
+def exists(run: RunDirectory) -> bool:
+    """Whether a run has trials to look at; a journal or database file that was never made is not made by looking."""
+    choice = stored_choice(run)
+    if choice is None:
+        return False
+    names: dict[str, str] = {"sqlite": DATABASE, "journal": JOURNAL}
+    return choice.kind == "postgresql" or Path(run / names[choice.kind]).exists()
