@@ -72,7 +72,7 @@ class Prepared:
 def prepare(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop | None = None) -> Prepared:
     """Load, check the fingerprint, measure what is missing of baseline and probes, together with whoever else does.
 
-    Raises StudyError where the run belongs to a study with another fingerprint, WorkInterruptedError where `stop` asks for it.
+    Raises StudyError where the run belongs to a study with another fingerprint, WorkInterruptedError where `stop` asks.
     """
     study = _Preparation.begin(spec, run, say, stop or Stop())
     probes = study.all_probes()

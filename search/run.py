@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from optuna.study import Study
-
 from search.finish import finish
 from search.front import pareto_front
 from search.objective import Measured, Objective
@@ -83,9 +81,10 @@ def _work(
 ) -> Ending:
     with lease(run / LEASES, owner):
         asked = _asked(opened, spec, prepared)
-        if counts(opened.study).finished < asked:
+        finished = opened.patiently(lambda: counts(opened.study)).finished
+        if finished < asked:
             (run / CERTIFICATE).unlink(missing_ok=True)  # of a front that is about to change
-        progress = Progress("trials", asked, counts(opened.study).finished)
+        progress = Progress("trials", asked, finished)
         worker = Worker(
             opened=opened,
             run=run,
@@ -95,7 +94,7 @@ def _work(
             budget_percent=spec.search.budget_percent,
             sampler=spec.search.sampler,
             evaluate=evaluation(spec, prepared, stop),
-            after=lambda finished: _show(progress, opened.study, prepared, spec) if finished else None,
+            after=lambda finished: _show(progress, opened, prepared, spec) if finished else None,
             say=say,
             stop=stop,
         )
@@ -117,9 +116,9 @@ def evaluation(spec: StudySpec, prepared: Prepared, stop: Stop) -> Callable[[Tas
     return evaluate
 
 
-def _show(progress: Progress, study: Study, prepared: Prepared, spec: StudySpec) -> None:
+def _show(progress: Progress, opened: OpenStudy, prepared: Prepared, spec: StudySpec) -> None:
     """The number of finished trials, whoever finished them, and the smallest map within the budget."""
-    found = points(study, prepared.workspace.space.choices)
+    found = opened.patiently(lambda: points(opened.study, prepared.workspace.space.choices))
     front = pareto_front(found, spec.search.budget_percent)
     best = f"best {front[0].compression:.2f}× at {front[0].increase_percent:+.2f} %" if front else "none within budget"
     progress.show(len(found), best)

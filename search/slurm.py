@@ -39,7 +39,7 @@ The workers prepare the study together, and the last one to be done finishes it.
     "finish": """\
 Finish a study: front, certificate, plots, report. By hand, behind the workers:
     sbatch --dependency=afterany:SEARCH_JOB jobs/finish.sbatch studies/x.toml
-afterany waits through requeues and never hangs; a search that fell short is finished with what it has.""",
+afterany waits through requeues and never hangs; where trials are missing it says so, and certifies nothing.""",
 }
 
 _ANY_BY_HAND = """
@@ -82,6 +82,7 @@ def render(
         *(["trap '' USR1  # the warning may come before Python listens for it"] if step != "finish" else []),
         "set -e  # not -u: modules and virtual environments often read unset variables",
         *section.setup.splitlines(),
+        "export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
         # exec: Slurm warns the batch shell alone, so Python has to take its place
         f'exec {command or "${SSM_MP:-ssm-mp}"} {verb} "$@"',
     ]
@@ -111,7 +112,9 @@ def _own_directives(step: Step, section: SlurmSection, workers: int, logs: str |
 
 def command_of_this_python(section: SlurmSection) -> str | None:
     """This interpreter's `ssm-mp`, shell-quoted, so that nothing need be activated; None where `setup` says how."""
-    return None if section.setup else shlex.join([sys.executable, "-m", "search.cli"])
+    return (
+        None if section.setup else shlex.join([sys.executable, "-P", "-m", "search.cli"])
+    )  # -P: not what lies in the folder it is run in
 
 
 @dataclass(frozen=True)

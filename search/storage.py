@@ -21,7 +21,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from search.errors import StudyError
 from search.file_lock import FileLock
@@ -37,6 +37,8 @@ T = TypeVar("T")
 STORAGE = "storage.json"
 STUDY_NAME = "precision search"
 """Name of the one study that a run's own file holds."""
+_PATIENCE_AT_START = 20.0
+"""Seconds that a database is waited for where none has answered yet: its address may just be wrong."""
 _ONE_PROCESS = (
     "SQLite is for one process: measured with four, 14 of 120 queued trials ran twice. Give --run-dir another "
     'directory, or say [storage] kind = "journal" (a shared folder) or "postgresql"'
@@ -126,8 +128,8 @@ class OpenStudy:
         while True:
             try:
                 return action()
-            except (DBAPIError, StorageInternalError) as error:
-                if self.choice.kind != "postgresql":
+            except (SQLAlchemyError, StorageInternalError) as error:
+                if self.choice.kind != "postgresql" or not _passes(error):
                     raise
                 if time.monotonic() > deadline:
                     raise MachineError(f"the database stayed away for {self.patience:.0f} s ({_said(error)})") from None
@@ -164,13 +166,19 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
     path = (run / DATABASE).absolute()
     url = f"sqlite:///{path}" if choice.kind == "sqlite" else choice.url
     where = str(path) if choice.kind == "sqlite" else shown_url(url)
-    try:
-        with lock.held():  # tables are made once
-            storage = _database(url, choice.kind)
-            study = _study(storage, choice)
-    except (SQLAlchemyError, StorageInternalError) as error:
-        raise MachineError(f"{where}: the database cannot be used ({_said(error)}){_advice(choice.kind)}") from None
-    return OpenStudy(study, choice, lock if choice.kind == "sqlite" else storage.engine, say)
+    deadline = time.monotonic() + _PATIENCE_AT_START
+    while True:
+        try:
+            with lock.held():  # tables are made once
+                storage = _database(url, choice.kind)
+                study = _study(storage, choice)
+            return OpenStudy(study, choice, lock if choice.kind == "sqlite" else storage.engine, say)
+        except (SQLAlchemyError, StorageInternalError) as error:
+            if choice.kind == "sqlite" or not _passes(error) or time.monotonic() > deadline:
+                advice = _advice(choice.kind)
+                raise MachineError(f"{where}: the database cannot be used ({_said(error)}){advice}") from None
+            say(f"{where}: {_said(error)}; trying again")
+        time.sleep(3)
 
 
 def _database(url: str, kind: Kind) -> RDBStorage:
@@ -204,6 +212,17 @@ def _advice(kind: Kind) -> str:
     if kind == "sqlite":
         return ""
     return "; the password comes from PGPASSWORD or a pgpass file, the address from [storage] url"
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether a database error is one that goes away: a restart, a cut connection, a deadlock; not a wrong password."""
+    while error is not None:
+        if isinstance(error, PendingRollbackError):
+            return True
+        if isinstance(error, OperationalError | InterfaceError):
+            return "authentication" not in str(error) and "does not exist" not in str(error)
+        error = error.__cause__
+    return False
 
 
 def _said(error: BaseException) -> str:

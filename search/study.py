@@ -44,21 +44,27 @@ def open_study(
     Raises StudyError where the storage holds a study with another fingerprint.
     """
     opened = connect(choose_storage(spec, run, many=many, say=say), run, say)
-    study, current = opened.study, json.loads(json.dumps(fingerprint))
-    with opened.locked():
-        if FINGERPRINT_ATTRIBUTE in study.user_attrs:
-            require_same(study.user_attrs[FINGERPRINT_ATTRIBUTE], current, f"{run.path} ({opened.choice.kind})")
-        else:
-            study.set_user_attr(FINGERPRINT_ATTRIBUTE, current)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-                study.set_metric_names(["compression", "increase_percent"])
+    opened.patiently(lambda: _sign(opened, json.loads(json.dumps(fingerprint)), f"{run.path} ({opened.choice.kind})"))
+    study = opened.study
     distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
     # another seed for every continuation and worker, or the sampler would propose the same maps again
     drawn = spec.search.seed + len(study.get_trials(deepcopy=False)) + zlib.crc32(worker.encode()) * bool(worker)
     search = spec.search
     study.sampler = make_sampler(search.sampler, distributions, drawn % 2**32, knowledge, search.budget_percent)
     return opened
+
+
+def _sign(opened: OpenStudy, fingerprint: Mapping[str, Any], where: str) -> None:
+    """Put the fingerprint on a new study, or compare it with the one that is there."""
+    study = opened.study
+    with opened.locked():
+        if FINGERPRINT_ATTRIBUTE in study.user_attrs:
+            require_same(study.user_attrs[FINGERPRINT_ATTRIBUTE], fingerprint, where)
+            return
+        study.set_user_attr(FINGERPRINT_ATTRIBUTE, fingerprint)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            study.set_metric_names(["compression", "increase_percent"])
 
 
 def begin(opened: OpenStudy, seeds: Iterable[Seed], space: Choices, trials: int, budget_percent: float) -> int:

@@ -9,12 +9,12 @@ from xml.etree import ElementTree
 import pytest
 
 from search.answers import fronted, inspected, listed, probed
+from search.finish import describe
 from search.front import Point
 from search.plots import allocation_png, plot_allocation, plot_front, plot_sensitivities, save
 from search.probe import LOWEST, WIDEST, Probe
 from search.progress import Progress
 from search.report import component_rows, front_json
-from search.finish import describe
 from ssm_mp.components import find_components
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from tests.tiny import ITERA, MAMBA, random_model

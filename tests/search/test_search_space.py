@@ -11,8 +11,8 @@ import pytest
 
 from search.catalogue import catalogue_of
 from search.objective import Objective, measure_baseline
-from search.probe import LOWEST, WIDEST, Probe, open_end, planned, probe_from_stored, run_probes
 from search.prepare import prepare
+from search.probe import LOWEST, WIDEST, Probe, open_end, planned, probe_from_stored, run_probes
 from search.run_directory import RunDirectory
 from search.spec import load_spec
 from search.surrogate import best_within, fit, predicted_front, smallest_within

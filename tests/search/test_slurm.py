@@ -99,7 +99,7 @@ def test_scripts_are_valid_shell_with_every_directive_before_the_first_command(s
     subprocess.run(["bash", "-n"], input=text, text=True, check=True)
     first = next(i for i, line in enumerate(text.splitlines()) if line and not line.startswith("#"))
     assert not any(line.startswith("#SBATCH") for line in text.splitlines()[first:])
-    assert text.splitlines()[-3:-1] == section.setup.splitlines()
+    assert text.splitlines()[-4:-2] == section.setup.splitlines()
 
 
 @pytest.mark.parametrize(
