@@ -27,7 +27,7 @@ search: $(INSTALLED)
 	@echo "plots and report: runs/reference/report.md"
 
 test: $(INSTALLED_DEV)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist loadgroup
 
 check: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .

@@ -29,6 +29,7 @@ Choices = Mapping[str, tuple[str, ...]]
 LOST = "interrupted, and tried again"
 """Reason of a trial whose worker is gone."""
 
+_CLAIMED = (*FINISHED, TrialState.RUNNING)
 _MOST_ATTEMPTS = 10
 """A map that was interrupted so often is given up: it may be what kills its workers, or take longer than they live."""
 
@@ -118,9 +119,12 @@ def _queued(study: Study, space: Choices, owner: Owner, asked: int) -> Trial | I
     trials = study.get_trials(deepcopy=False)
     for mine in (trial for trial in trials if trial.state == TrialState.RUNNING and _owner(trial) == owner):
         # its answer was lost, perhaps with the lock: then another may have been let in meanwhile
-        if _room(trials, asked) >= 0:
+        if any(map_of(other) == map_of(mine) and other.state in _CLAIMED for other in trials if other is not mine):
+            _put_back(study, mine, space, "claimed by another worker as well")
+        elif _room(trials, asked) < 0:
+            _put_back(study, mine, space, "claimed beyond the number asked for")
+        else:
             return Trial(study, mine._trial_id)
-        _put_back(study, mine, space, "claimed beyond the number asked for")
         return None
     if sum(trial.state in FINISHED for trial in trials) >= asked:
         return Idle.finished

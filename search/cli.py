@@ -61,6 +61,7 @@ for command, example in (
     (cluster.prepare, "ssm-mp prepare studies/x.toml"),
     (cluster.finish, "ssm-mp finish studies/x.toml"),
     (cluster.status, "ssm-mp status studies/x.toml --watch"),
+    (cluster.proxy, "ssm-mp proxy studies/x.toml --host 0.0.0.0"),
 ):
     app.command(epilog=f"Example:  {example}")(command)
 

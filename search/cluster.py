@@ -1,4 +1,4 @@
-"""The commands of `ssm-mp` for many workers: launch, prepare, worker, finish, status."""
+"""The commands of `ssm-mp` for many workers: launch, prepare, worker, finish, status, proxy."""
 
 from __future__ import annotations
 
@@ -137,6 +137,23 @@ def status(
         if not watch or (content["finished"] >= content["asked"] and not content["running"]):
             return
         time.sleep(_WATCH_SECONDS)
+
+
+def proxy(
+    study: StudyPath,
+    host: Annotated[str, typer.Option(help="Address to listen at; 0.0.0.0 for other machines.")] = "localhost",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 13000,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+) -> None:
+    """Stand between thousands of workers and the study's PostgreSQL (Optuna's gRPC proxy).
+
+    It asks nobody for a password: listen where only your own jobs can reach it.
+    """
+    from search.storage import choose_storage, serve_proxy
+
+    spec, run = _study(study, run_dir, set_)
+    serve_proxy(choose_storage(spec, run, many=True, say=say), host, port, say)
 
 
 def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:

@@ -33,7 +33,7 @@ def run_local(spec: StudySpec, run: RunDirectory, arguments: Sequence[str], work
     """
     with run.owned():
         choose_storage(spec, run, many=True, say=say)
-        prepare_alone(spec, run, say, Stop())
+        prepared = prepare_alone(spec, run, say, Stop())
         (run / LOGS).mkdir(exist_ok=True)
         say(f"{workers} workers; their logs are in {run / LOGS}")
         processes = [_start(arguments, run / LOGS / f"worker-{number}.log", workers) for number in range(workers)]
@@ -45,7 +45,7 @@ def run_local(spec: StudySpec, run: RunDirectory, arguments: Sequence[str], work
         for number, process in enumerate(processes):
             if process.returncode != 0:
                 say(f"worker {number} ended with code {process.returncode}: {run / LOGS / f'worker-{number}.log'}")
-        return finish_prepared(spec, run, say)
+        return finish_prepared(spec, run, say, prepared)
 
 
 def _start(arguments: Sequence[str], log: Path, workers: int) -> subprocess.Popen[bytes]:

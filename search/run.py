@@ -46,9 +46,9 @@ def finish_study(spec: StudySpec, run: RunDirectory, say: Say) -> Result | None:
         return finish_prepared(spec, run, say)
 
 
-def finish_prepared(spec: StudySpec, run: RunDirectory, say: Say) -> Result | None:
-    """The same for a process that holds the run directory already."""
-    prepared = prepare(spec, run, say)
+def finish_prepared(spec: StudySpec, run: RunDirectory, say: Say, prepared: Prepared | None = None) -> Result | None:
+    """The same for a process that holds the run directory already, and may have prepared the study."""
+    prepared = prepared or prepare(spec, run, say)
     opened = _opened(spec, run, prepared, say, many=False)
     asked = _asked(opened, spec, prepared)
     take_over_lost(opened, run, prepared.choices, say)

@@ -155,6 +155,8 @@ class RunDirectory:
 
 def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
     """Raise StudyError, saying what changed, where two fingerprints differ."""
+    # version 0.2 did not say which vector instructions it computed with
+    stored = {**stored, "compute": current.get("compute")} if stored.get("compute") == "cpu float32" else stored
     changed = [key for key in current if stored.get(key) != current[key]]
     if changed:
         details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
@@ -170,4 +172,4 @@ def _difference(key: str, stored: object, current: object) -> str:
         names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]
         shown = [f"{name}: {stored.get(name)!r} → {current.get(name)!r}" for name in names[:3]]
         return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{key}: {str(stored)[:12]} → {str(current)[:12]}"
+    return f"{key}: {str(stored)[:24]} → {str(current)[:24]}"

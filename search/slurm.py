@@ -112,9 +112,8 @@ def _own_directives(step: Step, section: SlurmSection, workers: int, logs: str |
 
 def command_of_this_python(section: SlurmSection) -> str | None:
     """This interpreter's `ssm-mp`, shell-quoted, so that nothing need be activated; None where `setup` says how."""
-    return (
-        None if section.setup else shlex.join([sys.executable, "-P", "-m", "search.cli"])
-    )  # -P: not what lies in the folder it is run in
+    # -P: imports nothing that happens to lie in the folder where the job runs
+    return None if section.setup else shlex.join([sys.executable, "-P", "-m", "search.cli"])
 
 
 @dataclass(frozen=True)

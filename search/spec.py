@@ -115,9 +115,12 @@ class StorageSection(_Section):
 
     kind: Literal["auto", "sqlite", "journal", "postgresql"] = "auto"
     url: str = ""
+    proxy: str = Field(default="", pattern=r"^$|^[^\s:/]+:\d{1,5}$")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if self.proxy and self.kind != "postgresql":
+            raise ValueError('proxy = "host:port" stands in front of kind = "postgresql"')
         if self.kind == "postgresql" and not self.url:
             raise ValueError('kind = "postgresql" needs url = "postgresql+psycopg://user@host:5432/database"')
         if self.kind != "postgresql" and self.url:

@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import optuna
 import sqlalchemy
-from optuna.exceptions import StorageInternalError
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from sqlalchemy.engine import make_url
@@ -37,6 +39,8 @@ T = TypeVar("T")
 STORAGE = "storage.json"
 STUDY_NAME = "precision search"
 """Name of the one study that a run's own file holds."""
+_PROXY_THREADS = 15
+"""As many as the database's pool has connections."""
 _PATIENCE_AT_START = 20.0
 """Seconds that a database is waited for where none has answered yet: its address may just be wrong."""
 _ONE_PROCESS = (
@@ -47,11 +51,17 @@ _ONE_PROCESS = (
 
 @dataclass(frozen=True)
 class StorageChoice:
-    """What a run keeps its trials in. `url` is PostgreSQL's, without a password; `study` the study's name there."""
+    """What a run keeps its trials in. `url` is PostgreSQL's, without a password; `study` the study's name there.
+
+    lock: whose lock claims are made under, the run directory's or the database's; all workers must use the same.
+    proxy: `host:port` of Optuna's gRPC proxy in front of the database, empty for none.
+    """
 
     kind: Kind
     url: str = ""
     study: str = STUDY_NAME
+    lock: Literal["folder", "database"] = "folder"
+    proxy: str = ""
 
 
 def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) -> StorageChoice:
@@ -62,10 +72,8 @@ def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) 
     """
     stored, asked = stored_choice(run), spec.storage.kind
     if stored is None:
-        kind: Kind = asked if asked != "auto" else "journal" if many else "sqlite"
-        name = f"{spec.name}-{secrets.token_hex(4)}" if kind == "postgresql" else STUDY_NAME
-        stored = StorageChoice(kind, spec.storage.url if kind == "postgresql" else "", name)
-        if many and kind == "sqlite":
+        stored = _new_choice(spec, "journal" if many else "sqlite")
+        if many and stored.kind == "sqlite":
             raise StudyError(f"[storage] kind = 'sqlite' with several workers: {_ONE_PROCESS}")
         with run.lock(STORAGE).held():  # workers that begin together agree on one
             stored = stored_choice(run) or stored
@@ -75,12 +83,28 @@ def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) 
             f"{run.path}: this run keeps its trials in {stored.kind}, and [storage] kind = {asked!r} asks for another "
             "place; say what it was, or give --run-dir another directory"
         )
-    if stored.kind == "postgresql" and spec.storage.url and spec.storage.url != stored.url:
-        stored = StorageChoice("postgresql", spec.storage.url, stored.study)  # the same study behind a new address
+    if spec.storage.url and spec.storage.url != stored.url:
         say("note: [storage] url differs from the one that this run began with; using the new one")
+        stored = replace(stored, url=spec.storage.url)  # the same study behind a new address
+    if spec.storage.proxy and stored.lock == "database":
+        raise StudyError(
+            f"{run.path}: this run was begun without [storage] proxy, and its claims are made under the database's "
+            "lock, which a proxy does not pass on; leave proxy out, or give --run-dir another directory"
+        )
+    if spec.storage.kind == "postgresql":
+        stored = replace(stored, proxy=spec.storage.proxy)
     if many and stored.kind == "sqlite":
         raise StudyError(f"{run.path}: this run keeps its trials in {DATABASE}. {_ONE_PROCESS}")
     return stored
+
+
+def _new_choice(spec: StudySpec, default: Kind) -> StorageChoice:
+    """What a run that has not begun will use."""
+    asked = spec.storage
+    if asked.kind != "postgresql":
+        return StorageChoice(default if asked.kind == "auto" else asked.kind)
+    name = f"{spec.name}-{secrets.token_hex(4)}"  # other runs may be in the same database
+    return StorageChoice("postgresql", asked.url, name, "folder" if asked.proxy else "database")
 
 
 def stored_choice(run: RunDirectory) -> StorageChoice | None:
@@ -128,7 +152,7 @@ class OpenStudy:
         while True:
             try:
                 return action()
-            except (SQLAlchemyError, StorageInternalError) as error:
+            except Exception as error:  # a proxy's errors are known only where grpcio is installed
                 if self.choice.kind != "postgresql" or not _passes(error):
                     raise
                 if time.monotonic() > deadline:
@@ -166,13 +190,16 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
     path = (run / DATABASE).absolute()
     url = f"sqlite:///{path}" if choice.kind == "sqlite" else choice.url
     where = str(path) if choice.kind == "sqlite" else shown_url(url)
+    if choice.proxy:
+        with lock.held():
+            return OpenStudy(_study(proxied(choice), choice), choice, lock, say)
     deadline = time.monotonic() + _PATIENCE_AT_START
     while True:
         try:
             with lock.held():  # tables are made once
-                storage = _database(url, choice.kind)
+                storage = database(url, choice.kind)
                 study = _study(storage, choice)
-            return OpenStudy(study, choice, lock if choice.kind == "sqlite" else storage.engine, say)
+            return OpenStudy(study, choice, storage.engine if choice.lock == "database" else lock, say)
         except (SQLAlchemyError, StorageInternalError) as error:
             if choice.kind == "sqlite" or not _passes(error) or time.monotonic() > deadline:
                 advice = _advice(choice.kind)
@@ -181,7 +208,40 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
         time.sleep(3)
 
 
-def _database(url: str, kind: Kind) -> RDBStorage:
+def proxied(choice: StorageChoice) -> BaseStorage:
+    """The storage behind a gRPC proxy. Raises MachineError where none answers."""
+    from optuna.storages import GrpcStorageProxy
+
+    host, _, port = choice.proxy.partition(":")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            storage = GrpcStorageProxy(host=host, port=int(port))
+        storage.wait_server_ready(timeout=_PATIENCE_AT_START)
+    except ConnectionError:
+        raise MachineError(f"{choice.proxy}: no proxy answers; start one there with `ssm-mp proxy STUDY`") from None
+    except ImportError:
+        raise MachineError(
+            "[storage] proxy needs grpcio, which is not installed: pip install --constraint constraints.txt '.[proxy]'"
+        ) from None
+    return storage
+
+
+def serve_proxy(choice: StorageChoice, host: str, port: int, say: Say) -> None:
+    """Serve a run's database to workers until interrupted."""
+    from optuna.storages import run_grpc_proxy_server
+
+    if not choice.proxy:
+        raise StudyError('expected [storage] kind = "postgresql" with proxy = "host:port", where its workers find it')
+    storage = database(choice.url, choice.kind)
+    say(f"proxy of {shown_url(choice.url)} at {host}:{port}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        run_grpc_proxy_server(storage, host=host, port=port, thread_pool=ThreadPoolExecutor(_PROXY_THREADS))
+
+
+def database(url: str, kind: Kind) -> RDBStorage:
+    """A database as Optuna's storage. Raises MachineError without its driver."""
     options: dict[str, Any] = {}
     if kind == "postgresql":
         # a connection that a restart has cut is replaced before it is used
@@ -219,6 +279,8 @@ def _passes(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, PendingRollbackError):
             return True
+        if type(error).__module__.startswith("grpc"):
+            return "UNAVAILABLE" in str(error) or "OperationalError" in str(error)
         if isinstance(error, OperationalError | InterfaceError):
             return "authentication" not in str(error) and "does not exist" not in str(error)
         error = error.__cause__

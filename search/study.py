@@ -48,7 +48,8 @@ def open_study(
     study = opened.study
     distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
     # another seed for every continuation and worker, or the sampler would propose the same maps again
-    drawn = spec.search.seed + len(study.get_trials(deepcopy=False)) + zlib.crc32(worker.encode()) * bool(worker)
+    held = opened.patiently(lambda: study.get_trials(deepcopy=False))
+    drawn = spec.search.seed + len(held) + zlib.crc32(worker.encode()) * bool(worker)
     search = spec.search
     study.sampler = make_sampler(search.sampler, distributions, drawn % 2**32, knowledge, search.budget_percent)
     return opened

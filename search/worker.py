@@ -93,7 +93,7 @@ class Worker:
     def _evaluated(self, trial: Trial) -> str | None:
         """Evaluate one trial and tell the study; why it failed, None where it did not."""
         opened, began = self.opened, time.monotonic()
-        frozen = opened.study._storage.get_trial(trial._trial_id)
+        frozen = opened.patiently(lambda: opened.study._storage.get_trial(trial._trial_id))
         seeded = frozen.user_attrs.get(ORIGIN) not in SAMPLERS
         rivals = [] if seeded else opened.patiently(lambda: finished_differences(opened.study))
         outcome: Measured | str

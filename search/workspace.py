@@ -57,7 +57,7 @@ class Workspace:
             "calibration windows": self.splits.calibration.digest,
             "scheme": self.spec.precision.scheme.to_json(),
             "space": self.space.to_json(),
-            "compute": f"{self.spec.search.device} float32",
+            "compute": _compute_type(self.spec.search.device),
             **blocks,
         }
 
@@ -116,6 +116,16 @@ def check_device(name: str) -> torch.device:
         reason = str(error).split("\n")[0]
         raise StudyError(f"[search] device = {name!r} cannot be used here: {reason}") from None
     return device
+
+
+def _compute_type(device: str) -> str:
+    """What results depend on of the machine: a CPU's vector instructions, a GPU's model.
+
+    Rounding differs between them, and inputs that are rounded to int8 amplify it.
+    """
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} float32"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} float32"
 
 
 def window_length(spec: StudySpec, config: Config) -> int:

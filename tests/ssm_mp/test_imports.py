@@ -11,7 +11,15 @@ import pytest
 import ssm_mp
 
 ROOT = Path(__file__).parents[2]
-LIGHT = ("ssm_mp.errors", "ssm_mp.scheme", "search.errors", "search.spec")
+LIGHT = (
+    "ssm_mp.errors",
+    "ssm_mp.scheme",
+    "search.errors",
+    "search.spec",
+    "search.launch",
+    "search.status",
+    "search.cli",
+)
 SHARED_NAMES = ("benchmark", "calibrate", "convert", "evaluate")
 """Public functions that are named as the file that defines them."""
 
