@@ -74,7 +74,7 @@ def prepare(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop | None = No
 
     Raises StudyError where the run belongs to a study with another fingerprint, WorkInterruptedError where `stop` asks.
     """
-    study = _Preparation.begin(spec, run, say, stop or Stop())
+    study = _Preparation.begin(spec, run, say, Stop() if stop is None else stop)
     probes = study.all_probes()
     return study.prepared(probes)
 
