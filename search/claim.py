@@ -29,7 +29,6 @@ Choices = Mapping[str, tuple[str, ...]]
 LOST = "interrupted, and tried again"
 """Reason of a trial whose worker is gone."""
 
-_CLAIMED = (*FINISHED, TrialState.RUNNING)
 _MOST_ATTEMPTS = 10
 """A map that was interrupted so often is given up: it may be what kills its workers, or take longer than they live."""
 
@@ -119,7 +118,7 @@ def _queued(study: Study, space: Choices, owner: Owner, asked: int) -> Trial | I
     trials = study.get_trials(deepcopy=False)
     for mine in (trial for trial in trials if trial.state == TrialState.RUNNING and _owner(trial) == owner):
         # its answer was lost, perhaps with the lock: then another may have been let in meanwhile
-        if any(map_of(other) == map_of(mine) and other.state in _CLAIMED for other in trials if other is not mine):
+        if any(other.state != TrialState.WAITING for other in _same_map(trials, mine)):
             _put_back(study, mine, space, "claimed by another worker as well")
         elif _room(trials, asked) < 0:
             _put_back(study, mine, space, "claimed beyond the number asked for")
@@ -145,6 +144,19 @@ def _first(trial: FrozenTrial) -> int:
     return int(trial.user_attrs.get(FIRST, trial.number))
 
 
+def _same_map(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[FrozenTrial]:
+    """Other trials of a map, without failed ones and those that were stopped before a larger budget queued it again."""
+    chosen, first = map_of(trial), _first(trial)
+    return [
+        other
+        for other in trials
+        if other.number != trial.number
+        and other.state != TrialState.FAIL
+        and not (other.state == TrialState.PRUNED and other.number < first)
+        and map_of(other) == chosen
+    ]
+
+
 def _owner(trial: FrozenTrial) -> Owner | None:
     """Who works on a trial; None for one of an older version."""
     values = trial.user_attrs.get(OWNER)
@@ -162,11 +174,12 @@ def tell(opened: OpenStudy, trial: Trial, measured: Measured | str, budget_perce
         if held.state.is_finished():
             return held.state in FINISHED or isinstance(measured, str)
         try:
-            if isinstance(measured, str):
-                trial.set_user_attr(REASON, measured)
-                study.tell(trial, state=TrialState.FAIL)
-            else:
-                _tell_measured(study, trial, measured, budget_percent, seconds)
+            with opened.together():
+                if isinstance(measured, str):
+                    trial.set_user_attr(REASON, measured)
+                    study.tell(trial, state=TrialState.FAIL)
+                else:
+                    _tell_measured(study, trial, measured, budget_percent, seconds)
         except UpdateFinishedTrialError:
             return False
     return True
@@ -231,14 +244,10 @@ def _put_back(study: Study, trial: FrozenTrial, space: Choices, reason: str) -> 
     """
     attempt = int(trial.user_attrs.get(ATTEMPT, 1))
     chosen = map_of(trial)
-    elsewhere = {
-        map_key(map_of(other))
-        for other in study.get_trials(deepcopy=False)
-        if other.number != trial.number and other.state != TrialState.FAIL
-    }
+    elsewhere = _same_map(study.get_trials(deepcopy=False), trial)
     if attempt >= _MOST_ATTEMPTS:
         reason = f"interrupted {attempt} times, and given up"
-    elif set(chosen) == set(space) and map_key(chosen) not in elsewhere:
+    elif set(chosen) == set(space) and not elsewhere:
         again = Seed(chosen, trial.user_attrs.get(ORIGIN, ""))
         queue(study, again, space, {FIRST: _first(trial), ATTEMPT: attempt + 1})
     study._storage.set_trial_user_attr(trial._trial_id, REASON, reason)

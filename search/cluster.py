@@ -52,7 +52,7 @@ def prepare(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None) ->
     from search.launch import FAILED
     from search.prepare import prepare_alone
     from search.stop import Stop, WorkInterruptedError
-    from search.storage import choose_storage
+    from search.storage import choose_storage, require_reachable
     from ssm_mp.errors import SsmMpError
 
     spec, run = _study(study, run_dir, set_)
@@ -61,7 +61,7 @@ def prepare(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None) ->
         try:
             run.path.mkdir(parents=True, exist_ok=True)
             (run / FAILED).unlink(missing_ok=True)
-            choose_storage(spec, run, many=True, say=say)
+            require_reachable(choose_storage(spec, run, many=True, say=say), run, say)
             prepare_alone(spec, run, say, stop)
         except SsmMpError as error:
             run.write_json(FAILED, {"error": str(error)})  # for the workers, which need not find out for themselves
@@ -153,7 +153,7 @@ def proxy(
     from search.storage import choose_storage, serve_proxy
 
     spec, run = _study(study, run_dir, set_)
-    serve_proxy(choose_storage(spec, run, many=True, say=say), host, port, say)
+    serve_proxy(choose_storage(spec, run, many=True, say=say), run, host, port, say)
 
 
 def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:

@@ -10,7 +10,8 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,26 @@ class Journal(JournalFileBackend):
         super().__init__(str(path))
         self._path = path
         self._append_lock = lock
+        self._kept: list[dict[str, Any]] | None = None
         self._say = say
         self._patience = patience
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Write what is appended within as one piece at the end: all of it or nothing, and one wait for the disk."""
+        self._kept = []
+        try:
+            yield
+            kept, self._kept = self._kept, None
+            self.append_logs(kept)
+        finally:
+            self._kept = None
+
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines, all of them or none; a folder that is full for a while is waited for."""
+        if self._kept is not None:
+            self._kept += logs
+            return
         data = "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in logs).encode()
         deadline, told = time.monotonic() + self._patience, False
         while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from search.slurm import STEPS, Plan, QueueUnknownError, command_of_this_python,
 from search.spec import StudySpec
 from search.status import queued_jobs
 from search.storage import Say, choose_storage
+from ssm_mp.errors import SsmMpError
 
 LAUNCH, FAILED = "launch.json", "failed.json"
 """Files of a run directory: the jobs of its last launch; why preparing it failed."""
@@ -39,9 +41,15 @@ def submit_study(
     """
     _require_over(run)
     planned = _plan(spec, run, arguments, workers)
-    choose_storage(spec, run, many=True, say=say)
-    (run / FAILED).unlink(missing_ok=True)
-    jobs = submit(planned)
+    began = run.path.exists()
+    try:
+        choose_storage(spec, run, many=True, say=say)
+        (run / FAILED).unlink(missing_ok=True)
+        jobs = submit(planned)
+    except SsmMpError:
+        if not began:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
     steps = {"prepare": jobs.prepare, "search": jobs.search, "finish": jobs.finish}
     run.write_json(LAUNCH, {"jobs": steps, "workers": workers, "arguments": list(arguments)})
     return {

@@ -17,7 +17,7 @@ from search.run import finish_prepared
 from search.run_directory import RunDirectory
 from search.spec import StudySpec
 from search.stop import Stop
-from search.storage import choose_storage, connect
+from search.storage import choose_storage, connect, require_reachable
 from search.trials import asked_trials, counts, points
 
 LOGS = "logs"
@@ -32,7 +32,7 @@ def run_local(spec: StudySpec, run: RunDirectory, arguments: Sequence[str], work
     arguments: those of `ssm-mp worker` for this study. A worker that dies is replaced by the others.
     """
     with run.owned():
-        choose_storage(spec, run, many=True, say=say)
+        require_reachable(choose_storage(spec, run, many=True, say=say), run, say)
         prepared = prepare_alone(spec, run, say, Stop())
         (run / LOGS).mkdir(exist_ok=True)
         say(f"{workers} workers; their logs are in {run / LOGS}")

@@ -14,7 +14,7 @@ from search.report import Result
 from search.run_directory import CERTIFICATE, RunDirectory
 from search.spec import StudySpec
 from search.stop import Stop
-from search.storage import OpenStudy
+from search.storage import OpenStudy, choose_storage, require_reachable
 from search.study import begin, is_exhausted, open_study
 from search.trials import counts, points
 from search.worker import Ending, Task, Worker, take_over_lost
@@ -23,6 +23,8 @@ from search.worker import Ending, Task, Worker, take_over_lost
 def run_search(spec: StudySpec, run: RunDirectory, say: Say) -> Result:
     """Run or continue a study to its number of trials, then finish it: everything in the run directory."""
     with run.owned():
+        if spec.storage.kind == "postgresql":
+            require_reachable(choose_storage(spec, run, many=False, say=say), run, say)
         prepared = prepare(spec, run, say)
         opened = _opened(spec, run, prepared, say, many=False)
         _work(opened, spec, run, prepared, this_process(), say, Stop())

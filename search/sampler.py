@@ -86,10 +86,11 @@ class Unrepeated(BaseSampler):
         self._inner = inner
         self._space: dict[str, BaseDistribution] = dict(space)
         self._random = random.Random(seed)
+        self._keys: dict[int, str] = {}
 
     def propose(self, study: Study) -> Proposal | None:
         """The next map, with the attributes that the inner sampler notes on a trial (NSGA-II its generation)."""
-        if len(complete_maps(study, self._space)) >= prod(len(_choices(held)) for held in self._space.values()):
+        if len(self._seen(study)) >= prod(len(_choices(held)) for held in self._space.values()):
             return None
         draft, drafted = _Draft(study._storage), copy.copy(study)
         drafted._storage = draft  # type: ignore[assignment]  # all that a sampler asks of a storage
@@ -109,7 +110,7 @@ class Unrepeated(BaseSampler):
     ) -> dict[str, Any]:
         if "fixed_params" in trial.system_attrs:
             return {}  # an enqueued map: nothing to propose
-        seen = seen_maps(study)
+        seen = self._seen(study)
         proposal: dict[str, Any] = {}
         for _ in range(_ATTEMPTS):
             # what the inner sampler leaves open (NSGA-II's mutations, start-up trials) is drawn at random
@@ -137,6 +138,13 @@ class Unrepeated(BaseSampler):
 
     def reseed_rng(self) -> None:
         self._inner.reseed_rng()
+
+    def _seen(self, study: Study) -> set[str]:
+        """Keys of all complete maps of a study, each made once: such a map never changes."""
+        for trial in study.get_trials(deepcopy=False):
+            if trial.number not in self._keys and set(chosen := map_of(trial)) == self._space.keys():
+                self._keys[trial.number] = map_key(chosen)
+        return set(self._keys.values())
 
     def _any(self) -> dict[str, Any]:
         """A map at random."""

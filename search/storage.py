@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,7 +23,7 @@ from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.study import Study, StudyDirection
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, PendingRollbackError, SQLAlchemyError
 
 from search.errors import StudyError
 from search.file_lock import FileLock
@@ -43,6 +43,8 @@ _PROXY_THREADS = 15
 """As many as the database's pool has connections."""
 _PATIENCE_AT_START = 20.0
 """Seconds that a database is waited for where none has answered yet: its address may just be wrong."""
+_LASTING = ("authentication", "no password supplied", "does not exist")
+"""What a server says of an address or password that is wrong, and stays so."""
 _ONE_PROCESS = (
     "SQLite is for one process: measured with four, 14 of 120 queued trials ran twice. Give --run-dir another "
     'directory, or say [storage] kind = "journal" (a shared folder) or "postgresql"'
@@ -126,6 +128,7 @@ class OpenStudy:
     choice: StorageChoice
     _lock: FileLock | sqlalchemy.Engine
     _say: Say
+    _journal: Journal | None = None
     patience: float = PATIENCE
 
     @contextmanager
@@ -140,6 +143,12 @@ class OpenStudy:
             connection.execute(sqlalchemy.text("SELECT pg_advisory_xact_lock(:key)"), {"key": self._key})
             yield
             connection.execute(sqlalchemy.text("SELECT 1"))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Let a journal write what happens within as one piece; elsewhere nothing changes. Under the lock."""
+        with self._journal.together() if self._journal is not None else nullcontext():
+            yield
 
     @property
     def _key(self) -> int:
@@ -168,6 +177,12 @@ def opened_as_it_is(run: RunDirectory, spec: StudySpec, say: Say) -> OpenStudy:
     return connect(choose_storage(spec, run, many=False, say=say), run, say)
 
 
+def require_reachable(choice: StorageChoice, run: RunDirectory, say: Say) -> None:
+    """Raise MachineError where a database cannot be reached, before anything is measured that needs it."""
+    if choice.kind == "postgresql":
+        connect(choice, run, say)
+
+
 def read_study(run: RunDirectory) -> Study:
     """The study of a run that has begun, without its study file."""
     choice = stored_choice(run)
@@ -184,16 +199,16 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     lock = run.lock("claims")
     if choice.kind == "journal":
-        journal = JournalStorage(Journal((run / JOURNAL).absolute(), run.lock(JOURNAL), say))
+        journal = Journal((run / JOURNAL).absolute(), run.lock(JOURNAL), say)
         with lock.held():
-            return OpenStudy(_study(journal, choice), choice, lock, say)
+            return OpenStudy(_study(JournalStorage(journal), choice), choice, lock, say, journal)
     path = (run / DATABASE).absolute()
     url = f"sqlite:///{path}" if choice.kind == "sqlite" else choice.url
     where = str(path) if choice.kind == "sqlite" else shown_url(url)
     if choice.proxy:
         with lock.held():
             return OpenStudy(_study(proxied(choice), choice), choice, lock, say)
-    deadline = time.monotonic() + _PATIENCE_AT_START
+    deadline, told = time.monotonic() + _PATIENCE_AT_START, False
     while True:
         try:
             with lock.held():  # tables are made once
@@ -204,8 +219,10 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
             if choice.kind == "sqlite" or not _passes(error) or time.monotonic() > deadline:
                 advice = _advice(choice.kind)
                 raise MachineError(f"{where}: the database cannot be used ({_said(error)}){advice}") from None
-            say(f"{where}: {_said(error)}; trying again")
-        time.sleep(3)
+            if not told:
+                say(f"{where}: {_said(error)}; trying for {_PATIENCE_AT_START:.0f} s")
+                told = True
+        time.sleep(2)
 
 
 def proxied(choice: StorageChoice) -> BaseStorage:
@@ -227,13 +244,13 @@ def proxied(choice: StorageChoice) -> BaseStorage:
     return storage
 
 
-def serve_proxy(choice: StorageChoice, host: str, port: int, say: Say) -> None:
+def serve_proxy(choice: StorageChoice, run: RunDirectory, host: str, port: int, say: Say) -> None:
     """Serve a run's database to workers until interrupted."""
     from optuna.storages import run_grpc_proxy_server
 
     if not choice.proxy:
         raise StudyError('expected [storage] kind = "postgresql" with proxy = "host:port", where its workers find it')
-    storage = database(choice.url, choice.kind)
+    storage = connect(replace(choice, proxy=""), run, say).study._storage  # tables and study are there from now on
     say(f"proxy of {shown_url(choice.url)} at {host}:{port}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -281,8 +298,10 @@ def _passes(error: BaseException | None) -> bool:
             return True
         if type(error).__module__.startswith("grpc"):
             return "UNAVAILABLE" in str(error) or "OperationalError" in str(error)
+        if isinstance(error, IntegrityError):  # two programs that made the tables at the same moment
+            return "pg_type_typname_nsp_index" in str(error)
         if isinstance(error, OperationalError | InterfaceError):
-            return "authentication" not in str(error) and "does not exist" not in str(error)
+            return not any(lasting in str(error) for lasting in _LASTING)
         error = error.__cause__
     return False
 
