@@ -64,7 +64,8 @@ def prepare(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None) ->
             require_reachable(choose_storage(spec, run, many=True, say=say), run, say)
             prepare_alone(spec, run, say, stop)
         except SsmMpError as error:
-            run.write_json(FAILED, {"error": str(error)})  # for the workers, which need not find out for themselves
+            if error.exit_code == SsmMpError.exit_code:  # the user's mistake: no worker on another machine does better
+                run.write_json(FAILED, {"error": str(error)})
             raise
         except WorkInterruptedError:
             _leave(stop)
