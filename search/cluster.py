@@ -93,11 +93,11 @@ def worker(
         require_not_failed(run)
         choose_storage(spec, run, many=True, say=say)
         if exists(run):
-            standing = opened_as_it_is(run, spec, say).study
-            if is_finished(standing, spec.search.trials, spec.search.budget_percent):
+            opened, search = opened_as_it_is(run, spec, say), spec.search
+            if opened.patiently(lambda: is_finished(opened.study, search.trials, search.budget_percent)):
                 say("the study has all its trials already")
                 return _finish_last(spec, run) if finish_ else None
-        from search.run import run_worker
+        from search.working import run_worker
 
         try:
             ending = run_worker(spec, run, say, stop)
@@ -216,6 +216,7 @@ def _leave(stop: Stop) -> None:
             states = {}
         again = task.job in states and states[task.job].state == "RUNNING"
     if task is not None and again:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which comes with the requeue, and need not be waited out
         refused = requeue(task.job)
         if refused is None:
             say("requeued")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from scipy import stats
+from scipy.special import stdtrit
 
 
 def reach(confidence: float, skewness: float, windows: int) -> float:
@@ -13,7 +13,7 @@ def reach(confidence: float, skewness: float, windows: int) -> float:
     Hall's cubic transformation of the t statistic, inverted (J. R. Statist. Soc. B 54, 1992, 221–228): a few windows
     in a long tail are easily missed, and the mean and the standard error are then too low together.
     """
-    quantile = float(stats.t.ppf(confidence, windows - 1))
+    quantile = float(stdtrit(windows - 1, confidence))
     a = skewness / (3 * math.sqrt(windows))
     if a < 1e-9:  # no long tail on this side
         return quantile

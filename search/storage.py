@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -272,6 +272,8 @@ def database(url: str, kind: Kind) -> RDBStorage:
 
 
 def _study(storage: BaseStorage, choice: StorageChoice) -> Study:
+    with suppress(KeyError):  # looking at a study writes nothing, so that it works on a full folder too
+        return optuna.load_study(study_name=choice.study, storage=storage)
     return optuna.create_study(
         study_name=choice.study,
         storage=storage,

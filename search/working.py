@@ -1,0 +1,96 @@
+"""One worker of a study, from its study file to its last trial. Loads nothing that only the end of a search needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from search.front import pareto_front
+from search.objective import Measured, Objective
+from search.owner import LEASES, Owner, lease, this_process
+from search.prepare import Prepared, Say, prepare, seeds
+from search.progress import Progress
+from search.run_directory import CERTIFICATE, RunDirectory
+from search.spec import StudySpec
+from search.stop import Stop
+from search.storage import OpenStudy
+from search.study import begin, open_study
+from search.trials import counts, points
+from search.worker import Ending, Task, Worker
+
+
+def run_worker(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> Ending:
+    """Prepare the study together with the other workers, then evaluate trials until it has as many as asked for.
+
+    Raises WorkInterruptedError where a signal comes before the first trial.
+    """
+    owner = this_process()
+    prepared = prepare(spec, run, say, stop)
+    opened = open_prepared(spec, run, prepared, say, many=True, worker=owner.name)
+    return work_on(opened, spec, run, prepared, owner, say, stop)
+
+
+def open_prepared(
+    spec: StudySpec, run: RunDirectory, prepared: Prepared, say: Say, *, many: bool, worker: str = ""
+) -> OpenStudy:
+    """The study of a run that has been prepared, with its sampler."""
+    fingerprint = prepared.workspace.fingerprint()
+    return open_study(
+        spec, run, prepared.choices, fingerprint, prepared.knowledge, worker=worker, many=many, say=say
+    )  # fmt: skip
+
+
+def asked_of(opened: OpenStudy, spec: StudySpec, prepared: Prepared) -> int:
+    """Queue what comes first, and say how many trials the study is to have."""
+    first = seeds(prepared)
+    return opened.patiently(
+        lambda: begin(opened, first, prepared.choices, spec.search.trials, spec.search.budget_percent)
+    )
+
+
+def work_on(
+    opened: OpenStudy, spec: StudySpec, run: RunDirectory, prepared: Prepared, owner: Owner, say: Say, stop: Stop
+) -> Ending:
+    """Evaluate trials as one worker, holding its lease."""
+    with lease(run / LEASES, owner):
+        asked = asked_of(opened, spec, prepared)
+        finished = opened.patiently(lambda: counts(opened.study)).finished
+        if finished < asked:
+            (run / CERTIFICATE).unlink(missing_ok=True)  # of a front that is about to change
+        progress = Progress("trials", asked, finished)
+        worker = Worker(
+            opened=opened,
+            run=run,
+            space=prepared.choices,
+            owner=owner,
+            asked=asked,
+            budget_percent=spec.search.budget_percent,
+            sampler=spec.search.sampler,
+            evaluate=evaluation(spec, prepared, stop),
+            after=lambda finished: _show(progress, opened, prepared, spec) if finished else None,
+            say=say,
+            stop=stop,
+        )
+        ending = worker.work()
+        progress.close()
+        return ending
+
+
+def evaluation(spec: StudySpec, prepared: Prepared, stop: Stop) -> Callable[[Task], Measured]:
+    """What a worker does with a task: really convert, really evaluate, in a race where the study says so."""
+    objective = Objective(prepared.workspace, prepared.baseline, stop.check)
+    space = prepared.workspace.space
+
+    def evaluate(task: Task) -> Measured:
+        if not spec.search.racing:
+            return objective(space.map(task.params))
+        return objective.race(space.map(task.params), task.rivals, spec.search.racing_error)
+
+    return evaluate
+
+
+def _show(progress: Progress, opened: OpenStudy, prepared: Prepared, spec: StudySpec) -> None:
+    """The number of finished trials, whoever finished them, and the smallest map within the budget."""
+    found = opened.patiently(lambda: points(opened.study, prepared.workspace.space.choices))
+    front = pareto_front(found, spec.search.budget_percent)
+    best = f"best {front[0].compression:.2f}× at {front[0].increase_percent:+.2f} %" if front else "none within budget"
+    progress.show(len(found), best)
