@@ -17,7 +17,19 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from search.measured import ATTEMPT, DIFFERENCES, FINISHED, FIRST, MEASURED, ORIGIN, OWNER, REASON, map_of, packed
+from search.measured import (
+    ATTEMPT,
+    DIFFERENCES,
+    FINISHED,
+    FIRST,
+    MEASURED,
+    ORIGIN,
+    OWNER,
+    REASON,
+    REOPENED,
+    map_of,
+    packed,
+)
 from search.objective import Measured
 from search.owner import Owner, owner_from_json
 from search.sampler import map_key, proposer, seen_maps
@@ -130,6 +142,13 @@ def _queued(study: Study, space: Choices, owner: Owner, asked: int) -> Trial | I
     if _room(trials, asked) <= 0:
         return Idle.wait
     for waiting in sorted((trial for trial in trials if trial.state == TrialState.WAITING), key=_first):
+        # two that queue at once, one of them without the lock, which a restarted server has let go
+        states = {other.state for other in _same_map(trials, waiting)}
+        if states.intersection(FINISHED):
+            study._storage.set_trial_user_attr(waiting._trial_id, REASON, "queued twice")
+            study._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
+        if states.intersection((*FINISHED, TrialState.RUNNING)):
+            continue
         study._storage.set_trial_user_attr(waiting._trial_id, OWNER, owner.to_json())  # before anyone sees it run
         if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
             trial = Trial(study, waiting._trial_id)
@@ -146,13 +165,13 @@ def _first(trial: FrozenTrial) -> int:
 
 def _same_map(trials: Sequence[FrozenTrial], trial: FrozenTrial) -> list[FrozenTrial]:
     """Other trials of a map, without failed ones and those that were stopped before a larger budget queued it again."""
-    chosen, first = map_of(trial), _first(trial)
+    chosen, reopened = map_of(trial), trial.user_attrs.get(REOPENED, -1)
     return [
         other
         for other in trials
         if other.number != trial.number
         and other.state != TrialState.FAIL
-        and not (other.state == TrialState.PRUNED and other.number < first)
+        and not (other.state == TrialState.PRUNED and other.number <= reopened)
         and map_of(other) == chosen
     ]
 
@@ -249,6 +268,7 @@ def _put_back(study: Study, trial: FrozenTrial, space: Choices, reason: str) -> 
         reason = f"interrupted {attempt} times, and given up"
     elif set(chosen) == set(space) and not elsewhere:
         again = Seed(chosen, trial.user_attrs.get(ORIGIN, ""))
-        queue(study, again, space, {FIRST: _first(trial), ATTEMPT: attempt + 1})
+        kept = {key: trial.user_attrs[key] for key in (REOPENED,) if key in trial.user_attrs}
+        queue(study, again, space, {**kept, FIRST: _first(trial), ATTEMPT: attempt + 1})
     study._storage.set_trial_user_attr(trial._trial_id, REASON, reason)
     study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)

@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,12 @@ class Journal(JournalFileBackend):
             self.append_logs(kept)
         finally:
             self._kept = None
+
+    def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
+        """The whole lines; under the lock, for what a full disk takes back must never have been seen."""
+        with self._append_lock.held():
+            lines = list(super().read_logs(log_number_from))
+        yield from lines
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         """Write lines, all of them or none; a folder that is full for a while is waited for."""

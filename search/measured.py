@@ -16,8 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 MEASURED, ORIGIN, REASON, DIFFERENCES = "measured", "origin", "reason", "differences"
 """Names of the user attributes: figures, where the map comes from, why it failed, log-increase of each window."""
 
-OWNER, ATTEMPT, FIRST = "owner", "attempt", "first"
-"""Who evaluates it; which try of this map it is, from 1; number of the trial that tried it first."""
+OWNER, ATTEMPT, FIRST, REOPENED = "owner", "attempt", "first", "reopened"
+"""Who evaluates it; which try of this map it is, from 1; number of the trial that tried it first; number of the one
+that a smaller budget stopped."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 """Trials with a result: with all windows, or stopped early."""

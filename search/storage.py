@@ -45,6 +45,8 @@ _PATIENCE_AT_START = 20.0
 """Seconds that a database is waited for where none has answered yet: its address may just be wrong."""
 _LASTING = ("authentication", "no password supplied", "does not exist")
 """What a server says of an address or password that is wrong, and stays so."""
+_COMING = ("starting up", "shutting down", "recovery mode", "not yet accepting connections")
+"""What a server says that is there, and will soon be of use."""
 _ONE_PROCESS = (
     "SQLite is for one process: measured with four, 14 of 120 queued trials ran twice. Give --run-dir another "
     'directory, or say [storage] kind = "journal" (a shared folder) or "postgresql"'
@@ -208,7 +210,7 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
     if choice.proxy:
         with lock.held():
             return OpenStudy(_study(proxied(choice), choice), choice, lock, say)
-    deadline, told = time.monotonic() + _PATIENCE_AT_START, False
+    deadline = 0.0
     while True:
         try:
             with lock.held():  # tables are made once
@@ -216,12 +218,13 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
                 study = _study(storage, choice)
             return OpenStudy(study, choice, storage.engine if choice.lock == "database" else lock, say)
         except (SQLAlchemyError, StorageInternalError) as error:
-            if choice.kind == "sqlite" or not _passes(error) or time.monotonic() > deadline:
+            if choice.kind == "sqlite" or not _passes(error) or 0 < deadline < time.monotonic():
                 advice = _advice(choice.kind)
                 raise MachineError(f"{where}: the database cannot be used ({_said(error)}){advice}") from None
-            if not told:
+            if not deadline:
                 say(f"{where}: {_said(error)}; trying for {_PATIENCE_AT_START:.0f} s")
-                told = True
+            if not deadline or any(coming in str(error) for coming in _COMING):
+                deadline = time.monotonic() + _PATIENCE_AT_START
         time.sleep(2)
 
 

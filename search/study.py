@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from search.claim import Choices, Seed, enqueue, queue
 from search.front_sampler import FrontSampler
 from search.knowledge import Knowledge
-from search.measured import FINISHED, MEASURED, ORIGIN, map_of
+from search.measured import FINISHED, MEASURED, ORIGIN, REOPENED, map_of
 from search.run_directory import RunDirectory, require_same
 from search.sampler import complete_maps, make_sampler, map_key
 from search.spec import StudySpec
@@ -94,7 +94,8 @@ def reconsider(study: Study, space: Choices, budget_percent: float) -> int:
         measured = trial.user_attrs.get(MEASURED, {})
         over = trial.state == TrialState.PRUNED and measured.get("stopped") == "over budget"
         if over and measured.get("lower_percent", np.inf) <= budget_percent and map_key(map_of(trial)) not in known:
-            queue(study, Seed(map_of(trial), trial.user_attrs.get(ORIGIN, "")), space)
+            again = Seed(map_of(trial), trial.user_attrs.get(ORIGIN, ""))
+            queue(study, again, space, {REOPENED: trial.number})
             known.add(map_key(map_of(trial)))
             queued += 1
     return queued

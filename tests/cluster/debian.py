@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from filelock import FileLock
+from search.file_lock import FileLock
 
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 SLURM_BINARIES = ("slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scancel", "scontrol", "munged")
@@ -61,7 +61,7 @@ def install(packages: Sequence[str], binaries: Sequence[str]) -> None:
         raise NotInstallableError(f"{needed}, but apt-get is not here: install them by the system's own means")
     if os.geteuid() != 0:
         raise NotInstallableError(f"{needed}, but only root may install: run apt-get install as root")
-    with FileLock(Path(tempfile.gettempdir(), "ssm-mp-apt.lock")):
+    with FileLock(Path(tempfile.gettempdir(), "ssm-mp-apt.lock")).held():
         # Another test process may have installed them while this one waited.
         if _missing(binaries):
             with _file(NO_CLUSTER, "create_main_cluster = false\n"), _file(NO_DAEMONS, "#!/bin/sh\nexit 101\n", 0o755):
