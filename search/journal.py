@@ -35,12 +35,13 @@ class Journal(JournalFileBackend):
         self._path = path
         self._append_lock = lock
         self._kept: list[dict[str, Any]] | None = None
+        self._deferred, self._unsettled = False, False
         self._say = say
         self._patience = patience
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Write what is appended within as one piece at the end: all of it or nothing, and one wait for the disk."""
+        """Write what is appended within as one piece at the end: all of it or nothing."""
         self._kept = []
         try:
             yield
@@ -49,8 +50,29 @@ class Journal(JournalFileBackend):
         finally:
             self._kept = None
 
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Wait for the disk once, at the end, for all that is appended within."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+            if self._unsettled:
+                self._settle()
+
+    def _settle(self) -> None:
+        """See what was appended on the disk, where it outlives a loss of power."""
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+        self._unsettled = False
+
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """The whole lines; under the lock, for what a full disk takes back must never have been seen."""
+        known = self._log_number_offset.get(log_number_from)
+        with self._path.open("rb") as file:  # over NFS, a size is true only of a file that was just opened
+            if os.fstat(file.fileno()).st_size == known:
+                return
         with self._append_lock.held():
             lines = list(super().read_logs(log_number_from))
         yield from lines
@@ -66,6 +88,9 @@ class Journal(JournalFileBackend):
             try:
                 with self._append_lock.held():
                     _append_whole(self._path, data)
+                self._unsettled = True
+                if not self._deferred:
+                    self._settle()
                 return
             except OSError as error:
                 if error.errno not in _PASSING or time.monotonic() > deadline:
@@ -89,7 +114,6 @@ def _append_whole(path: Path, data: bytes) -> None:
             written = 0
             while written < len(data):
                 written += file.write(data[written:])
-            os.fsync(file.fileno())
         except OSError:
             file.truncate(end)  # frees space, so it works on a full disk
             raise

@@ -137,7 +137,8 @@ class OpenStudy:
     def locked(self) -> Iterator[None]:
         """Hold the study's lock. Raises a database error where it was lost before the end."""
         if isinstance(self._lock, FileLock):
-            with self._lock.held():
+            # the disk is waited for after the lock, by all workers side by side
+            with self._journal.deferred() if self._journal is not None else nullcontext(), self._lock.held():
                 yield
             return
         with self._lock.begin() as connection:
