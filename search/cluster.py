@@ -84,19 +84,16 @@ def worker(
     """
     from search.launch import require_not_failed
     from search.stop import Stop, WorkInterruptedError
-    from search.storage import choose_storage, exists, opened_as_it_is
-    from search.trials import is_finished
+    from search.storage import choose_storage
 
     spec, run = _study(study, run_dir, set_)
     stop = Stop()
     with stop.listening(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         require_not_failed(run)
         choose_storage(spec, run, many=True, say=say)
-        if exists(run):
-            opened, search = opened_as_it_is(run, spec, say), spec.search
-            if opened.patiently(lambda: is_finished(opened.study, search.trials, search.budget_percent)):
-                say("the study has all its trials already")
-                return _finish_last(spec, run) if finish_ else None
+        if _has_all_trials(spec, run):  # told before anything is loaded
+            say("the study has all its trials already")
+            return _finish_last(spec, run) if finish_ else None
         from search.working import run_worker
 
         try:
@@ -181,6 +178,18 @@ def _study(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[S
     return spec, RunDirectory.of(spec, run_dir)
 
 
+def _has_all_trials(spec: StudySpec, run: RunDirectory) -> bool:
+    from search.storage import exists, opened_as_it_is
+    from search.trials import is_finished
+
+    if not exists(run):
+        return False
+    opened, asked = opened_as_it_is(run, spec, say), spec.search
+    found = opened.patiently(lambda: is_finished(opened.study, asked.trials, asked.budget_percent))
+    opened.close()
+    return found
+
+
 def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
     """Finish, where no other worker does or did."""
     from search.errors import StudyError
@@ -239,6 +248,9 @@ def _standing(spec: StudySpec, run: RunDirectory) -> dict[str, Any]:
         if not jobs:
             run.require()
         return empty_standing(spec.search.trials, jobs).to_json()
-    study = opened_as_it_is(run, spec, say).study
-    found = standing(study, run.space(), spec.search.trials, spec.search.budget_percent, datetime.now(), jobs)
+    opened, asked = opened_as_it_is(run, spec, say), spec.search
+    found = opened.patiently(
+        lambda: standing(opened.study, run.space(), asked.trials, asked.budget_percent, datetime.now(), jobs)
+    )
+    opened.close()
     return found.to_json()

@@ -7,6 +7,7 @@ continuation open the same study.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import secrets
 import time
 import warnings
@@ -153,6 +154,11 @@ class OpenStudy:
         with self._journal.together() if self._journal is not None else nullcontext():
             yield
 
+    def close(self) -> None:
+        """Let a database's connections go."""
+        if isinstance(self._lock, sqlalchemy.Engine):
+            self._lock.dispose()
+
     @property
     def _key(self) -> int:
         digest = hashlib.sha256(self.choice.study.encode()).digest()
@@ -233,6 +239,7 @@ def proxied(choice: StorageChoice) -> BaseStorage:
     """The storage behind a gRPC proxy. Raises MachineError where none answers."""
     from optuna.storages import GrpcStorageProxy
 
+    _require_grpc()
     host, _, port = choice.proxy.partition(":")
     try:
         with warnings.catch_warnings():
@@ -241,17 +248,21 @@ def proxied(choice: StorageChoice) -> BaseStorage:
         storage.wait_server_ready(timeout=_PATIENCE_AT_START)
     except ConnectionError:
         raise MachineError(f"{choice.proxy}: no proxy answers; start one there with `ssm-mp proxy STUDY`") from None
-    except ImportError:
+    return storage
+
+
+def _require_grpc() -> None:
+    if importlib.util.find_spec("grpc") is None:
         raise MachineError(
             "[storage] proxy needs grpcio, which is not installed: pip install --constraint constraints.txt '.[proxy]'"
-        ) from None
-    return storage
+        )
 
 
 def serve_proxy(choice: StorageChoice, run: RunDirectory, host: str, port: int, say: Say) -> None:
     """Serve a run's database to workers until interrupted."""
     from optuna.storages import run_grpc_proxy_server
 
+    _require_grpc()
     if not choice.proxy:
         raise StudyError('expected [storage] kind = "postgresql" with proxy = "host:port", where its workers find it')
     storage = connect(replace(choice, proxy=""), run, say).study._storage  # tables and study are there from now on

@@ -126,6 +126,37 @@ def holding(folder: Path, secret: str) -> list[str]:
     return [str(path) for path in folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()]
 
 
+def test_workers_behind_a_proxy_finish_exactly_and_wait_for_it_when_it_restarts(
+    postgres: PrivatePostgres, tmp_path: Path, front_alone: Front
+) -> None:
+    port = free_ports(1)[0]
+    storage = f'[storage]\nkind = "postgresql"\nurl = "{postgres.url}"\nproxy = "localhost:{port}"\n'
+    studying.write_long_study(tmp_path, windows=WINDOWS, extra=storage)
+
+    def serve() -> subprocess.Popen[bytes]:
+        return studying.started(
+            "proxy", STUDY, "--port", port, cwd=tmp_path, log=tmp_path / "proxy.log", environment=postgres.environment
+        )
+
+    proxy = serve()
+    with crew(tmp_path, postgres) as workers:
+        try:
+            workers.start(4)
+            opened = workers.opened()
+            workers.until(opened, 5)
+            opened.close()
+            proxy.kill()
+            proxy.wait()
+            proxy = serve()
+            workers.done()
+        finally:
+            proxy.kill()
+            proxy.wait()
+        assert "the database is away" in workers.logged()
+    require_exact(tmp_path)
+    assert front_of(tmp_path) == front_alone
+
+
 @pytest.mark.parametrize(("workers", "sampler"), [(3, "front"), (8, "front"), (8, "nsga2"), (8, "tpe"), (8, "random")])
 def test_workers_that_do_nothing_but_claim_finish_exactly_n_different_maps(
     postgres: PrivatePostgres, tmp_path: Path, workers: int, sampler: str
