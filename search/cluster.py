@@ -33,7 +33,7 @@ def launch(
 ) -> None:
     """Submit a search to Slurm: prepare, an array of workers, finish."""
     from search.answers import launched
-    from search.launch import dry_run_text, submit_study
+    from search.launch import dry_run_text, idle_gpu_note, submit_study
     from search.run_directory import RunDirectory
     from search.spec import load_spec
 
@@ -41,6 +41,8 @@ def launch(
     spec = load_spec(study, asked)
     run = RunDirectory.of(spec, run_dir)
     arguments = passed_on(study, run_dir, asked)
+    if note := idle_gpu_note(spec):
+        say(note)
     if dry_run:
         print(dry_run_text(spec, run, arguments, workers))
         return

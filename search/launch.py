@@ -66,6 +66,17 @@ def _plan(spec: StudySpec, run: RunDirectory, arguments: Sequence[str], workers:
     return plan(spec.slurm, arguments, workers=workers, jobs=run / JOBS, logs=run / LOGS, command=command)
 
 
+def idle_gpu_note(spec: StudySpec) -> str | None:
+    """A word on a GPU that is asked of Slurm and that the study does not use; None where that is not so."""
+    asked = [line for line in spec.slurm.directives() if line.startswith(("--gres=gpu", "--gpus"))]
+    if not asked or spec.search.device != "cpu":
+        return None
+    return (
+        f'note: {asked[0]} asks for a GPU, and [search] device = "cpu" leaves it idle: say device = "cuda", or '
+        "[slurm] gres = false"
+    )
+
+
 def _require_over(run: RunDirectory) -> None:
     """Refuse a second launch beside a living one: each would finish, and certify, the same study."""
     steps = _launched(run)
