@@ -213,18 +213,22 @@ def connect(choice: StorageChoice, run: RunDirectory, say: Say) -> OpenStudy:
             return OpenStudy(_study(JournalStorage(journal), choice), choice, lock, say, journal)
     path = (run / DATABASE).absolute()
     url = f"sqlite:///{path}" if choice.kind == "sqlite" else choice.url
-    where = str(path) if choice.kind == "sqlite" else shown_url(url)
-    if choice.proxy:
-        with lock.held():
-            return OpenStudy(_study(proxied(choice), choice), choice, lock, say)
+    where = str(path) if choice.kind == "sqlite" else choice.proxy or shown_url(url)
+    making = run.lock("tables")  # not the claims' lock: nobody else need wait for a server that is away
     deadline = 0.0
     while True:
         try:
-            with lock.held():  # tables are made once
+            if choice.proxy:
+                behind = proxied(choice)
+                with making.held():
+                    return OpenStudy(_study(behind, choice), choice, lock, say)
+            with making.held():  # tables are made once
                 storage = database(url, choice.kind)
                 study = _study(storage, choice)
             return OpenStudy(study, choice, storage.engine if choice.lock == "database" else lock, say)
-        except (SQLAlchemyError, StorageInternalError) as error:
+        except Exception as error:
+            if not isinstance(error, SQLAlchemyError | StorageInternalError) and not _of_proxy(error):
+                raise
             if choice.kind == "sqlite" or not _passes(error) or 0 < deadline < time.monotonic():
                 advice = _advice(choice.kind)
                 raise MachineError(f"{where}: the database cannot be used ({_said(error)}){advice}") from None
@@ -313,7 +317,7 @@ def _passes(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, PendingRollbackError):
             return True
-        if type(error).__module__.startswith("grpc"):
+        if _of_proxy(error):
             return "UNAVAILABLE" in str(error) or "OperationalError" in str(error)
         if isinstance(error, IntegrityError):  # two programs that made the tables at the same moment
             return "pg_type_typname_nsp_index" in str(error)
@@ -321,6 +325,11 @@ def _passes(error: BaseException | None) -> bool:
             return not any(lasting in str(error) for lasting in _LASTING)
         error = error.__cause__
     return False
+
+
+def _of_proxy(error: BaseException) -> bool:
+    """Whether an error is of gRPC, which need not be installed."""
+    return type(error).__module__.startswith("grpc")
 
 
 def _said(error: BaseException) -> str:

@@ -138,10 +138,10 @@ def test_workers_behind_a_proxy_finish_exactly_and_wait_for_it_when_it_restarts(
             "proxy", STUDY, "--port", port, cwd=tmp_path, log=tmp_path / "proxy.log", environment=postgres.environment
         )
 
-    proxy = serve()
     with crew(tmp_path, postgres) as workers:
+        workers.start(4)  # before the proxy: they wait for it, and it must not wait for them
+        proxy = serve()
         try:
-            workers.start(4)
             opened = workers.opened()
             workers.until(opened, 5)
             opened.close()
