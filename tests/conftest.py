@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import signal
+
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
 settings.register_profile("project", deadline=None, max_examples=60)
 settings.load_profile("project")
+
+# a shell's background jobs ignore interrupts, and would hand that down to the commands that tests interrupt
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
