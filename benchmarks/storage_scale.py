@@ -1,6 +1,6 @@
 """How far one study reaches: what a claim and a tell take, and what a new worker waits, in a study of many trials.
 
-    python -m benchmarks.storage_scale [--trials 300 3000 10000] [--json]
+    python -m benchmarks.storage_scale [--trials 300 1000] [--json]
 
 Claims and tells of one study happen one after another, so the time of one, with nobody else asking, says how many
 trials a second all its workers together can be given. The objective is empty, there are 22 components and 128 windows,
@@ -110,7 +110,7 @@ def _connections(choice: StorageChoice, run: RunDirectory, server: PrivatePostgr
     for opened in workers:
         with opened.locked():
             pass
-    return int(server.psql(count)) - before
+    return max(0, int(server.psql(count)) - before)  # the connection that filled the study may be gone by now
 
 
 @contextmanager
@@ -158,7 +158,7 @@ def all_scales(trials: list[int]) -> Iterator[Scale]:
 def main() -> None:
     """Measure and print."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--trials", type=int, nargs="+", default=[300, 3000, 10000])
+    arguments.add_argument("--trials", type=int, nargs="+", default=[300, 1000])
     arguments.add_argument("--json", action="store_true")
     asked = arguments.parse_args()
     rows = []
