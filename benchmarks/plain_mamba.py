@@ -30,9 +30,9 @@ class PlainScan(nn.Module):
         self.A_log = nn.Parameter(torch.empty(config.d_inner, config.d_state))
         self.D = nn.Parameter(torch.empty(config.d_inner))
 
-    def forward(self, a: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:  # noqa: N803
-        """`a, delta [b, l, I]`, `B, C [b, l, N]` → `[b, l, I]`."""
-        return self.scan(a, delta, -torch.exp(self.A_log), B, C, self.D)
+    def forward(self, a: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor) -> Tensor:  # noqa: N803
+        """`a, dt, z [b, l, I]`, `B, C [b, l, N]` → `[b, l, I]`, gated by `z`."""
+        return self.scan(a, dt, -torch.exp(self.A_log), B, C, self.D, z, None)[0]
 
 
 class PlainMixer(nn.Module):
@@ -57,8 +57,7 @@ class PlainMixer(nn.Module):
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # [b, l, I] each
         a = F.silu(self.conv1d(a.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2))
         dt, B, C = self.x_proj(a).split(self.sizes, dim=-1)  # [b, l, R], [b, l, N], [b, l, N]  # noqa: N806
-        y = self.scan(a, F.softplus(self.dt_proj(dt)), B, C)
-        out: Tensor = self.out_proj(y * F.silu(z))
+        out: Tensor = self.out_proj(self.scan(a, self.dt_proj(dt), B, C, z))
         return out
 
 

@@ -126,5 +126,5 @@ def _run(model: LanguageModel, windows: Windows) -> None:
     device = next(model.parameters()).device
     with torch.inference_mode():
         for ids in windows.ids.split(_BATCH):
-            for part in model.hidden(ids.to(device)).split(model.head_rows(windows.length)):
+            for part in model.hidden(ids.to(device)).flatten(0, 1).split(model.head_tokens):
                 model.head(part)

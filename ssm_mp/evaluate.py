@@ -6,7 +6,7 @@ Dimensions: `w` windows, `b` batch, `L` window length, `d` model, `V` vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,13 @@ from torch import Tensor
 
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
+from ssm_mp.kernels import calls
 from ssm_mp.models import LanguageModel
+from ssm_mp.parallel import in_parallel
 
-BATCH = 32
+_SHARD_TOKENS = 1024
+"""Tokens that one thread takes at a time: their activations then stay near its core."""
+_GPU_WINDOWS = 32
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -75,9 +79,7 @@ class Prefix:
     hidden: Tensor
 
 
-def evaluate(
-    model: LanguageModel, windows: Windows, batch: int = BATCH, before_layer: Callable[[], None] | None = None
-) -> Evaluation:
+def evaluate(model: LanguageModel, windows: Windows, before_layer: Callable[[], None] | None = None) -> Evaluation:
     """Negative log-likelihood of every window, summed in float64. Deterministic on one machine.
 
     before_layer: called before each layer; what it raises ends the evaluation.
@@ -89,54 +91,60 @@ def evaluate(
     >>> evaluate(model, Windows(torch.arange(256).reshape(2, 128))).tokens
     254
     """
-    parts = []
-    with torch.inference_mode():
-        for ids in windows.ids.to(_device(model)).split(batch):
-            parts.append(_window_nll(model, model.hidden(ids, before_layer), ids))
+    score = _scorer(model)
+
+    def nll(ids: Tensor) -> FloatArray:
+        return _window_nll(model, score, model.hidden(ids, before_layer), ids)
+
+    parts = in_parallel(nll, _shards(windows.ids.to(_device(model))))
     return _finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
-def start(model: LanguageModel, windows: Windows, batch: int = BATCH) -> Prefix:
+def start(model: LanguageModel, windows: Windows) -> Prefix:
     """The embedded windows: the prefix of layer 0."""
-    with torch.inference_mode():
-        return Prefix(0, torch.cat([model.embed(ids) for ids in windows.ids.to(_device(model)).split(batch)]))
+    return Prefix(0, torch.cat(in_parallel(model.embed, _shards(windows.ids.to(_device(model))))))
 
 
 def advance(
-    model: LanguageModel,
-    prefix: Prefix,
-    layers: int = 1,
-    batch: int = BATCH,
-    before_layer: Callable[[], None] | None = None,
+    model: LanguageModel, prefix: Prefix, layers: int = 1, before_layer: Callable[[], None] | None = None
 ) -> Prefix:
     """The prefix `layers` further on; `before_layer` as in `evaluate`."""
-    hidden = prefix.hidden
-    with torch.inference_mode():
-        for layer in model.layers[prefix.layer : prefix.layer + layers]:
+    run = model.layers[prefix.layer : prefix.layer + layers]
+
+    def onward(hidden: Tensor) -> Tensor:
+        for layer in run:
             if before_layer is not None:
                 before_layer()
-            hidden = torch.cat([layer(part) for part in hidden.split(batch)])
-    return Prefix(prefix.layer + layers, hidden)
+            hidden = layer(hidden)
+        return hidden
+
+    return Prefix(prefix.layer + layers, torch.cat(in_parallel(onward, _shards(prefix.hidden))))
 
 
 def finish(model: LanguageModel, final: Prefix, windows: Windows) -> Evaluation:
     """Evaluation from the last hidden states alone."""
-    with torch.inference_mode():
-        nll = _window_nll(model, final.hidden, windows.ids.to(final.hidden.device))
-    return _finite(Evaluation(nll, windows.predicted))
+    score = _scorer(model)
+    pairs = list(zip(_shards(final.hidden), _shards(windows.ids.to(final.hidden.device)), strict=True))
+    parts = in_parallel(lambda pair: _window_nll(model, score, *pair), pairs)
+    return _finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
 def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel, found: Prefix) -> float:
     """Kullback–Leibler divergence KL(reference ‖ model), nats a token, from both models' last hidden states."""
-    total, tokens = 0.0, 0
-    step = reference.head_rows(expected.hidden.shape[1])
-    with torch.inference_mode():
-        for ours, theirs in zip(expected.hidden.split(step), found.hidden.split(step), strict=True):
-            target = reference.scores(ours[:, :-1]).log_softmax(dim=-1)
-            logs = model.scores(theirs[:, :-1]).log_softmax(dim=-1)
-            total += F.kl_div(logs, target, reduction="sum", log_target=True).double().item()
-            tokens += target.shape[0] * target.shape[1]
-    return max(0.0, total / tokens)  # rounding can leave it a hair below zero
+    scorers = _scorer(reference), _scorer(model)
+
+    def total(pair: tuple[Tensor, Tensor]) -> float:
+        """Over all predicted tokens of some windows `[b, L, d]`."""
+        chunks = (hidden[:, :-1].flatten(0, 1).split(model.head_tokens) for hidden in pair)
+        divergences = []
+        for ours, theirs in zip(*chunks, strict=True):
+            target, logs = (score(x).log_softmax(dim=-1) for score, x in zip(scorers, (ours, theirs), strict=True))
+            divergences.append(F.kl_div(logs, target, reduction="sum", log_target=True).double().item())
+        return sum(divergences)
+
+    pairs = list(zip(_shards(expected.hidden), _shards(found.hidden), strict=True))
+    tokens = expected.hidden.shape[0] * (expected.hidden.shape[1] - 1)
+    return max(0.0, sum(in_parallel(total, pairs)) / tokens)  # rounding can leave it a hair below zero
 
 
 def require_better_than_guessing(baseline: Evaluation, vocabulary: int) -> None:
@@ -175,16 +183,31 @@ def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
 
-def _window_nll(model: LanguageModel, hidden: Tensor, ids: Tensor) -> FloatArray:
+def _shards(values: Tensor) -> Sequence[Tensor]:
+    """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
+    size = _GPU_WINDOWS if values.is_cuda else max(1, _SHARD_TOKENS // values.shape[1])
+    return list(values.split(size))
+
+
+def _scorer(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+    with torch.inference_mode():
+        return model.scorer()
+
+
+def _window_nll(model: LanguageModel, score: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> FloatArray:
     """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`."""
-    sums = []
-    step = model.head_rows(hidden.shape[1])
-    for states, tokens in zip(hidden.split(step), ids.split(step), strict=True):
-        logits = model.scores(states[:, :-1])  # [·, L − 1, V]
-        nll = F.cross_entropy(logits.flatten(0, 1), model.columns(tokens[:, 1:]).flatten(), reduction="none")
-        sums.append(nll.double().reshape(tokens.shape[0], -1).sum(dim=1))
-    result: FloatArray = torch.cat(sums).cpu().numpy()
+    states = hidden[:, :-1].flatten(0, 1).split(model.head_tokens)
+    targets = model.columns(ids[:, 1:]).flatten().split(model.head_tokens)
+    nll = torch.cat([token_nll(score(x), wanted) for x, wanted in zip(states, targets, strict=True)])
+    result: FloatArray = nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy()
     return result
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of `targets [m]` under `logits [m, V]`: float64 `[m]`."""
+    if calls.usable(logits):
+        return calls.negative_log_likelihood(logits, targets)
+    return F.cross_entropy(logits, targets, reduction="none").double()
 
 
 def _finite(evaluation: Evaluation) -> Evaluation:

@@ -9,13 +9,14 @@ input quantisers differ.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.config import Config
+from ssm_mp.kernels import calls
 from ssm_mp.quantize import INT8_LIMIT, integer_product, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
 
@@ -36,10 +37,12 @@ class StaticInput(nn.Module):
         self.register_buffer("scale", scale)  # float16 [1]
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """`x [m, k]` → int8 `[m, k]` and its float32 scale `[1]`."""
+        """`x [m, k]` → int8 `[m, k]` and its float32 scale, once for each row, `[m, 1]`."""
+        if calls.usable(x):
+            return calls.quantize_static(x, self.scale.item())
         scale = self.scale.float()
-        # NaN and infinity have no int8 value: let them spoil the scale instead of vanishing
-        return quantize_tensor(x, scale), scale + 0.0 * x.sum()
+        # NaN and infinity have no int8 value: let them spoil their row's scale instead of vanishing
+        return quantize_tensor(x, scale), scale + 0.0 * x.sum(dim=1, keepdim=True)
 
 
 class DynamicInput(nn.Module):
@@ -47,11 +50,15 @@ class DynamicInput(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [m, k]` → int8 `[m, k]` and float32 scales `[m, 1]`."""
+        if calls.usable(x):
+            return calls.quantize_dynamic(x, _SMALLEST_SCALE)
         scale = (x.abs().amax(dim=1, keepdim=True) / INT8_LIMIT).clamp_(min=_SMALLEST_SCALE)
         return quantize_tensor(x, scale), scale
 
 
 InputQuantizer = StaticInput | DynamicInput
+Product = Callable[[Tensor], Tensor]
+"""`x [..., k]` → `[..., n]`."""
 
 
 def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
@@ -64,15 +71,21 @@ def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantize
         assert isinstance(weight, Int8Tensor)
         flat = x.reshape(-1, x.shape[-1])  # [m, k]
         quantized, input_scale = inputs(flat)
-        product = integer_product(quantized, weight.q).float()
-        product.mul_(weight.scale.float()).mul_(input_scale)
-        if bias is not None:
-            product.add_(bias.tensor())
+        sums = integer_product(quantized, weight.q)
+        product = rescaled(sums, weight.scale.float(), input_scale, None if bias is None else bias.tensor())
         return product.reshape(*x.shape[:-1], -1)
     if x.is_cuda and isinstance(weight, FloatTensor) and weight.value.dtype == torch.float16:
         half_bias = None if bias is None else bias.tensor().half()
         return F.linear(x.half(), weight.value, half_bias).float()
     return F.linear(x, weight.tensor(), None if bias is None else bias.tensor())
+
+
+def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """int32 `sums [m, n]` · scales `columns [n]` and `rows [m, 1]`, plus `bias [n]`: float32 `[m, n]`."""
+    if calls.usable(columns, rows):
+        return calls.rescale(sums, columns, rows, bias)
+    product = sums.float().mul_(columns).mul_(rows)
+    return product if bias is None else product.add_(bias)
 
 
 class Linear(nn.Module):
@@ -87,6 +100,18 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
         return linear(x, self.weight, self.bias, self.inputs)
+
+    def projection(self) -> Product:
+        """The same for many calls: the weight is unpacked once."""
+        weight = unpacked(self.weight, self.inputs)
+        return lambda x: linear(x, weight, self.bias, self.inputs)
+
+
+def unpacked(weight: Stored, inputs: InputQuantizer | None) -> Stored:
+    """The weight of a product as it is multiplied, unpacked once for many products."""
+    if inputs is not None or (isinstance(weight, FloatTensor) and (weight.value.is_cuda or not weight.is_half)):
+        return weight
+    return FloatTensor(weight.tensor())
 
 
 class Embedding(nn.Module):
@@ -110,6 +135,11 @@ class Embedding(nn.Module):
     def project(self, x: Tensor) -> Tensor:
         """The tied head: `x [..., d]` → logits `[..., V]`."""
         return linear(x, self.weight, None, self.inputs)
+
+    def projection(self) -> Product:
+        """`project` for many calls: the rows are unpacked once."""
+        weight = unpacked(self.weight, self.inputs)
+        return lambda x: linear(x, weight, None, self.inputs)
 
 
 class BlockedEmbedding(nn.Module):
@@ -144,6 +174,11 @@ class BlockedEmbedding(nn.Module):
         """The tied head block after block: `x [..., d]` → logits `[..., V]`, token `i` in `column_of[i]`."""
         return torch.cat([block.project(x) for block in self.blocks], dim=-1)  # type: ignore[operator]
 
+    def projection(self) -> Product:
+        """`project` for many calls: each block's rows are unpacked once."""
+        products = [block.projection() for block in self.blocks]  # type: ignore[operator]
+        return lambda x: torch.cat([product(x) for product in products], dim=-1)
+
 
 class PositionEmbedding(nn.Module):
     """Learned absolute positions."""
@@ -175,22 +210,37 @@ class Norm(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Causal depthwise convolution along the length, left padding K−1; weight-only in every precision."""
+    """Causal depthwise convolution along the length, then SiLU; weight-only in every precision."""
 
     def __init__(self, weight: Stored, bias: Stored | None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, l, I]` → `[b, l, I]`; K shifted products, which need no transposed copy of `x`."""
+    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`x [b, l, I]`, and the inputs `[b, K−1, I]` before it (None: zeros) → `[b, l, I]`, and its last inputs."""
         weight = self.weight.tensor()[:, 0, :]  # [I, K]
-        kernel, length = weight.shape[1], x.shape[1]
-        padded = F.pad(x, (0, 0, kernel - 1, 0))  # [b, l + K − 1, I]
-        y = padded[:, :length] * weight[:, 0]
-        for k in range(1, kernel):
-            y = torch.addcmul(y, padded[:, k : k + length], weight[:, k])
-        return y if self.bias is None else y + self.bias.tensor()
+        bias = None if self.bias is None else self.bias.tensor()
+        width = weight.shape[1] - 1
+        if before is None:
+            before = x.new_zeros(x.shape[0], width, x.shape[2])
+        last = torch.cat((before, x[:, -width:]), dim=1)[:, -width:] if width else before
+        if calls.usable(x, weight, before):
+            return calls.conv_silu(x, weight, bias, before), last
+        return conv_silu_reference(x, weight, bias, before), last
+
+
+def conv_silu_reference(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
+    """SiLU of the convolution of `x [b, l, I]` by `weight [I, K]`, after the inputs `before [b, K−1, I]`.
+
+    K shifted products, which need no transposed copy of `x`; differentiable.
+    """
+    kernel, length = weight.shape[1], x.shape[1]
+    padded = torch.cat((before, x), dim=1)  # [b, l + K − 1, I]
+    y = padded[:, :length] * weight[:, 0]
+    for k in range(1, kernel):
+        y = torch.addcmul(y, padded[:, k : k + length], weight[:, k])
+    return F.silu(y if bias is None else y + bias)
 
 
 def component_module(

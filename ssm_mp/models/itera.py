@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.config import IteraLayer as LayerSizes
-from ssm_mp.models.language_model import Parts
+from ssm_mp.models.language_model import LayerState, Parts
 from ssm_mp.models.scan import Scan, shared_step_scan
 
 
@@ -26,11 +26,10 @@ class SharedStepSSM(nn.Module):
         self.C = parts.value("C")
         self.D = parts.value("D")
 
-    def forward(self, a: Tensor) -> Tensor:
-        """`a [b, l, I]` → `[b, l, I]`."""
-        delta = F.softplus(self.delta_proj(a)).mean(dim=-1)  # [b, l]
+    def forward(self, a: Tensor, z: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`a, z [b, l, I]` and the state before → `[b, l, I]`, gated by `z`, and the last state."""
         A = -torch.exp(self.A_log.tensor())  # [N]  # noqa: N806
-        return self.scan(a, delta, A, self.B.tensor(), self.C.tensor(), self.D.tensor())
+        return self.scan(a, self.delta_proj(a), A, self.B.tensor(), self.C.tensor(), self.D.tensor(), z, state)
 
 
 class IteraMixer(nn.Module):
@@ -44,12 +43,12 @@ class IteraMixer(nn.Module):
         self.ssm = SharedStepSSM(parts.within("ssm"), scan)
         self.out_proj = parts["out_proj"]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual."""
+    def forward(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
+        """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual, and the state after its last token."""
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # [b, l, I] each
-        y = self.ssm(F.silu(self.conv1d(a)))
-        out: Tensor = self.out_proj(y * F.silu(z))
-        return out
+        a, inputs = self.conv1d(a, None if before is None else before.conv)
+        y, last = self.ssm(a, z, None if before is None else before.scan)
+        return self.out_proj(y), LayerState(inputs, last)
 
 
 class FeedForward(nn.Module):
@@ -138,8 +137,12 @@ class IteraLayer(nn.Module):
         branch = parts.within("moe")
         self.moe = ExpertBranch(sizes, top_k, branch) if sizes.experts else PlainFeedForward(branch)
 
+    def carry(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
+        """`x [b, l, d]`, and the state before it (None: the beginning) → `[b, l, d]`, and the state after it."""
+        mixed, state = self.ssm(x, before)
+        x = x + mixed
+        return x + self.moe(x), state
+
     def forward(self, x: Tensor) -> Tensor:
-        """`x [b, l, d]` → `[b, l, d]`."""
-        x = x + self.ssm(x)
-        out: Tensor = x + self.moe(x)
-        return out
+        """`x [b, l, d]` → `[b, l, d]`, from the beginning."""
+        return self.carry(x, None)[0]

@@ -16,8 +16,8 @@ from ssm_mp.groups import unpack_reference
 from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.stored import Stored
 
-_LOGIT_BYTES = 1 << 24
-"""Logits held at once: 16 MiB, whatever the number of windows; larger blocks are paged in anew every time."""
+_LOGIT_BYTES = 1 << 21
+"""Logits held at once: 2 MiB, what a core's own cache holds, so that they are read back from there."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,14 @@ class Parts:
         return Parts(self.modules, f"{self.prefix}{branch}.")
 
 
+@dataclass(frozen=True, eq=False)
+class LayerState:
+    """What a layer carries from token to token: the convolution's last inputs `[b, K−1, I]` and the scan's state."""
+
+    conv: Tensor
+    scan: Tensor
+
+
 class LanguageModel(nn.Module):
     """Token ids `[b, l]` → logits `[b, l, V]`, in three stages that can be run apart: embed, layers, head."""
 
@@ -53,16 +61,19 @@ class LanguageModel(nn.Module):
         self.norm = parts["norm"]
         self.lm_head = None if config.tied else parts["lm_head"]
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids `[b, l]` → `[b, l, d]`, positions added. Raises DataError where there are too few positions."""
+    def embed(self, ids: Tensor, start: int = 0) -> Tensor:
+        """Token ids `[b, l]`, the first at position `start` → `[b, l, d]`, positions added.
+
+        Raises DataError where there are too few positions.
+        """
         x: Tensor = self.embedding(ids)
         if self.position_embedding is None:
             return x
-        length, most = ids.shape[1], self.config.max_length
-        if most is not None and length > most:
-            raise DataError(f"a sequence of {length} tokens, but the model has positions for {most}")
-        positions: Tensor = self.position_embedding(length)
-        return x + positions
+        end, most = start + ids.shape[1], self.config.max_length
+        if most is not None and end > most:
+            raise DataError(f"a sequence of {end} tokens, but the model has positions for {most}")
+        positions: Tensor = self.position_embedding(end)
+        return x + positions[start:]
 
     def scores(self, x: Tensor) -> Tensor:
         """Last hidden state `[..., d]` → logits `[..., V]` in the head's own order, which `columns` tells."""
@@ -70,6 +81,11 @@ class LanguageModel(nn.Module):
         head = self.embedding.project if self.lm_head is None else self.lm_head
         logits: Tensor = head(normed)  # type: ignore[operator]  # nn.Module attributes are untyped
         return logits
+
+    def scorer(self) -> Callable[[Tensor], Tensor]:
+        """`scores` for many calls: the head's weights are unpacked once."""
+        head = (self.embedding if self.lm_head is None else self.lm_head).projection()  # type: ignore[operator]
+        return lambda x: head(self.norm(x))
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of tokens stand in `scores`; anywhere but in a tied head of blocks, at their ids."""
@@ -93,13 +109,27 @@ class LanguageModel(nn.Module):
             x = layer(x)
         return x
 
+    def carry(
+        self, ids: Tensor, before: Sequence[LayerState] | None = None, start: int = 0
+    ) -> tuple[Tensor, tuple[LayerState, ...]]:
+        """Token ids `[b, l]` after those that left the states `before` → last hidden state `[b, l, d]` and new states.
+
+        start: the position of the first of these tokens.
+        """
+        x, states = self.embed(ids, start), []
+        for i, layer in enumerate(self.layers):
+            x, state = layer.carry(x, None if before is None else before[i])  # type: ignore[operator]
+            states.append(state)
+        return x, tuple(states)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids `[b, l]` → logits `[b, l, V]`."""
         return self.head(self.hidden(ids))
 
-    def head_rows(self, length: int) -> int:
-        """How many sequences' logits may be held at once; at least one."""
-        return max(1, _LOGIT_BYTES // (4 * length * self.config.vocabulary))
+    @property
+    def head_tokens(self) -> int:
+        """How many tokens' logits may be held at once; at least one."""
+        return max(1, _LOGIT_BYTES // (4 * self.config.vocabulary))
 
 
 def _blocked(config: Config, parts: Parts) -> BlockedEmbedding:

@@ -6,11 +6,10 @@ Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step ran
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
-from ssm_mp.models.language_model import Parts
+from ssm_mp.models.language_model import LayerState, Parts
 from ssm_mp.models.scan import Scan, selective_scan
 
 
@@ -30,16 +29,15 @@ class MambaMixer(nn.Module):
         self.D = parts.value("D")
         self.out_proj = parts["out_proj"]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual."""
+    def forward(self, x: Tensor, before: LayerState | None = None) -> tuple[Tensor, LayerState]:
+        """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual, and the state after its last token."""
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # [b, l, I] each
-        a = F.silu(self.conv1d(a))
+        a, inputs = self.conv1d(a, None if before is None else before.conv)
         dt, B, C = self.x_proj(a).split(self.sizes, dim=-1)  # [b, l, R], [b, l, N], [b, l, N]  # noqa: N806
-        delta = F.softplus(self.dt_proj(dt))  # [b, l, I]
         A = -torch.exp(self.A_log.tensor())  # [I, N]  # noqa: N806
-        y = self.scan(a, delta, A, B, C, self.D.tensor())
-        out: Tensor = self.out_proj(y * F.silu(z))
-        return out
+        state = None if before is None else before.scan
+        y, last = self.scan(a, self.dt_proj(dt), A, B, C, self.D.tensor(), z, state)
+        return self.out_proj(y), LayerState(inputs, last)
 
 
 class MambaLayer(nn.Module):
@@ -49,7 +47,11 @@ class MambaLayer(nn.Module):
         super().__init__()
         self.ssm = MambaMixer(config, parts.within("ssm"), scan)
 
+    def carry(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
+        """`x [b, l, d]`, and the state before it (None: the beginning) → `[b, l, d]`, and the state after it."""
+        mixed, state = self.ssm(x, before)
+        return x + mixed, state
+
     def forward(self, x: Tensor) -> Tensor:
-        """`x [b, l, d]` → `[b, l, d]`."""
-        mixed: Tensor = self.ssm(x)
-        return x + mixed
+        """`x [b, l, d]` → `[b, l, d]`, from the beginning."""
+        return self.carry(x, None)[0]

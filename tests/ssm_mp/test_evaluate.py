@@ -21,6 +21,7 @@ from ssm_mp.evaluate import (
     paired_increase,
     require_better_than_guessing,
     start,
+    token_nll,
 )
 from ssm_mp.models import build
 from ssm_mp.precision_map import PrecisionMap
@@ -36,9 +37,40 @@ def test_perplexity_equals_the_plain_definition(family: str) -> None:
         for ids in windows.ids:
             logs = model(ids[None])[0].double().log_softmax(-1)
             total -= sum(float(logs[t, ids[t + 1]]) for t in range(LENGTH - 1))
-    found = evaluate(model, windows, batch=3)
+    found = evaluate(model, windows)
     assert found.tokens == 7 * (LENGTH - 1)
     assert found.perplexity == pytest.approx(math.exp(total / found.tokens), rel=1e-5)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_evaluation_does_not_depend_on_the_number_of_threads(threads: int) -> None:
+    # more windows than one thread takes at a time
+    model, windows, before = random_model(MAMBA), some_windows(200), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = evaluate(model, windows).nll
+        torch.set_num_threads(threads)
+        assert np.array_equal(evaluate(model, windows).nll, expected)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 16, 1000, 8003])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
+def test_token_likelihoods_are_those_of_float64(vocabulary: int, spread: float) -> None:
+    logits, targets = torch.randn(5, vocabulary) * spread, torch.randint(vocabulary, (5,))
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(token_nll(logits, targets), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 20, 34])
+def test_a_logit_that_is_not_finite_leaves_no_finite_likelihood(value: float, column: int) -> None:
+    logits = torch.zeros(2, 35)
+    logits[1, column] = value
+    nll = token_nll(logits, torch.tensor([3, 3]))
+    assert torch.isfinite(nll).tolist() == [True, False]
 
 
 def test_evaluation_is_deterministic() -> None:

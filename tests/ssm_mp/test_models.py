@@ -7,67 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from ssm_mp import load_model
 from ssm_mp.errors import DataError
-from ssm_mp.layers import DepthwiseConv
-from ssm_mp.models.scan import (
-    selective_scan,
-    selective_scan_reference,
-    shared_step_scan,
-    shared_step_scan_reference,
-)
-from ssm_mp.stored import FloatTensor
 from tests.tiny import HUGGING_FACE, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors
-
-
-def scan_inputs(b: int, length: int, inner: int, n: int, step: float, seed: int) -> tuple[Tensor, ...]:
-    g = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(b, length, inner, generator=g),
-        torch.rand(b, length, inner, generator=g) * step,
-        -torch.rand(inner, n, generator=g) * 16,
-        torch.randn(b, length, n, generator=g),
-        torch.randn(b, length, n, generator=g),
-        torch.randn(inner, generator=g),
-    )
-
-
-@given(
-    st.integers(1, 3), st.integers(1, 40), st.integers(1, 9), st.integers(1, 6), st.floats(1e-3, 50), st.integers(0, 99)
-)
-def test_selective_scan_agrees_with_its_float64_reference(
-    b: int, length: int, inner: int, n: int, step: float, seed: int
-) -> None:
-    inputs = scan_inputs(b, length, inner, n, step, seed)
-    expected = selective_scan_reference(*(x.double() for x in inputs))
-    scale = max(1.0, float(expected.abs().max()))
-    assert float((selective_scan(*inputs) - expected).abs().max()) / scale < 1e-5
-
-
-@given(st.integers(1, 3), st.integers(1, 40), st.integers(0, 99))
-def test_shared_step_scan_agrees_with_its_float64_reference(b: int, length: int, seed: int) -> None:
-    g = torch.Generator().manual_seed(seed)
-    inputs = (
-        torch.randn(b, length, 8, generator=g), torch.rand(b, length, generator=g) * 3,
-        -torch.rand(4, generator=g) * 9, torch.randn(4, 8, generator=g), torch.randn(8, 4, generator=g),
-        torch.randn(8, generator=g),
-    )  # fmt: skip
-    expected = shared_step_scan_reference(*(x.double() for x in inputs))
-    scale = max(1.0, float(expected.abs().max()))
-    assert float((shared_step_scan(*inputs) - expected).abs().max()) / scale < 1e-5
-
-
-@pytest.mark.parametrize("kernel", [1, 3, 4])
-def test_shifted_convolution_equals_conv1d(kernel: int) -> None:
-    weight, bias, x = torch.randn(6, 1, kernel), torch.randn(6), torch.randn(2, 9, 6)
-    expected = F.conv1d(F.pad(x.transpose(1, 2), (kernel - 1, 0)), weight, bias, groups=6).transpose(1, 2)
-    found = DepthwiseConv(FloatTensor(weight), FloatTensor(bias))(x)
-    torch.testing.assert_close(found, expected)
 
 
 def _huggingface(folder: Path, *, tied: bool, bias: bool) -> tuple[object, Path]:

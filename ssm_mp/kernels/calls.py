@@ -1,0 +1,161 @@
+"""The kernels as functions of tensors: pointers, strides and threads are dealt with here, and nowhere else.
+
+Every tensor is float32 on the CPU unless it says otherwise; `usable` tells whether the kernels can take them.
+
+Dimensions: `b` batch, `l` length, `I` inner, `N` state, `K` convolution kernel, `m` tokens, `k` inputs and `n` outputs
+of a product, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ssm_mp.kernels.compiler import library
+
+_LOG2_E = math.log2(math.e)
+
+
+class _Scan(ctypes.Structure):
+    """`Scan` of scan.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "inner", "states")),
+        *((name, c_void_p) for name in ("a", "dt", "A2t", "B", "C", "D", "z")),
+        *((name, c_int64) for name in ("ld_dt", "ld_B", "ld_C", "ld_z")),
+        *((name, c_void_p) for name in ("state", "y")),
+    )
+
+
+_ARGUMENTS = {
+    "selective_scan": (POINTER(_Scan), c_int),
+    "shared_step_recurrence": (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
+    "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
+    "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
+    "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
+    "negative_log_likelihood": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
+}
+
+
+@cache
+def _kernels() -> ctypes.CDLL | None:
+    """The library with its functions' arguments declared."""
+    found = library()
+    if found is not None:
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(found, name)
+            function.argtypes, function.restype = arguments, None
+    return found
+
+
+def compiled() -> bool:
+    """Whether there are kernels on this machine; compiles them at the first call."""
+    return _kernels() is not None
+
+
+def usable(*tensors: Tensor) -> bool:
+    """Whether the kernels can compute with these tensors: compiled, on the CPU, float32, no gradient asked for."""
+    wanted = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or (wanted and tensor.requires_grad):
+            return False
+    return compiled()
+
+
+def _library() -> ctypes.CDLL:
+    found = _kernels()
+    assert found is not None, "asked for kernels that are not there"
+    return found
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A tensor `[…, tokens, c]` whose tokens lie at even distances in memory, `stride(-2)`, each in one piece."""
+    even = all(x.stride(i) == x.shape[i + 1] * x.stride(i + 1) for i in range(x.dim() - 2))
+    return x if even and x.stride(-1) == 1 else x.contiguous()
+
+
+def selective_scan(
+    a: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, state: Tensor | None  # noqa: N803
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssm_mp.models.scan.selective_scan_reference` on a CPU, states in registers."""
+    b, length, inner = a.shape
+    a, dt, B, C, z = a.contiguous(), _rows(dt), _rows(B), _rows(C), _rows(z)  # noqa: N806
+    A2t, D = (A * _LOG2_E).t().contiguous(), D.contiguous()  # noqa: N806
+    last = a.new_zeros(b, inner, A.shape[1]) if state is None else state.clone(memory_format=torch.contiguous_format)
+    y = torch.empty_like(a)
+    sizes = (b, length, inner, A.shape[1])
+    pointers = (t.data_ptr() for t in (a, dt, A2t, B, C, D, z))
+    strides = (dt.stride(1), B.stride(1), C.stride(1), z.stride(1))
+    scan = _Scan(*sizes, *pointers, *strides, last.data_ptr(), y.data_ptr())
+    _library().selective_scan(byref(scan), torch.get_num_threads())
+    return y, last
+
+
+def shared_step_recurrence(decay: Tensor, driven: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    """`h_t = decay_t ∘ h_{t−1} + driven_t` from `state [b, N]`: all states `[b, l, N]`, and the last one."""
+    b, length, n = driven.shape
+    decay, states, last = decay.contiguous(), driven.clone(memory_format=torch.contiguous_format), state.clone()
+    _library().shared_step_recurrence(b, length, n, decay.data_ptr(), states.data_ptr(), last.data_ptr())
+    return states, last
+
+
+def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
+    """SiLU of the causal depthwise convolution of `x [b, l, I]` by `weight [I, K]`; `before [b, K − 1, I]`."""
+    b, length, inner = x.shape
+    x, taps, before = _rows(x), weight.t().contiguous(), before.contiguous()
+    y = x.new_empty(b, length, inner)
+    _library().conv_silu(
+        b, length, inner, weight.shape[1], x.data_ptr(), x.stride(1), taps.data_ptr(), _pointer(bias),
+        before.data_ptr(), y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def quantize_static(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`x [m, k]` with one scale: int8 `[m, k]`, and the scale of each row `[m, 1]`, NaN where one is not finite."""
+    return _quantized("quantize_static", x, scale)
+
+
+def quantize_dynamic(x: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
+    """`x [m, k]` with each row's own scale, at least `smallest`: int8 `[m, k]` and the scales `[m, 1]`."""
+    return _quantized("quantize_dynamic", x, smallest)
+
+
+def _quantized(kernel: str, x: Tensor, number: float) -> tuple[Tensor, Tensor]:
+    x = _rows(x)
+    m, k = x.shape
+    q, scales = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)
+    getattr(_library(), kernel)(
+        m, k, x.data_ptr(), x.stride(0), number, q.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+    )
+    return q, scales
+
+
+def rescale(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """int32 `sums [m, n]` · `columns [n]` · `rows [m, 1]` + `bias [n]`: float32 `[m, n]` in the memory of `sums`."""
+    m, n = sums.shape
+    _library().rescale(
+        m, n, sums.data_ptr(), columns.data_ptr(), rows.data_ptr(), _pointer(bias), torch.get_num_threads()
+    )
+    return sums.view(torch.float32)
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of `targets [m]`, int64, under `logits [m, V]`: float64 `[m]`."""
+    logits, targets = logits.contiguous(), targets.contiguous()
+    m, vocabulary = logits.shape
+    nll = torch.empty(m, dtype=torch.float64)
+    _library().negative_log_likelihood(
+        m, vocabulary, logits.data_ptr(), targets.data_ptr(), nll.data_ptr(), torch.get_num_threads()
+    )
+    return nll
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

@@ -1,0 +1,115 @@
+/* Convolution and the passes around a product, each over memory once.
+ *
+ * Dimensions: b batch, l length, I inner, K kernel, m tokens, k inputs and n outputs of a product, V vocabulary.
+ */
+#include <math.h>
+
+#include "vector.h"
+
+/* Causal depthwise convolution, then SiLU. x [b, l, I] with `ld` between tokens; weight [K, I], the newest tap last;
+ * before [b, K − 1, I]: the inputs before the first; y [b, l, I]. */
+void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const float *x, int64_t ld,
+               const float *weight, const float *bias, const float *before, float *y, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < batch * length; row++) {
+        const int64_t b = row / length, t = row % length;
+        for (int64_t c = 0; c < inner; c += LANES) {
+            const int count = inner - c < LANES ? (int)(inner - c) : LANES;
+            v16 sum = bias ? load_part(bias + c, count) : splat(0.0f);
+            for (int64_t k = 0; k < K; k++) {
+                const int64_t from = t - (K - 1) + k;
+                const float *in = from >= 0 ? x + (b * length + from) * ld : before + (b * (K - 1) + K - 1 + from) * inner;
+                sum = sum + load_part(in + c, count) * load_part(weight + k * inner + c, count);
+            }
+            store_part(y + row * inner + c, silu16(sum), count);
+        }
+    }
+}
+
+INLINE void quantize_row(const float *x, int64_t k, float scale, int8_t *q, v16 *poison) {
+    for (int64_t c = 0; c < k; c += LANES) {
+        const int count = k - c < LANES ? (int)(k - c) : LANES;
+        v16 value = load_part(x + c, count);
+        *poison = *poison + value * splat(0.0f);
+        value = at_most(at_least(value / splat(scale), -127.0f), 127.0f);
+        v16i rounded = (v16i)(value + splat(ROUNDING)) - (v16i)splat(ROUNDING);
+        typedef int8_t q16 __attribute__((vector_size(16), aligned(1), may_alias));
+        q16 narrow = __builtin_convertvector(rounded, q16);
+        if (count == LANES) *(q16 *)(q + c) = narrow;
+        else memcpy(q + c, &narrow, count);
+    }
+}
+
+/* x [m, k], `ld` between rows, with one scale → q [m, k]; scales [m] get it, or NaN where a value is not finite. */
+void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+        v16 poison = splat(0.0f);
+        quantize_row(x + i * ld, k, scale, q + i * k, &poison);
+        scales[i] = scale + sum16(poison);
+    }
+}
+
+/* The same with each row's own scale: its largest magnitude / 127, at least `smallest`. */
+void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float smallest, int8_t *q, float *scales,
+                      int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+        const float *row = x + i * ld;
+        v16 largest = splat(0.0f), poison = splat(0.0f);
+        for (int64_t c = 0; c < k; c += LANES) {
+            const int count = k - c < LANES ? (int)(k - c) : LANES;
+            v16 value = magnitude(load_part(row + c, count));
+            largest = select16(value > largest, value, largest);
+        }
+        float scale = max16(largest) / 127.0f;
+        scale = scale < smallest ? smallest : scale;
+        quantize_row(row, k, scale, q + i * k, &poison);
+        scales[i] = scale + sum16(poison);
+    }
+}
+
+/* int32 sums [m, n] → float32 in their place: sum · column scale [n] · row scale [m] + bias [n] (or none). */
+void rescale(int64_t m, int64_t n, int32_t *sums, const float *column, const float *row, const float *bias, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t c = 0; c < n; c += LANES) {
+            const int count = n - c < LANES ? (int)(n - c) : LANES;
+            float *at = (float *)(sums + i * n + c);
+            const v16i sum = (v16i)load_part(at, count);
+            v16 value = __builtin_convertvector(sum, v16) * load_part(column + c, count) * splat(row[i]);
+            if (bias) value = value + load_part(bias + c, count);
+            store_part(at, value, count);
+        }
+}
+
+/* Negative log-likelihood of targets [m] under logits [m, V], summed in float64. */
+void negative_log_likelihood(int64_t m, int64_t V, const float *logits, const int64_t *targets, double *nll,
+                             int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+        const float *x = logits + i * V;
+        v16 largest = splat(-INFINITY), poison = splat(0.0f);
+        for (int64_t c = 0; c < V; c += LANES) {
+            const int count = V - c < LANES ? (int)(V - c) : LANES;
+            v16 value = load_part(x + c, count);
+            poison = poison + value * splat(0.0f); /* NaN and infinity must not vanish */
+            for (int j = count; j < LANES; j++) value[j] = -INFINITY;
+            largest = select16(value > largest, value, largest);
+        }
+        const float top = max16(largest);
+        double total = 0;
+        for (int64_t begin = 0; begin < V; begin += 64 * LANES) { /* few enough terms that float32 adds them well */
+            const int64_t end = begin + 64 * LANES < V ? begin + 64 * LANES : V;
+            v16 sum = splat(0.0f);
+            for (int64_t c = begin; c < end; c += LANES) {
+                const int count = end - c < LANES ? (int)(end - c) : LANES;
+                v16 term = exp2_16((load_part(x + c, count) - splat(top)) * splat(LOG2_E));
+                for (int j = count; j < LANES; j++) term[j] = 0;
+                sum = sum + term;
+            }
+            for (int j = 0; j < LANES; j++) total += sum[j];
+        }
+        nll[i] = log(total) + (double)top - (double)x[targets[i]] + (double)sum16(poison);
+    }
+}
