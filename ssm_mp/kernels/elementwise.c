@@ -32,11 +32,8 @@ INLINE void quantize_row(const float *x, int64_t k, float scale, int8_t *q, v16 
         v16 value = load_part(x + c, count);
         *poison = *poison + value * splat(0.0f);
         value = at_most(at_least(value / splat(scale), -127.0f), 127.0f);
-        v16i rounded = (v16i)(value + splat(ROUNDING)) - (v16i)splat(ROUNDING);
-        typedef int8_t q16 __attribute__((vector_size(16), aligned(1), may_alias));
-        q16 narrow = __builtin_convertvector(rounded, q16);
-        if (count == LANES) *(q16 *)(q + c) = narrow;
-        else memcpy(q + c, &narrow, count);
+        const v16i rounded = (v16i)(value + splat(ROUNDING)) - (v16i)splat(ROUNDING);
+        store_int8(q + c, rounded, count);
     }
 }
 

@@ -7,6 +7,9 @@
 
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h> /* for conversions that compilers do one number after another */
+#endif
 
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
@@ -42,6 +45,24 @@ INLINE v16 select16(v16i where, v16 yes, v16 no) { return (v16)((where & (v16i)y
 INLINE v16 at_least(v16 x, float bound) { return select16(x < splat(bound), splat(bound), x); }
 INLINE v16 at_most(v16 x, float bound) { return select16(x > splat(bound), splat(bound), x); }
 INLINE v16 magnitude(v16 x) { return (v16)((v16i)x & 0x7fffffff); }
+
+/* The first `count` of sixteen numbers that fit int8. */
+INLINE void store_int8(int8_t *p, v16i x, int count) {
+    int8_t held[LANES];
+    int8_t *to = count == LANES ? p : held;
+#if defined(__AVX512F__)
+    _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8((__m512i)x));
+#else
+    for (int i = 0; i < LANES; i++) to[i] = (int8_t)x[i];
+#endif
+    if (count < LANES) memcpy(p, held, count);
+}
+
+/* Eight lanes of one word, then eight of another. */
+INLINE v16i splat_words(uint32_t low, uint32_t high) {
+    const int32_t a = (int32_t)low, b = (int32_t)high;
+    return (v16i){a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+}
 
 INLINE float sum16(v16 x) {
     float total = 0;

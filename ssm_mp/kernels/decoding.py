@@ -1,0 +1,88 @@
+"""The structures of `matrix.h` and `decode.c`, and the two functions that take them.
+
+A structure holds addresses only: whoever makes one keeps the tensors behind it alive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+
+import torch
+
+from ssm_mp.kernels.compiler import library
+
+FLOAT32, FLOAT16, INT8, CODES4, CODES3 = range(5)
+"""How a weight is stored."""
+AS_THEY_ARE, STATIC, DYNAMIC = range(3)
+"""How its inputs are quantised."""
+
+
+class Matrix(ctypes.Structure):
+    """A weight `[n, k]` as it is stored."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "inputs", "n", "k")),
+        *((name, c_void_p) for name in ("values", "scales", "sums", "bias", "levels")),
+        ("input_scale", c_float),
+    )
+
+
+class Norm(ctypes.Structure):
+    """LayerNorm, or RMSNorm where there is no bias."""
+
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("eps", c_float))
+
+
+class Layer(ctypes.Structure):
+    """One layer of family `mamba`, with the states that it carries."""
+
+    _fields_ = (
+        ("norm", Norm),
+        *((name, Matrix) for name in ("in_proj", "x_proj", "dt_proj", "out_proj")),
+        *((name, c_void_p) for name in ("taps", "conv_bias", "A2", "D", "conv", "state")),
+    )
+
+
+class Model(ctypes.Structure):
+    """A whole model, and the memory that one step works in."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "width", "inner", "states", "rank", "kernel", "vocabulary")),
+        ("layers", c_int64),
+        ("heads", c_int64),
+        ("layer", POINTER(Layer)),
+        ("norm", Norm),
+        ("head", POINTER(Matrix)),
+        *((name, c_void_p) for name in ("x", "logits", "scratch")),
+    )
+
+
+def scratch_floats(model: Model) -> int:
+    """How many float32 numbers of scratch memory a step needs."""
+    function = _library().decode_scratch
+    function.restype = c_int64
+    return int(function(byref(model)))
+
+
+def decode_step(model: Model) -> None:
+    """One token of every sequence: from `x [b, d]` to `logits [b, V]`; states are carried in place."""
+    function = _library().decode_step
+    function.argtypes = (POINTER(Model), c_int)
+    function(byref(model), torch.get_num_threads())
+
+
+def multiply(matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
+    """`inputs [m, k]`, float32 and contiguous, times a matrix transposed: `[m, n]`."""
+    m = inputs.shape[0]
+    found, scratch = torch.empty(m, matrix.n), torch.empty(m * (matrix.k + 1) + 128)
+    function = _library().multiply_once
+    function.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p, c_int)
+    function(byref(matrix), m, inputs.data_ptr(), found.data_ptr(), scratch.data_ptr(), torch.get_num_threads())
+    return found
+
+
+def _library() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "asked for kernels that are not there"
+    return found

@@ -1,0 +1,29 @@
+/* A weight as it is stored, and its product with few inputs: every weight is read once and unpacked on the way.
+ *
+ * Dimensions: m inputs, k inner and n outputs of a product.
+ */
+#ifndef SSM_MP_MATRIX_H
+#define SSM_MP_MATRIX_H
+
+#include "vector.h"
+
+enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3 };        /* how a weight is stored */
+enum { INPUTS_AS_THEY_ARE, STATIC_INPUTS, DYNAMIC_INPUTS }; /* how its inputs are quantised, of INT8 only */
+
+typedef struct {
+    int64_t kind, inputs, n, k;
+    const void *values;     /* [n, k] of the kind; codes are packed, row after row, in groups of 64 */
+    const float *scales;    /* INT8: [n]; codes: one a group */
+    const int32_t *sums;    /* INT8: sum of each row's values [n] */
+    const float *bias;      /* [n], or none */
+    const float *levels;    /* codes: the value of each of sixteen codes */
+    float input_scale;      /* STATIC_INPUTS */
+} Matrix;
+
+/* y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias.
+ * scratch: at least `scratch_bytes(matrix, m)`, aligned to 64 bytes. */
+void multiply(const Matrix *matrix, int64_t m, const float *x, int64_t ld_x, float *y, int64_t ld_y, void *scratch,
+              int threads);
+int64_t scratch_bytes(const Matrix *matrix, int64_t m);
+
+#endif

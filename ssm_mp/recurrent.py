@@ -1,0 +1,166 @@
+"""A Mamba-1 model as one compiled call a token: every weight is read once, as it is stored, whatever its precision.
+
+Dimensions: `b` batch, `d` model, `I` inner, `N` state, `K` convolution kernel, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssm_mp.config import MambaConfig
+from ssm_mp.kernels import calls, decoding
+from ssm_mp.layers import (
+    BlockedEmbedding,
+    DepthwiseConv,
+    DynamicInput,
+    Embedding,
+    InputQuantizer,
+    Linear,
+    Norm,
+    StaticInput,
+)
+from ssm_mp.models.language_model import LanguageModel, LayerState
+from ssm_mp.models.mamba import MambaLayer, MambaMixer
+from ssm_mp.stored import FloatTensor, GroupedTensor, Int8Tensor, Stored
+
+MOST_SEQUENCES = 8
+"""With more at a time, products of matrices are faster than rows one after another."""
+
+_LOG2_E = math.log2(math.e)
+
+
+class CompiledDecoder:
+    """A decoding session: `step` takes one token of every sequence further, carrying the states in place."""
+
+    def __init__(self, model: LanguageModel, states: Sequence[LayerState], position: int) -> None:
+        """`states` are copied. Only for what `CompiledDecoder.of` would take."""
+        config = model.config
+        assert isinstance(config, MambaConfig)
+        self._model, self.position = model, position
+        self._held: list[Tensor] = []  # what the structures point to
+        batch = states[0].conv.shape[0]
+        layers = (decoding.Layer * config.n_layers)(
+            *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
+        )
+        heads = [self._matrix(*head) for head in _heads(model)]
+        self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
+        self._structure = decoding.Model(
+            batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,
+            config.n_layers, len(heads), layers, self._norm(model.norm), (decoding.Matrix * len(heads))(*heads),
+            self._x.data_ptr(), self._logits.data_ptr(), None,
+        )  # fmt: skip
+        self._scratch = torch.empty(decoding.scratch_floats(self._structure))
+        self._structure.scratch = self._scratch.data_ptr()
+
+    @classmethod
+    def of(cls, model: LanguageModel, states: Sequence[LayerState], position: int) -> CompiledDecoder | None:
+        """A session that goes on from `states`; None where there is no compiled way: another family, not on a CPU,
+        no compiler, or more sequences than it is good for."""
+        known = isinstance(model.config, MambaConfig)
+        if not known or states[0].conv.shape[0] > MOST_SEQUENCES or not calls.usable(*(s.scan for s in states)):
+            return None
+        return cls(model, states, position)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next token of every sequence, `[b]` → logits `[b, V]` in the order of the token ids."""
+        with torch.inference_mode():
+            self._x.copy_(self._model.embed(tokens[:, None], self.position)[:, 0])
+            decoding.decode_step(self._structure)
+            self.position += 1
+            embedding = self._model.embedding
+            if self._model.lm_head is None and isinstance(embedding, BlockedEmbedding):
+                return self._logits.index_select(-1, embedding.column_of)
+            return self._logits.clone()
+
+    def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
+        assert isinstance(layer, MambaLayer)
+        mixer: MambaMixer = layer.ssm
+        conv = mixer.conv1d
+        assert isinstance(conv, DepthwiseConv)
+        projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+        return decoding.Layer(
+            self._norm(mixer.norm),
+            *(self._linear(module) for module in projections),
+            self._floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
+            self._optional(conv.bias),
+            self._floats(torch.exp(mixer.A_log.tensor()) * -_LOG2_E),
+            self._floats(mixer.D.tensor()),
+            self._floats(state.conv),
+            self._floats(state.scan),
+        )
+
+    def _norm(self, norm: nn.Module) -> decoding.Norm:
+        assert isinstance(norm, Norm)
+        return decoding.Norm(self._floats(norm.weight.tensor()), self._optional(norm.bias), norm.eps)
+
+    def _linear(self, module: nn.Module) -> decoding.Matrix:
+        assert isinstance(module, Linear)
+        return self._matrix(module.weight, module.bias, module.inputs)
+
+    def _matrix(self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> decoding.Matrix:
+        structure, held = matrix(weight, bias, inputs)
+        self._held += held
+        return structure
+
+    def _floats(self, values: Tensor) -> int:
+        """Where a copy of these values lies, float32 and contiguous, for as long as the session."""
+        self._held.append(values.detach().float().clone(memory_format=torch.contiguous_format))
+        return self._held[-1].data_ptr()
+
+    def _optional(self, stored: Stored | None) -> int | None:
+        return None if stored is None else self._floats(stored.tensor())
+
+
+def matrix(weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> tuple[decoding.Matrix, list[Tensor]]:
+    """A weight as the kernels read it, in the memory where it is stored, and the tensors that must outlive it."""
+    held: list[Tensor] = []
+
+    def at(values: Tensor) -> int:
+        held.append(values.detach().contiguous())
+        return held[-1].data_ptr()
+
+    how, input_scale = decoding.AS_THEY_ARE, 0.0
+    if isinstance(inputs, StaticInput):
+        how, input_scale = decoding.STATIC, inputs.scale.item()
+    elif isinstance(inputs, DynamicInput):
+        how = decoding.DYNAMIC
+    scales: int | None = None
+    sums: int | None = None
+    levels: int | None = None
+    values: Tensor
+    match weight:
+        case FloatTensor():
+            (n, k), values = weight.value.shape, weight.value
+            kinds = {torch.float32: decoding.FLOAT32, torch.float16: decoding.FLOAT16}
+            kind = kinds[values.dtype]
+        case Int8Tensor():
+            (n, k), values, kind = weight.q.shape, weight.q, decoding.INT8
+            scales = at(weight.scale.float())
+            sums = at(weight.q.sum(dim=1, dtype=torch.int32))
+        case GroupedTensor():
+            (n, k), values = weight.shape, weight.q
+            kind = decoding.CODES4 if weight.book.bits == 4 else decoding.CODES3
+            scales = at(weight.scale.float())
+            levels = at(torch.tensor((*weight.book.values, *[0.0] * (16 - len(weight.book.values)))))
+        case _:
+            raise AssertionError(f"{type(weight).__name__} is no matrix")
+    held_bias = None if bias is None else at(bias.tensor())
+    return decoding.Matrix(kind, how, n, k, at(values), scales, sums, held_bias, levels, input_scale), held
+
+
+def _heads(model: LanguageModel) -> list[tuple[Stored, Stored | None, InputQuantizer | None]]:
+    """The weights of the head, one after another; a tied head may be in blocks."""
+    if model.lm_head is not None:
+        assert isinstance(model.lm_head, Linear)
+        return [(model.lm_head.weight, model.lm_head.bias, model.lm_head.inputs)]
+    embedding = model.embedding
+    blocks = list(embedding.blocks) if isinstance(embedding, BlockedEmbedding) else [embedding]
+    found: list[tuple[Stored, Stored | None, InputQuantizer | None]] = []
+    for block in blocks:
+        assert isinstance(block, Embedding)
+        found.append((block.weight, None, block.inputs))
+    return found

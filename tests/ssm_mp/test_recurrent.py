@@ -1,0 +1,123 @@
+"""A token in one compiled call against the layers one after another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_mp.calibrate import calibrate
+from ssm_mp.components import find_components
+from ssm_mp.config import MambaConfig
+from ssm_mp.convert import Converter
+from ssm_mp.embedding_blocks import split_embedding
+from ssm_mp.kernels.decoding import multiply
+from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, linear
+from ssm_mp.models import LanguageModel
+from ssm_mp.precision import PRECISIONS
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.recurrent import MOST_SEQUENCES, CompiledDecoder, matrix
+from ssm_mp.scheme import ActivationScheme, ScaleRule, Scheme
+from ssm_mp.stored import FloatTensor
+from tests.tiny import HUGGING_FACE, ITERA, MAMBA, VOCABULARY, random_model, some_windows
+
+ODD = MambaConfig(
+    vocabulary=VOCABULARY, d_model=21, d_inner=37, d_state=5, dt_rank=3, d_conv=3, n_layers=2, projection_bias=True
+)
+CONFIGS = {
+    "mamba": MAMBA,
+    "huggingface": HUGGING_FACE,
+    "odd": ODD,
+    "untied": replace(HUGGING_FACE, tied=False, d_conv=1),
+}
+
+
+@given(
+    st.integers(1, 3), st.integers(1, 9), st.integers(1, 300), st.sampled_from(sorted(PRECISIONS)), st.booleans(),
+    st.sampled_from(["none", "static", "dynamic"]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_equals_that_of_the_layer(
+    m: int, n: int, k: int, precision: str, bias: bool, scheme: ActivationScheme, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = PRECISIONS[precision].store(torch.randn(n, k, generator=g), "weight", ScaleRule())
+    held = FloatTensor(torch.randn(n, generator=g).half()) if bias else None
+    inputs: InputQuantizer | None = None
+    if PRECISIONS[precision].quantizes_inputs and scheme != "none":
+        inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
+    x = torch.randn(m, k, generator=g)
+    structure, kept = matrix(weight, held, inputs)
+    expected = linear(x, weight, held, inputs)
+    torch.testing.assert_close(
+        multiply(structure, x), expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max()))
+    )
+    assert kept
+
+
+def test_a_float32_product_equals_torch() -> None:
+    weight, x = torch.randn(7, 133), torch.randn(2, 133)
+    structure, kept = matrix(FloatTensor(weight), None, None)
+    torch.testing.assert_close(multiply(structure, x), x @ weight.t(), rtol=1e-5, atol=1e-5)
+    assert kept
+
+
+def _converted(model: LanguageModel, precision: str, scheme: ActivationScheme) -> LanguageModel:
+    if precision == "fp32":
+        return model
+    statistics = calibrate(model, some_windows())
+    everywhere = PrecisionMap.uniform(precision, find_components(model))
+    return Converter(model, Scheme(activations=scheme), statistics).convert(everywhere)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("precision", "scheme"),
+    [
+        ("fp32", "none"),
+        ("fp16", "none"),
+        ("int8", "static"),
+        ("int8", "dynamic"),
+        ("int8", "none"),
+        ("nf4", "none"),
+        ("int3", "none"),
+    ],
+)
+def test_compiled_steps_equal_the_layers(family: str, precision: str, scheme: ActivationScheme) -> None:
+    model = _converted(random_model(CONFIGS[family]), precision, scheme)
+    ids = some_windows(3).ids
+    with torch.inference_mode():
+        _, states = model.carry(ids[:, :5])
+        kept = [state.scan.clone() for state in states]
+        decoder = CompiledDecoder.of(model, states, 5)
+        assert decoder is not None
+        current = states
+        for t in range(5, 12):
+            hidden, current = model.carry(ids[:, t : t + 1], current, t)
+            expected = model.head(hidden[:, -1])
+            torch.testing.assert_close(
+                decoder.step(ids[:, t]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+            )
+    assert all(torch.equal(state.scan, before) for state, before in zip(states, kept, strict=True))
+
+
+def test_logits_of_a_blocked_head_are_in_the_order_of_the_tokens() -> None:
+    model = split_embedding(random_model(MAMBA), torch.randperm(VOCABULARY), [4, 20])
+    ids = some_windows(2).ids
+    with torch.inference_mode():
+        _, states = model.carry(ids[:, :3])
+        decoder = CompiledDecoder.of(model, states, 3)
+        assert decoder is not None
+        expected = model.head(model.carry(ids[:, 3:4], states, 3)[0][:, -1])
+        torch.testing.assert_close(decoder.step(ids[:, 3]), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_it_does_not_know_is_left_to_others() -> None:
+    with torch.inference_mode():
+        itera, mamba = random_model(ITERA), random_model(MAMBA)
+        ids = torch.zeros(MOST_SEQUENCES + 1, 2, dtype=torch.long)
+        assert CompiledDecoder.of(itera, itera.carry(ids[:1])[1], 2) is None
+        assert CompiledDecoder.of(mamba, mamba.carry(ids)[1], 2) is None
+        assert CompiledDecoder.of(mamba, mamba.carry(ids[:MOST_SEQUENCES])[1], 2) is not None
