@@ -56,16 +56,27 @@ def fronted(answer: Mapping[str, Any]) -> str:
             ("* " if point["trial"] == winner else "  ") + str(point["trial"]), point["origin"],
             f"{point['compression']:.3f}×", f"{point['bytes']:,}", f"{point['perplexity']:.4f}",
             f"{point['increase_percent']:+.3f}", f"{1.96 * point['stderr_percent']:.3f}",
+            *([f"{1e3 * point['latency_seconds']:.3f}"] if "latency_seconds" in point else []),
         )
         for point in answer["front"]
     ]  # fmt: skip
-    head = ("  trial", "from", "compression", "bytes", "perplexity", "increase %", "± 95 %")
+    latency = answer.get("latency")
+    head = ["  trial", "from", "compression", "bytes", "perplexity", "increase %", "± 95 %"]
+    head += [] if latency is None else ["latency ms"]
     baseline = answer["baseline"]
     lines = [
         f"{answer['trials']} trials; FP32 perplexity {baseline['perplexity']:.4f}, {baseline['bytes']:,} bytes; "
         f"budget {answer['budget_percent']:g} %",
         table(head, rows, left=2) if rows else "no evaluated map is within the budget",
     ]
+    if latency is not None:
+        error = latency["prediction_error"]
+        lines.append(
+            f"latency of a prefill, batch {latency['batch']}, length {latency['length']}: FP32 "
+            f"{1e3 * latency['fp32_seconds']:.3f} ms; predictions are off by {error['median']:.1%} (median), "
+            f"{error['worst']:.1%} (worst of {error['maps']} maps), rank correlation {error['spearman']:.2f}"
+        )
+        lines += [] if answer["fastest"] is None else [f"fastest: trial {answer['fastest']}"]
     certificate = answer["certificate"]
     if certificate is not None:
         lines.append(

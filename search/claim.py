@@ -7,7 +7,7 @@ is queued again, ahead of all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -22,6 +22,7 @@ from search.measured import (
     DIFFERENCES,
     FINISHED,
     FIRST,
+    LATENCY,
     MEASURED,
     ORIGIN,
     OWNER,
@@ -94,15 +95,18 @@ def _template(
     )  # fmt: skip
 
 
-def claim(opened: OpenStudy, space: Choices, owner: Owner, asked: int, sampler: str) -> Trial | Idle:
+def claim(
+    opened: OpenStudy, space: Choices, owner: Owner, asked: int, sampler: str, held: Collection[int] = ()
+) -> Trial | Idle:
     """The next trial for `owner` to evaluate: a queued one, else a new proposal. Never more than `asked` in all.
 
+    held: ids of the trials that it has claimed already and evaluates together with this one.
     May be repeated after a failure of the database: a trial that was claimed before its answer was lost is found.
     """
     study = opened.study
     while True:
         with opened.locked():
-            found = _queued(study, space, owner, asked)
+            found = _queued(study, space, owner, asked, held)
         if found is not None:
             return found
         source = proposer(study)
@@ -125,10 +129,11 @@ def _room(trials: Sequence[FrozenTrial], asked: int) -> int:
     return asked - sum(trial.state in FINISHED or trial.state == TrialState.RUNNING for trial in trials)
 
 
-def _queued(study: Study, space: Choices, owner: Owner, asked: int) -> Trial | Idle | None:
+def _queued(study: Study, space: Choices, owner: Owner, asked: int, held: Collection[int]) -> Trial | Idle | None:
     """The next queued trial, now running; None where a new map must be proposed."""
     trials = study.get_trials(deepcopy=False)
-    for mine in (trial for trial in trials if trial.state == TrialState.RUNNING and _owner(trial) == owner):
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING and trial._trial_id not in held]
+    for mine in (trial for trial in running if _owner(trial) == owner):
         # its answer was lost, perhaps with the lock: then another may have been let in meanwhile
         if any(other.state != TrialState.WAITING for other in _same_map(trials, mine)):
             _put_back(study, mine, space, "claimed by another worker as well")
@@ -198,13 +203,16 @@ def tell(opened: OpenStudy, trial: Trial, measured: Measured | str, budget_perce
                     trial.set_user_attr(REASON, measured)
                     study.tell(trial, state=TrialState.FAIL)
                 else:
-                    _tell_measured(study, trial, measured, budget_percent, seconds)
+                    latency = None if opened.latency is None else opened.latency(map_of(held))
+                    _tell_measured(study, trial, measured, budget_percent, seconds, latency)
         except UpdateFinishedTrialError:
             return False
     return True
 
 
-def _tell_measured(study: Study, trial: Trial, measured: Measured, budget_percent: float, seconds: float) -> None:
+def _tell_measured(
+    study: Study, trial: Trial, measured: Measured, budget_percent: float, seconds: float, latency: float | None
+) -> None:
     values = {
         "bytes": measured.bytes,
         "perplexity": measured.perplexity,
@@ -216,6 +224,7 @@ def _tell_measured(study: Study, trial: Trial, measured: Measured, budget_percen
         "stopped": measured.stopped,
         "compression": measured.compression,
         "seconds": round(seconds, 3),
+        **({} if latency is None else {LATENCY: latency}),
     }
     trial.set_user_attr(MEASURED, values)
     trial.set_constraint("budget", measured.increase.percent - budget_percent)
@@ -223,7 +232,8 @@ def _tell_measured(study: Study, trial: Trial, measured: Measured, budget_percen
         study.tell(trial, state=TrialState.PRUNED)
         return
     trial.set_user_attr(DIFFERENCES, packed(measured.differences))
-    study.tell(trial, [measured.compression, measured.increase.percent])
+    known = [] if latency is None else [latency]
+    study.tell(trial, [measured.compression, measured.increase.percent, *known])
 
 
 def give_back(opened: OpenStudy, trial: Trial, space: Choices, reason: str) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search import cluster
+from search import cluster, decoding
 from search.options import (
     Force,
     Json,
@@ -62,6 +62,8 @@ for command, example in (
     (cluster.finish, "ssm-mp finish studies/x.toml"),
     (cluster.status, "ssm-mp status studies/x.toml --watch"),
     (cluster.proxy, "ssm-mp proxy studies/x.toml --host 0.0.0.0"),
+    (decoding.generate, 'ssm-mp generate exports/x --study studies/x.toml --prompt "def main(" --compare'),
+    (decoding.drift, "ssm-mp drift exports/x --study studies/x.toml --out drift.png"),
 ):
     app.command(epilog=f"Example:  {example}")(command)
 
@@ -222,6 +224,7 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     """Show the Pareto front so far, while a search runs or after it."""
     from search.answers import fronted
     from search.front import pareto_front
+    from search.latency import stored_latency
     from search.report import front_json
     from search.results import stored_baseline, stored_certificate
     from search.trials import points
@@ -233,7 +236,12 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     if certificate is None:
         say("note: no certificate for this front and budget yet; `ssm-mp search` makes it")
     content = front_json(
-        found, within, stored_baseline(run), spec.search.budget_percent, certificate.to_json() if certificate else None
+        found,
+        within,
+        stored_baseline(run),
+        spec.search.budget_percent,
+        certificate.to_json() if certificate else None,
+        stored_latency(run),
     )
     print_answer(content, json_, fronted)
 
@@ -257,7 +265,10 @@ def export(
     out: Annotated[Path, typer.Option(help="Artifact folder to write.")],
     pick: Annotated[
         str,
-        typer.Option(help="smallest (the certified winner), knee, or a trial's number.", metavar="smallest|knee|TRIAL"),
+        typer.Option(
+            help="smallest (the certified winner), knee, fastest (with latency), or a trial's number.",
+            metavar="smallest|knee|fastest|TRIAL",
+        ),
     ] = "smallest",
     run_dir: RunDir = None,
     set_: Overrides = None,
@@ -279,6 +290,7 @@ def export(
         "perplexity": exported.perplexity,
         "increase_percent": exported.increase_percent,
         "certificate": verdict,
+        **({} if exported.latency is None else {"latency_seconds": exported.latency}),
         "verified": True,  # export raises where what is read back is not what was measured
     }
     print_answer(content, json_, listed)

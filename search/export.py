@@ -13,6 +13,7 @@ import torch
 
 from search.certify import Certificate, bounds
 from search.gates import Facts
+from search.latency import summary
 from search.objective import Baseline, Objective
 from search.plots import allocation_png
 from search.workspace import Workspace
@@ -20,6 +21,7 @@ from ssm_mp.artifact import Artifact, read_artifact, require_free, save_artifact
 from ssm_mp.benchmark import Benchmark, benchmark
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import evaluate
+from ssm_mp.latency import LatencyTable
 from ssm_mp.precision_map import PrecisionMap
 
 _VERSIONS = ("torch", "optuna", "numpy", "scipy", "safetensors")
@@ -27,7 +29,7 @@ _VERSIONS = ("torch", "optuna", "numpy", "scipy", "safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A written artifact, as it was found when read back."""
+    """A written artifact, as it was found when read back; latency: predicted, in seconds, where it is asked for."""
 
     artifact: Artifact
     compression: float
@@ -35,6 +37,7 @@ class Exported:
     increase_percent: float
     benchmark: Benchmark
     facts: Facts
+    latency: float | None = None
 
 
 def export(
@@ -46,9 +49,11 @@ def export(
     certificate: Certificate | None = None,
     provenance: Mapping[str, Any] | None = None,
     replace: bool = False,
+    latency: LatencyTable | None = None,
 ) -> Exported:
     """Write the artifact of a map and verify what is on disk.
 
+    latency: the study's table, from which the map's latency is predicted.
     Raises ArtifactError where the folder cannot be written, or where what is read back is not what was measured.
     """
     require_free(out, replace)
@@ -67,6 +72,7 @@ def export(
         "windows": measured.increase.windows,
         "certificate": certificate.to_json() if certificate else None,
         "benchmark": speed.to_json(),
+        **({} if latency is None else {"latency": _latency(latency, precision_map)}),
         "provenance": {**provenance_of(workspace), **(provenance or {})},
     }
     scheme, components = workspace.spec.precision.scheme, workspace.converter.components
@@ -98,7 +104,15 @@ def export(
         speedup=max(speed.prefill, key=lambda prefill: prefill.batch).speedup,
         float32_arrays=sum(array.dtype == torch.float32 for array in stored_arrays(artifact.model).values()),
     )
-    return Exported(artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts)
+    predicted_latency = None if latency is None else latency.predict(precision_map.to_json())
+    return Exported(
+        artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts, predicted_latency
+    )
+
+
+def _latency(table: LatencyTable, precision_map: PrecisionMap) -> dict[str, Any]:
+    """A map's predicted latency, with what it is a latency of, and how far predictions are off."""
+    return {"predicted_seconds": table.predict(precision_map.to_json()), **summary(table)}
 
 
 def provenance_of(workspace: Workspace) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from optuna.study import Study
 from search import plots
 from search.certify import Certificate, Try, certify
 from search.export import export, provenance_of
-from search.front import Point, pareto_front
+from search.front import Point, front_by_size, pareto_front
 from search.gates import judge
 from search.prepare import Prepared, Say
 from search.probe import Probe
@@ -36,7 +36,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     spec = workspace.spec
     found = points(study, workspace.space.choices)
     front = pareto_front(found, spec.search.budget_percent)
-    certificate = certify_front(workspace, run, front, say)
+    certificate = certify_front(workspace, run, front_by_size(front), say)
     exported, failure = None, ""
     winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
     if winner is not None:
@@ -44,7 +44,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         try:
             exported = export(
                 workspace, baseline, workspace.space.map(winner.map), run / WINNER,
-                certificate=certificate, provenance={"trial": winner.trial}, replace=True,
+                certificate=certificate, provenance={"trial": winner.trial}, replace=True, latency=prepared.latency,
             )  # fmt: skip
         except ArtifactError as error:  # the report must still say what was found, and that this failed
             failure = str(error)
@@ -67,6 +67,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         gates=judge(certificate, exported.facts if exported else None, failure),
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
+        latency=prepared.latency,
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
     run.write_text(REPORT, render(result))
@@ -142,5 +143,6 @@ def answer(result: Result) -> dict[str, Any]:
     """What `search` and `front` answer, with the gates."""
     certificate = None if result.certificate is None else result.certificate.to_json()
     baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes}
-    content = front_json(result.points, result.front, baseline, result.spec.search.budget_percent, certificate)
+    budget = result.spec.search.budget_percent
+    content = front_json(result.points, result.front, baseline, budget, certificate, result.latency)
     return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

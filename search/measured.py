@@ -16,6 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 MEASURED, ORIGIN, REASON, DIFFERENCES = "measured", "origin", "reason", "differences"
 """Names of the user attributes: figures, where the map comes from, why it failed, log-increase of each window."""
 
+LATENCY = "latency_seconds"
+"""Among the figures: the map's predicted latency, where the study asks for it."""
+
 OWNER, ATTEMPT, FIRST, REOPENED = "owner", "attempt", "first", "reopened"
 """Who evaluates it; which try of this map it is, from 1; number of the trial that tried it first; number of the one
 that a smaller budget stopped."""

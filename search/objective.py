@@ -15,6 +15,7 @@ from ssm_mp.data import Windows
 from ssm_mp.evaluate import Evaluation, Increase, evaluate, paired_increase, require_better_than_guessing
 from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.prefix_cache import PrefixCache, Prefixes, Reuse
 
 Finished = Sequence[tuple[int, np.ndarray]]
 """Maps that have seen all windows: bytes, log-increase of each window."""
@@ -69,12 +70,14 @@ class Objective:
         self._before_layer = before_layer
         # windows stand in the order of the text, and its beginning is no random sample of it
         windows = len(workspace.splits.search)
+        self._shared = PrefixCache(workspace.spec.search.shared_mib << 20)
         self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:
         """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""
         windows = self._workspace.splits.search
-        nll = evaluate(self._converted(precision_map), windows, before_layer=self._before_layer).nll
+        model = self._converted(precision_map)
+        nll = evaluate(model, windows, self._before_layer, self._prefixes(precision_map)).nll
         return self._measured(precision_map, nll, np.arange(len(windows)))
 
     def race(self, precision_map: PrecisionMap, finished: Finished, error: float) -> Measured:
@@ -84,7 +87,7 @@ class Objective:
         """
         windows = self._workspace.splits.search
         budget = self._workspace.spec.search.budget_percent
-        model = self._converted(precision_map)
+        model, prefixes = self._converted(precision_map), self._prefixes(precision_map)
         size = precision_map.bytes(self._workspace.space.components, self._workspace.spec.precision.activations)
         rival = best_rival(size, finished)
         nll = np.full(len(windows), np.nan)
@@ -92,7 +95,7 @@ class Objective:
         for count in rungs(len(windows)):
             new, seen = self._order[began:count], self._order[:count]
             part = Windows(windows.ids[torch.from_numpy(new)])
-            nll[new] = evaluate(model, part, before_layer=self._before_layer).nll
+            nll[new] = evaluate(model, part, self._before_layer, prefixes).nll
             began = count
             if count == len(windows):
                 break
@@ -101,6 +104,20 @@ class Objective:
             if stop is not None:
                 return replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
         return self._measured(precision_map, nll, np.arange(len(windows)))
+
+    @property
+    def reuse(self) -> Reuse:
+        """How many layers were found computed by a map before, of all."""
+        return self._shared.reuse
+
+    def _prefixes(self, precision_map: PrecisionMap) -> Prefixes:
+        """Layers' inputs that this map may share with others: they depend on the precisions of all before the layer."""
+        components, held = self._workspace.space.components, precision_map.to_json()
+        before = [
+            tuple(held[component.name] for component in components if component.stage <= layer)
+            for layer in range(self._workspace.model.config.n_layers)
+        ]
+        return Prefixes(self._shared, before)
 
     def _converted(self, precision_map: PrecisionMap) -> LanguageModel:
         return self._workspace.converter.convert(precision_map)

@@ -1,4 +1,4 @@
-"""Which map of a finished search to export: the certified winner, the knee, or a trial by number."""
+"""Which map of a finished search to export: the certified winner, the knee, the fastest, or a trial by number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from optuna.study import Study
 from search.errors import NothingFoundError, StudyError
 from search.export import Exported, export
 from search.finish import certify_front
-from search.front import Point, knee, pareto_front
+from search.front import Point, fastest, knee, pareto_front
+from search.latency import stored_latency
 from search.objective import measure_baseline
 from search.results import stored_certificate
 from search.run_directory import RunDirectory
@@ -36,8 +37,18 @@ def pick_point(pick: str, found: Sequence[Point], budget_percent: float, winner:
         if point is None:
             raise NothingFoundError("no map of this study is within the budget, so its front has no knee")
         return point
+    if pick == "fastest":
+        if found and all(point.latency is None for point in found):
+            raise StudyError(
+                '--pick fastest: this study knows no latencies; one with [search] objectives = ["compression", '
+                '"perplexity", "latency"] does'
+            )
+        point = fastest(front)
+        if point is None:
+            raise NothingFoundError("no map of this study is within the budget, so there is no fastest")
+        return point
     if not pick.isdecimal():
-        raise StudyError(f"--pick {pick}: expected smallest, knee or a trial's number")
+        raise StudyError(f"--pick {pick}: expected smallest, knee, fastest or a trial's number")
     for point in found:
         if point.trial == int(pick):
             return point
@@ -78,5 +89,6 @@ def export_pick(
         certificate=certificate,
         provenance={"trial": point.trial},
         replace=replace,
+        latency=stored_latency(run),
     )
     return exported, certificate.verdict if certificate else "inconclusive"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from search.front import Point, pareto_front
+from search.front import Point, fastest, front_by_size, pareto_front
 from search.probe import LOWEST, Probe
 from ssm_mp.components import Component
 from ssm_mp.errors import MachineError
@@ -42,7 +42,8 @@ def plot_front(
 ) -> Figure:
     """Perplexity increase against compression: all trials, the front, the named maps, the budget and the winner.
 
-    Where the budget is far above every trial, it is drawn in a strip of its own over a broken axis.
+    Where the budget is far above every trial, it is drawn in a strip of its own over a broken axis. Where latency is
+    known, the front is coloured by it, and its line joins what is on it for size and quality alone.
     certified: a sentence about the winner's certificate, for the title.
     """
     with mpl.rc_context(_STYLE):
@@ -120,14 +121,16 @@ def _draw_points(
         alpha=0.65,
         linewidths=0,
     )
+    line = front_by_size(front)
     axes.plot(
-        [p.compression for p in front], [p.increase_percent for p in front],
+        [p.compression for p in line], [p.increase_percent for p in line],
         color=BLUE, linewidth=1.2, drawstyle="steps-post", alpha=0.6,
     )  # fmt: skip
     axes.errorbar(
         [p.compression for p in front], [p.increase_percent for p in front],
         yerr=[1.96 * p.stderr_percent for p in front], fmt="o", color=BLUE, markersize=5, capsize=2.5, elinewidth=1,
     )  # fmt: skip
+    _colour_by_latency(axes, front)
     for point in shown:
         if point.origin in _NAMED:
             marker, colour = _NAMED[point.origin]
@@ -140,6 +143,24 @@ def _draw_points(
         _label_winner(axes, chosen, shown)
 
 
+def _colour_by_latency(axes: Axes, front: Sequence[Point]) -> None:
+    """The front's points in the colour of their latency, with its scale, and a ring around the fastest."""
+    quickest = fastest(front)
+    if quickest is None:
+        return
+    shades = axes.scatter(
+        [p.compression for p in front], [p.increase_percent for p in front],
+        c=[1e3 * p.latency for p in front if p.latency is not None], cmap="cividis", s=46, edgecolors=BLACK,
+        linewidths=0.6, zorder=4,
+    )  # fmt: skip
+    figure = axes.figure
+    figure.colorbar(shades, ax=figure.axes, label="predicted latency of a prefill (ms), lower is better", pad=0.015)
+    axes.plot(
+        quickest.compression, quickest.increase_percent, "s", markersize=12, markerfacecolor="none",
+        markeredgecolor=RED, markeredgewidth=1.5, zorder=6,
+    )  # fmt: skip
+
+
 def _label_winner(axes: Axes, point: Point, shown: Sequence[Point]) -> None:
     axes.plot(
         point.compression, point.increase_percent, "o", markersize=15, markerfacecolor="none",
@@ -147,7 +168,8 @@ def _label_winner(axes: Axes, point: Point, shown: Sequence[Point]) -> None:
     )  # fmt: skip
     axes.annotate(
         f"winner: trial {point.trial}\n{point.compression:.2f}×, {point.bytes / 1e6:.2f} MB, "
-        f"{point.increase_percent:+.2f} ± {1.96 * point.stderr_percent:.2f} %",
+        f"{point.increase_percent:+.2f} ± {1.96 * point.stderr_percent:.2f} %"
+        + ("" if point.latency is None else f"\n{1e3 * point.latency:.2f} ms"),
         (point.compression, point.increase_percent),
         xytext=_empty_place(axes, shown), textcoords="axes fraction",
         ha="center", va="center", fontsize=9.5, zorder=7,
@@ -173,8 +195,12 @@ def _empty_place(axes: Axes, shown: Sequence[Point]) -> tuple[float, float]:
 def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget_percent: float) -> None:
     origins = {point.origin for point in shown}
     stopped = Line2D([], [], marker="x", color=GREY, linestyle="none", markersize=4, label="stopped early")
+    quickest = Line2D(
+        [], [], marker="s", markerfacecolor="none", markeredgecolor=RED, linestyle="none", label="fastest of the front"
+    )
     handles = [
         Line2D([], [], marker="o", color=BLUE, markersize=5, label="Pareto front, 95 % interval"),
+        *([quickest] if any(point.latency is not None for point in shown) else []),
         Line2D([], [], marker="o", color=GREY, linestyle="none", markersize=4, label="other trials"),
         *([stopped] if any(point.stopped for point in shown) else []),
         *(

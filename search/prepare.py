@@ -18,6 +18,7 @@ from search.claim import Seed
 from search.file_lock import FileLock
 from search.gradient import gradient_probes, gradient_windows
 from search.knowledge import Knowledge, before_any_trial
+from search.latency import latency_table
 from search.objective import Baseline, measure_baseline
 from search.probe import (
     GRADIENT,
@@ -42,6 +43,7 @@ from search.surrogate import Surrogate, additive, effects_of_size, fit, predicte
 from search.workspace import Workspace, open_workspace
 from ssm_mp.components import fp32_bytes
 from ssm_mp.evaluate import Evaluation, paired_increase
+from ssm_mp.latency import LatencyTable
 from ssm_mp.precision import FOUR_BIT
 from ssm_mp.precision_map import PRESETS, PrecisionMap
 
@@ -54,13 +56,14 @@ MANY_PROBES = 64
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What trials need: the loaded study, its baseline, the surrogate of its probes."""
+    """What trials need: the loaded study, its baseline, the surrogate of its probes, its latencies if any."""
 
     workspace: Workspace
     baseline: Baseline
     probes: list[Probe]
     surrogate: Surrogate
     knowledge: Knowledge
+    latency: LatencyTable | None = None
 
     @property
     def choices(self) -> dict[str, tuple[str, ...]]:
@@ -98,6 +101,7 @@ class _Preparation:
     stop: Stop
     baseline: Baseline
     offsets: tuple[float, float]
+    latency: LatencyTable | None
 
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
@@ -105,11 +109,12 @@ class _Preparation:
         run.check_fingerprint(workspace.fingerprint())
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
             baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
+            latency = latency_table(run, workspace, say, stop) if spec.search.asks_latency else None
         say(
             f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
             f"{baseline.bytes:,} bytes in FP32"
         )
-        return cls(workspace, run, say, stop, baseline, offsets)
+        return cls(workspace, run, say, stop, baseline, offsets, latency)
 
     @cached_property
     def _ends(self) -> tuple[End, End]:
@@ -175,8 +180,8 @@ class _Preparation:
             f"probes: {len(probes)}; all-lowest costs {100 * math.expm1(offsets[1]):+.3f} %, "
             f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
         )
-        knowledge = _knowledge(self.workspace, surrogate, probes, offsets)
-        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge)
+        knowledge = _knowledge(self.workspace, surrogate, probes, offsets, self.latency)
+        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency)
 
 
 def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tuple[Baseline, tuple[float, float]]:
@@ -209,7 +214,11 @@ def _stored_baseline(run: RunDirectory, workspace: Workspace) -> tuple[Baseline,
 
 
 def _knowledge(
-    workspace: Workspace, surrogate: Surrogate, probes: Sequence[Probe], offsets: Sequence[float]
+    workspace: Workspace,
+    surrogate: Surrogate,
+    probes: Sequence[Probe],
+    offsets: Sequence[float],
+    latency: LatencyTable | None,
 ) -> Knowledge:
     """What the sampler starts from: expected effects, and all maps that probes and ends have measured."""
     space: Space = workspace.space
@@ -220,12 +229,15 @@ def _knowledge(
             held, offset = ends[probe.end]
             changed = held.changed({probe.component: probe.precision})
             measured.append((space.chosen(changed), offset + probe.log_increase))
-    catalogue = catalogue_of(space, workspace.spec.precision.activations)
+    catalogue = catalogue_of(space, workspace.spec.precision.activations, latency)
     return before_any_trial(catalogue, surrogate.effects, measured)
 
 
 def seeds(prepared: Prepared) -> list[Seed]:
-    """The study's first maps: both ends, the presets, then the surrogate's predicted front."""
+    """The study's first maps: both ends, the presets, then the surrogate's predicted front.
+
+    With latency half of those are by size, a quarter by latency, and a quarter by both.
+    """
     space, spec = prepared.workspace.space, prepared.workspace.spec
     found: list[tuple[PrecisionMap, str]] = [
         (space.widest(), f"uniform {spec.precision.choices[0]}"),
@@ -238,5 +250,10 @@ def seeds(prepared: Prepared) -> list[Seed]:
             found.append((space.within(preset), name))
     named = [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
     budget = math.log1p(spec.search.budget_percent / 100)
-    predicted = predicted_front(prepared.surrogate, prepared.knowledge.catalogue, spec.search.seeds, budget)
+    catalogue, count = prepared.knowledge.catalogue, spec.search.seeds
+    shares = [(catalogue, count)]
+    if catalogue.latencies is not None:
+        part = count // 4
+        shares = [(catalogue, count - 2 * part), (catalogue.by_latency, part), (catalogue.blended(0.5), part)]
+    predicted = [params for axis, n in shares for params in predicted_front(prepared.surrogate, axis, n, budget)]
     return named + [Seed(params, "predicted front") for params in predicted]

@@ -4,20 +4,22 @@ Dimensions: `n` free components, `f` features, `m` maps, `t` evaluated maps.
 
 Candidates are the exact fronts, by dynamic programming, of one draw from the posterior (so that workers who ask at
 the same time look at different maps) and of its mean; the best of them is then improved component by component
-under the whole posterior, pair terms included.
+under the whole posterior, pair terms included. Latency, like bytes, is known of every map and additive: where it is an
+objective, there are fronts over bytes, over latency and over a random blend of both, and the gain is that of a volume.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtr
 
 from search.catalogue import Catalogue, Choices
-from search.gain import Staircase, expected_gain, staircase
+from search.gain import expected_gain, expected_volume_gain, staircase, terrain
 from search.posterior import Posterior
 from search.programme import MOST_STATES, frontier
 
@@ -25,7 +27,8 @@ _WINNER_EVERY = 4
 """Every so many proposals look for a smaller map within the budget instead: the area hardly rewards the last bytes."""
 _LEAST_CHANCE = 0.02
 """A smaller map is worth a proposal for the winner only with this chance of being within the budget."""
-_MOST_CANDIDATES = 256
+_MOST_CANDIDATES, _MOST_CANDIDATES_OF_THREE = 256, 96
+"""Of each front; with latency there are three times as many fronts."""
 _ROUNDS, _ROUNDS_OF_MANY = 4, 1
 _MANY = 200
 """Features from which on a proposal is improved in fewer rounds, and fronts are thinned sooner, to stay quick."""
@@ -67,28 +70,46 @@ def propose(
     seen = {row.tobytes() for row in [*evaluated.choices, *taken, *excluded]}
     if len(seen) >= catalogue.maps:
         return None
-    stairs = _stairs(catalogue, posterior, evaluated, taken, budget_percent)
+    gain = _gain(catalogue, posterior, evaluated, taken, budget_percent)
     found = _unseen(_fronts(catalogue, posterior, budget_percent, rng), seen)
     while not len(found):  # everything on the predicted fronts is known: look elsewhere
         found = _unseen(_neighbours(catalogue, random_map(catalogue, rng)), seen)
-    smallest = _smallest(catalogue, evaluated, budget_percent)
-    if smallest is not None and len(seen) % _WINNER_EVERY == 0:
-        smaller = _winner(catalogue, posterior, found, seen, smallest, budget_percent)
+    for_winner, rest = divmod(len(seen), _WINNER_EVERY)
+    if rest == 0:  # with latency in turn for the fastest
+        axis = catalogue if catalogue.latencies is None or for_winner % 2 == 0 else catalogue.by_latency
+        smallest = _smallest(axis, evaluated, budget_percent)
+        smaller = None if smallest is None else _winner(axis, posterior, found, seen, smallest, budget_percent)
         if smaller is not None:
             return smaller
-    return _improved(catalogue, posterior, found, seen, stairs)
+    return _improved(catalogue, posterior, found, seen, gain)
 
 
-def _stairs(
+Gain = Callable[[Candidates], np.ndarray]
+"""What the front is expected to grow by, for each candidate on its own, `[m]`."""
+
+
+def _gain(
     catalogue: Catalogue, posterior: Posterior, evaluated: Evaluated, taken: Sequence[np.ndarray], budget: float
-) -> Staircase:
-    """The front so far, with what is on its way."""
+) -> Gain:
+    """The gain over the front so far, with what is on its way."""
     choices, increase = evaluated.choices, evaluated.increase_percent
     if len(taken):
         expected = predicted(catalogue, posterior, np.stack(taken))
         choices = np.concatenate([choices, expected.choices])
         increase = np.concatenate([increase, expected.mean])
-    return staircase(catalogue.fp32_bytes / catalogue.bytes(choices), increase, budget)
+    compression = catalogue.fp32_bytes / catalogue.bytes(choices)
+    if catalogue.latencies is None:
+        stairs = staircase(compression, increase, budget)
+        return lambda new: expected_gain(stairs, catalogue.fp32_bytes / new.bytes, new.mean, new.stddev)
+    ground = terrain(compression, _saved(catalogue, choices), increase, budget)
+    return lambda new: expected_volume_gain(
+        ground, catalogue.fp32_bytes / new.bytes, _saved(catalogue, new.choices), new.mean, new.stddev
+    )
+
+
+def _saved(catalogue: Catalogue, choices: Choices) -> np.ndarray:
+    """Latency that maps save, as a fraction of the hypervolume's corner, `[m]`."""
+    return np.asarray(1 - catalogue.by_latency.bytes(choices) / catalogue.latency_reference)
 
 
 def predicted(catalogue: Catalogue, posterior: Posterior, choices: Choices) -> Candidates:
@@ -99,14 +120,19 @@ def predicted(catalogue: Catalogue, posterior: Posterior, choices: Choices) -> C
 
 
 def _fronts(catalogue: Catalogue, posterior: Posterior, budget: float, rng: np.random.Generator) -> Choices:
-    """The fronts of the posterior's mean and of one draw, up to a little above the budget."""
+    """The fronts of the posterior's mean and of one draw, up to a little above the budget, over every axis."""
     limit = math.log1p(1.3 * budget / 100)
     most = MOST_STATES if len(catalogue.features) < _MANY else _MOST_STATES_OF_MANY
     found = []
-    for offset, effects in (posterior.effects(), posterior.draw(rng)):
-        front = frontier(catalogue.sizes, costs(catalogue, effects), limit - offset, most)
+    drawn = (posterior.effects(), posterior.draw(rng))
+    axes, count = [catalogue], _MOST_CANDIDATES
+    if catalogue.latencies is not None:
+        axes += [catalogue.by_latency, catalogue.blended(rng.random())]
+        count = _MOST_CANDIDATES_OF_THREE
+    for axis, (offset, effects) in itertools.product(axes, drawn):
+        front = frontier(axis.sizes, costs(catalogue, effects), limit - offset, most)
         if len(front.bytes):
-            found.append(front.choices[np.unique(np.linspace(0, len(front.bytes) - 1, _MOST_CANDIDATES).astype(int))])
+            found.append(front.choices[np.unique(np.linspace(0, len(front.bytes) - 1, count).astype(int))])
     return np.concatenate([np.zeros((0, len(catalogue.names)), dtype=np.int64), *found])
 
 
@@ -146,25 +172,18 @@ def random_map(catalogue: Catalogue, rng: np.random.Generator) -> np.ndarray:
     return np.array([rng.integers(len(held)) for held in catalogue.precisions], dtype=np.int64)
 
 
-def _gains(catalogue: Catalogue, posterior: Posterior, choices: Choices, stairs: Staircase) -> np.ndarray:
-    found = predicted(catalogue, posterior, choices)
-    return expected_gain(stairs, catalogue.fp32_bytes / found.bytes, found.mean, found.stddev)
-
-
-def _improved(
-    catalogue: Catalogue, posterior: Posterior, found: Choices, seen: set[bytes], stairs: Staircase
-) -> np.ndarray:
+def _improved(catalogue: Catalogue, posterior: Posterior, found: Choices, seen: set[bytes], gain: Gain) -> np.ndarray:
     """The candidate of the largest expected gain, changed one component at a time while that grows."""
-    gains = _gains(catalogue, posterior, found, stairs)
-    best, gain = found[gains.argmax()], gains.max()
+    gains = gain(predicted(catalogue, posterior, found))
+    best, most = found[gains.argmax()], gains.max()
     for _ in range(_ROUNDS if len(catalogue.features) < _MANY else _ROUNDS_OF_MANY):
         around = _unseen(_neighbours(catalogue, best), seen)
         if not len(around):
             break
-        gains = _gains(catalogue, posterior, around, stairs)
-        if gains.max() <= gain:
+        gains = gain(predicted(catalogue, posterior, around))
+        if gains.max() <= most:
             break
-        best, gain = around[gains.argmax()], gains.max()
+        best, most = around[gains.argmax()], gains.max()
     return np.array(best)
 
 

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from search.certify import Certificate
-from search.front import Point, hypervolume
+from search.front import Point, fastest, hypervolume, hypervolume_with_latency
 from search.gates import Gate, overall
+from search.latency import summary
 from search.spec import StudySpec
 from search.surrogate import Surrogate
 from search.trials import Counts
 from ssm_mp.benchmark import Benchmark
 from ssm_mp.components import Component
+from ssm_mp.latency import LatencyTable
 
 _MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
@@ -37,6 +39,7 @@ class Result:
     gates: Sequence[Gate]
     benchmark: Benchmark | None
     provenance: Mapping[str, Any]
+    latency: LatencyTable | None = None
 
     @property
     def winner(self) -> Point | None:
@@ -67,8 +70,15 @@ def front_json(
     baseline: Mapping[str, Any] | None,
     budget_percent: float,
     certificate: Mapping[str, Any] | None,
+    latency: LatencyTable | None = None,
 ) -> dict[str, Any]:
     """The answer of `search` and `front`."""
+    quickest = None if latency is None else fastest(front)
+    known = (
+        {}
+        if latency is None
+        else {"latency": summary(latency), "fastest": None if quickest is None else quickest.trial}
+    )
     return {
         "baseline": baseline,
         "budget_percent": budget_percent,
@@ -76,6 +86,7 @@ def front_json(
         "front": [point.to_json() for point in front],
         "winner": None if certificate is None else certificate["winner"],
         "certificate": certificate,
+        **known,
     }
 
 
@@ -89,6 +100,7 @@ def render(result: Result) -> str:
         f"## Winner\n\n{_winner(result)}",
         f"## Components\n\n{_components(result)}",
         f"## Sensitivities\n\n{_surrogate(result)}",
+        *([] if result.latency is None else [f"## Latency\n\n{_latency(result.latency)}"]),
         f"## Provenance\n\n```json\n{json.dumps(result.provenance, indent=2)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -110,6 +122,11 @@ def _summary(result: Result) -> str:
             f"**Winner: trial {point.trial}, {point.compression:.2f}× smaller ({point.bytes:,} bytes), "
             f"perplexity {point.increase_percent:+.2f} %** on the search windows."
         )
+        if result.latency is not None and point.latency is not None:
+            lines[-1] += (
+                f" Predicted latency {1e3 * point.latency:.3f} ms, {result.latency.fp32 / point.latency:.2f} × as fast "
+                "as FP32."
+            )
     else:
         lines.append("**No map was certified.**")
     return "\n\n".join(lines)
@@ -136,16 +153,25 @@ def _front(result: Result) -> str:
             f"{point.perplexity:.4f}",
             f"{point.increase_percent:+.3f} ± {1.96 * point.stderr_percent:.3f}",
             f"{sum(precision != 'fp16' for precision in point.map.values())} of {len(point.map)}",
+            *([] if point.latency is None else [f"{1e3 * point.latency:.3f}"]),
         )
         for point in result.front
     ]
-    head = ("trial", "from", "compression", "bytes", "perplexity", "increase % (95 %)", "below fp16")
+    head = ["trial", "from", "compression", "bytes", "perplexity", "increase % (95 %)", "below fp16"]
+    head += [] if result.latency is None else ["latency ms"]
     if not rows:
         return "No evaluated map is within the budget."
-    area = hypervolume(result.points, result.spec.search.budget_percent)
-    return (
+    budget = result.spec.search.budget_percent
+    area = hypervolume(result.points, budget)
+    text = (
         _table(head, rows, left=2)
         + f"\n\nHypervolume {area:.4f}: compression above 1× times percentage points below the budget."
+    )
+    if result.latency is None:
+        return text
+    volume = hypervolume_with_latency(result.points, budget, result.latency.reference)
+    return text + (
+        f" With latency {volume:.4f}: that times the fraction of {1e3 * result.latency.reference:.3f} ms saved."
     )
 
 
@@ -194,6 +220,23 @@ def _winner(result: Result) -> str:
     ]
     rows = [(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ratio:.3f}") for name, ours, theirs, ratio in pairs]
     return text + "\n\n" + _table(("", "winner", "FP32", "ratio"), rows)
+
+
+def _latency(table: LatencyTable) -> str:
+    error = table.error
+    rows = [
+        (f"{1e3 * check.measured:.3f}", f"{1e3 * check.predicted:.3f}", f"{check.predicted / check.measured - 1:+.1%}")
+        for check in sorted(table.checks, key=lambda check: check.measured)
+    ]
+    return (
+        f"One prefill, batch {table.batch}, length {table.length}, on `{table.device}`, threads: {table.threads}; "
+        f"medians of {table.rounds} rounds. FP32 takes {1e3 * table.fp32:.3f} ms. A map's latency is predicted: "
+        f"{1e3 * table.rest:.3f} ms, which no precision changes, and each component's own time at its precision "
+        "(`latency.json`).\n\n"
+        f"On {len(table.checks)} other maps, really converted and measured in the same rounds, the prediction is off "
+        f"by {error.median:.1%} (median) and {error.worst:.1%} (worst); rank correlation {error.spearman:.2f}.\n\n"
+        + _table(("measured ms", "predicted ms", "error"), rows, left=0)
+    )
 
 
 def _components(result: Result) -> str:

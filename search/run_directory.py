@@ -18,6 +18,7 @@ from ssm_mp.errors import MachineError
 FINGERPRINT = "study.json"
 PROBES = "probes.jsonl"
 BASELINE = "baseline.json"
+LATENCY = "latency.json"
 CERTIFICATE = "certificate.json"
 TRIES = "tries.jsonl"
 FRONT = "front.json"
@@ -89,7 +90,7 @@ class RunDirectory:
                     )
                 self.write_json(FINGERPRINT, current)
                 return
-        require_same(stored, current, str(self.path))
+        require_same(stored, with_all(stored, current), str(self.path))
 
     def fingerprint(self) -> dict[str, Any]:
         """The fingerprint of the study that was run here. Raises StudyError where nothing was."""
@@ -151,6 +152,11 @@ class RunDirectory:
             return [json.loads(line) for line in lines[:-1] if line]
         except ValueError as error:
             raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
+
+
+def with_all(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint with None for what only the stored one has, so that this too is a difference."""
+    return {**dict.fromkeys(stored), **current}
 
 
 def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:

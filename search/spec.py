@@ -88,21 +88,52 @@ class PrecisionSection(_Section):
 
 
 SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
+OBJECTIVES = ("compression", "perplexity", "latency")
+"""What maps are compared by, in the order of a trial's values; a study may leave out the last."""
 
 
 class SearchSection(_Section):
     """`[search]`: how many maps are tried, how, and what counts as good enough."""
 
+    objectives: tuple[str, ...] = OBJECTIVES[:2]
+    latency_batch: int = Field(default=1, ge=1, le=4096)
+    latency_length: int | None = Field(default=None, ge=1, le=65536)
     trials: int = Field(default=64, ge=1)
     sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
     probe: Literal["measured", "gradient", "none"] = "measured"
     racing: bool = True
     racing_error: float = Field(default=0.01, gt=0, lt=0.5)
+    stacked: int | str = "auto"
+    shared_mib: int = Field(default=256, ge=0, le=1 << 20)
     seeds: int = Field(default=12, ge=0, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+
+    @property
+    def asks_latency(self) -> bool:
+        """Whether latency is an objective."""
+        return self.objectives == OBJECTIVES
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("objectives")
+    @classmethod
+    def _known(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        if objectives not in (OBJECTIVES, OBJECTIVES[:2]):
+            raise ValueError(f"expected {list(OBJECTIVES[:2])} or {list(OBJECTIVES)}, found {list(objectives)}")
+        return objectives
+
+    @field_validator("stacked")
+    @classmethod
+    def _counted(cls, stacked: int | str) -> int | str:
+        if stacked != "auto" and (isinstance(stacked, str) or not 1 <= stacked <= 4096):
+            raise ValueError(f'expected "auto" or a number of trials from 1 to 4096, found {stacked!r}')
+        return stacked
 
     @field_validator("budget_percent", "confidence", mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import importlib.util
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -59,7 +59,8 @@ class StorageChoice:
     """What a run keeps its trials in. `url` is PostgreSQL's, without a password; `study` the study's name there.
 
     lock: whose lock claims are made under, the run directory's or the database's; all workers must use the same.
-    proxy: `host:port` of Optuna's gRPC proxy in front of the database, empty for none.
+    proxy: `host:port` of Optuna's gRPC proxy in front of the database, empty for none. latency: whether the study has
+    this third objective.
     """
 
     kind: Kind
@@ -67,6 +68,11 @@ class StorageChoice:
     study: str = STUDY_NAME
     lock: Literal["folder", "database"] = "folder"
     proxy: str = ""
+    latency: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written down."""
+        return {key: value for key, value in asdict(self).items() if key != "latency" or value}
 
 
 def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) -> StorageChoice:
@@ -82,11 +88,17 @@ def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) 
             raise StudyError(f"[storage] kind = 'sqlite' with several workers: {_ONE_PROCESS}")
         with run.lock(STORAGE).held():  # workers that begin together agree on one
             stored = stored_choice(run) or stored
-            run.write_json(STORAGE, asdict(stored))
+            run.write_json(STORAGE, stored.to_json())
     if asked not in ("auto", stored.kind):
         raise StudyError(
             f"{run.path}: this run keeps its trials in {stored.kind}, and [storage] kind = {asked!r} asks for another "
             "place; say what it was, or give --run-dir another directory"
+        )
+    if stored.latency != spec.search.asks_latency:
+        raise StudyError(
+            f"{run.path}: this run was begun {'with' if stored.latency else 'without'} latency among [search] "
+            f"objectives, which now are {list(spec.search.objectives)}; say what it was, or give --run-dir another "
+            "directory"
         )
     if spec.storage.url and spec.storage.url != stored.url:
         say("note: [storage] url differs from the one that this run began with; using the new one")
@@ -105,11 +117,11 @@ def choose_storage(spec: StudySpec, run: RunDirectory, *, many: bool, say: Say) 
 
 def _new_choice(spec: StudySpec, default: Kind) -> StorageChoice:
     """What a run that has not begun will use."""
-    asked = spec.storage
+    asked, latency = spec.storage, spec.search.asks_latency
     if asked.kind != "postgresql":
-        return StorageChoice(default if asked.kind == "auto" else asked.kind)
+        return StorageChoice(default if asked.kind == "auto" else asked.kind, latency=latency)
     name = f"{spec.name}-{secrets.token_hex(4)}"  # other runs may be in the same database
-    return StorageChoice("postgresql", asked.url, name, "folder" if asked.proxy else "database")
+    return StorageChoice("postgresql", asked.url, name, "folder" if asked.proxy else "database", latency=latency)
 
 
 def stored_choice(run: RunDirectory) -> StorageChoice | None:
@@ -125,7 +137,10 @@ def stored_choice(run: RunDirectory) -> StorageChoice | None:
 
 @dataclass(frozen=True, eq=False)
 class OpenStudy:
-    """An Optuna study with the lock that claims are made under."""
+    """An Optuna study with the lock that claims are made under.
+
+    latency: of a map (the free components' precisions), predicted, in seconds; None where the study does not ask.
+    """
 
     study: Study
     choice: StorageChoice
@@ -133,6 +148,7 @@ class OpenStudy:
     _say: Say
     _journal: Journal | None = None
     patience: float = PATIENCE
+    latency: Callable[[Mapping[str, str]], float] | None = None
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -296,7 +312,7 @@ def _study(storage: BaseStorage, choice: StorageChoice) -> Study:
     return optuna.create_study(
         study_name=choice.study,
         storage=storage,
-        directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
+        directions=[StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (2 if choice.latency else 1)],
         load_if_exists=True,
     )
 

@@ -6,6 +6,7 @@ import json
 import warnings
 import zlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,12 @@ from search.claim import Choices, Seed, enqueue, queue
 from search.front_sampler import FrontSampler
 from search.knowledge import Knowledge
 from search.measured import FINISHED, MEASURED, ORIGIN, REOPENED, map_of
-from search.run_directory import RunDirectory, require_same
+from search.run_directory import RunDirectory, require_same, with_all
 from search.sampler import complete_maps, make_sampler, map_key
 from search.spec import StudySpec
 from search.storage import OpenStudy, Say, choose_storage, connect
 from search.trials import ASKED, counts
+from ssm_mp.latency import LatencyTable
 
 FINGERPRINT_ATTRIBUTE = "fingerprint"
 
@@ -33,6 +35,7 @@ def open_study(
     space: Choices,
     fingerprint: Mapping[str, Any],
     knowledge: Knowledge | None = None,
+    latency: LatencyTable | None = None,
     *,
     worker: str = "",
     many: bool = False,
@@ -40,10 +43,14 @@ def open_study(
 ) -> OpenStudy:
     """Create or load the study of a run; `space` is the free components' choices, `knowledge` for sampler `front`.
 
-    worker: its name, so that each proposes other maps; many: whether there may be others.
+    latency: the table that the study's third objective is predicted from. worker: its name, so that each proposes
+    other maps; many: whether there may be others.
     Raises StudyError where the storage holds a study with another fingerprint.
     """
     opened = connect(choose_storage(spec, run, many=many, say=say), run, say)
+    if latency is not None:
+        opened = replace(opened, latency=latency.predict)
+        fingerprint = {**fingerprint, "latency table": latency.digest}
     opened.patiently(lambda: _sign(opened, json.loads(json.dumps(fingerprint)), f"{run.path} ({opened.choice.kind})"))
     study = opened.study
     distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
@@ -60,12 +67,14 @@ def _sign(opened: OpenStudy, fingerprint: Mapping[str, Any], where: str) -> None
     study = opened.study
     with opened.locked():
         if FINGERPRINT_ATTRIBUTE in study.user_attrs:
-            require_same(study.user_attrs[FINGERPRINT_ATTRIBUTE], fingerprint, where)
+            stored = study.user_attrs[FINGERPRINT_ATTRIBUTE]
+            require_same(stored, with_all(stored, fingerprint), where)
             return
         study.set_user_attr(FINGERPRINT_ATTRIBUTE, fingerprint)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            study.set_metric_names(["compression", "increase_percent"])
+            names = ["compression", "increase_percent", "latency_seconds"]
+            study.set_metric_names(names[: len(study.directions)])
 
 
 def begin(opened: OpenStudy, seeds: Iterable[Seed], space: Choices, trials: int, budget_percent: float) -> int:

@@ -11,7 +11,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.front import Point
-from search.measured import DIFFERENCES, FINISHED, MEASURED, ORIGIN, REASON, unpacked
+from search.measured import DIFFERENCES, FINISHED, LATENCY, MEASURED, ORIGIN, REASON, unpacked
+from search.storage import OpenStudy
 
 ASKED = "asked"
 """User attribute of a study: how many finished trials it is to have, and for which request."""
@@ -46,14 +47,22 @@ def counts(study: Study) -> Counts:
     )
 
 
-def finished_differences(study: Study) -> list[tuple[int, np.ndarray]]:
-    """Of all trials with all windows: bytes, and the log-increase of each window."""
+def finished_differences(study: Study, slowest: float | None = None) -> list[tuple[int, np.ndarray]]:
+    """Of all trials with all windows: bytes, and the log-increase of each window.
+
+    slowest: leaves out those of a higher latency in seconds, where latency is an objective.
+    """
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     return [
         (trial.user_attrs[MEASURED]["bytes"], unpacked(trial.user_attrs[DIFFERENCES]))
         for trial in complete
-        if DIFFERENCES in trial.user_attrs
+        if DIFFERENCES in trial.user_attrs and (slowest is None or trial.user_attrs[MEASURED][LATENCY] <= slowest)
     ]
+
+
+def rivals_of(opened: OpenStudy, params: Mapping[str, str]) -> list[tuple[int, np.ndarray]]:
+    """The maps that a map races against: those that could dominate it, which a slower one cannot."""
+    return finished_differences(opened.study, None if opened.latency is None else opened.latency(params))
 
 
 def points(study: Study, space: Mapping[str, Sequence[str]]) -> list[Point]:
@@ -77,6 +86,7 @@ def point_of(trial: FrozenTrial, widest: Mapping[str, str]) -> Point:
         origin=trial.user_attrs.get(ORIGIN, ""),
         windows=measured["windows"],
         stopped=measured.get("stopped"),
+        latency=measured.get(LATENCY),
     )
 
 

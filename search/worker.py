@@ -6,8 +6,9 @@ Any number of workers may run it at once, on one machine or many, and come, go a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ from search.run_directory import RunDirectory
 from search.spec import SAMPLERS
 from search.stop import Stop, WorkInterruptedError
 from search.storage import OpenStudy
-from search.trials import finished_differences
+from search.trials import rivals_of
 from ssm_mp.errors import EvaluationError, InfeasibleError
 
 Ending = Literal["finished", "exhausted", "stopped"]
@@ -50,8 +51,19 @@ Evaluate = Callable[[Task], Measured]
 
 
 @dataclass(frozen=True, eq=False)
+class Together:
+    """How a worker evaluates several trials in one pass, `most` of them; what is wrong with one stands in its place."""
+
+    most: int
+    evaluate: Callable[[Sequence[Task]], Sequence[Measured | EvaluationError | InfeasibleError]]
+
+
+@dataclass(frozen=True, eq=False)
 class Worker:
-    """One worker of a study. `after` is told, after each trial, whether it finished (or failed)."""
+    """One worker of a study. `after` is told, after each trial, whether it finished (or failed).
+
+    together: how several trials are evaluated at once; None where each is evaluated for itself.
+    """
 
     opened: OpenStudy
     run: RunDirectory
@@ -64,20 +76,19 @@ class Worker:
     after: Callable[[bool], None]
     say: Callable[[str], None]
     stop: Stop
+    together: Together | None = None
 
     def work(self) -> Ending:
         """Evaluate trials until the study has as many as asked for; raises EvaluationError where everything fails."""
         take_over_lost(self.opened, self.run, self.space, self.say)
         failures, searched, told = 0, time.monotonic(), False
         while not self.stop:
-            claimed = self.opened.patiently(
-                lambda: claim(self.opened, self.space, self.owner, self.asked, self.sampler)
-            )
-            if isinstance(claimed, Trial):
-                failure = self._evaluated(claimed)
-                failures = failures + 1 if failure else 0
-                if failures >= _MOST_FAILURES_IN_A_ROW:
-                    raise EvaluationError(f"the last {failures} trials all failed: {failure}")
+            claimed = self._claimed()
+            if not isinstance(claimed, Idle):
+                for failure in self._evaluated(claimed):
+                    failures = failures + 1 if failure else 0
+                    if failures >= _MOST_FAILURES_IN_A_ROW:
+                        raise EvaluationError(f"the last {failures} trials all failed: {failure}")
                 continue
             if claimed is not Idle.wait:
                 return "finished" if claimed is Idle.finished else "exhausted"
@@ -90,22 +101,52 @@ class Worker:
             self.stop.sleep(_LOOK_EVERY)
         return "stopped"
 
-    def _evaluated(self, trial: Trial) -> str | None:
-        """Evaluate one trial and tell the study; why it failed, None where it did not."""
-        opened, began = self.opened, time.monotonic()
-        frozen = opened.patiently(lambda: opened.study._storage.get_trial(trial._trial_id))
-        seeded = frozen.user_attrs.get(ORIGIN) not in SAMPLERS
-        rivals = [] if seeded else opened.patiently(lambda: finished_differences(opened.study))
-        outcome: Measured | str
+    def _claimed(self) -> list[Trial] | Idle:
+        """The next trials to evaluate at once, as many as there are and this worker takes; why there is none."""
+        trials: list[Trial] = []
+        most = 1 if self.together is None else self.together.most
+        while len(trials) < most and not (trials and self.stop):
+            held = {trial._trial_id for trial in trials}
+            claimed = partial(claim, self.opened, self.space, self.owner, self.asked, self.sampler, held)
+            found = self.opened.patiently(claimed)
+            if isinstance(found, Idle):
+                return trials or found
+            trials.append(found)
+        return trials
+
+    def _evaluated(self, trials: Sequence[Trial]) -> list[str | None]:
+        """Evaluate trials and tell the study; why each failed, None where it did not."""
+        began = time.monotonic()
         try:
-            outcome = self.evaluate(Task(map_of(frozen), rivals))
-        except (EvaluationError, InfeasibleError) as error:
-            outcome = str(error)
+            outcomes = self._outcomes([self._task(trial) for trial in trials])
         except WorkInterruptedError as interrupted:
             reason = f"given back on {interrupted}, and tried again"
-            opened.patiently(lambda: give_back(opened, trial, self.space, reason))
-            return None
-        spent = time.monotonic() - began
+            for trial in trials:
+                self.opened.patiently(partial(give_back, self.opened, trial, self.space, reason))
+            return []
+        spent = (time.monotonic() - began) / len(trials)
+        return [self._told(trial, outcome, spent) for trial, outcome in zip(trials, outcomes, strict=True)]
+
+    def _task(self, trial: Trial) -> Task:
+        """A claimed trial's map and rivals."""
+        opened = self.opened
+        frozen = opened.patiently(lambda: opened.study._storage.get_trial(trial._trial_id))
+        seeded = frozen.user_attrs.get(ORIGIN) not in SAMPLERS
+        return Task(map_of(frozen), [] if seeded else opened.patiently(lambda: rivals_of(opened, map_of(frozen))))
+
+    def _outcomes(self, tasks: Sequence[Task]) -> list[Measured | str]:
+        """What each task measured, or why it failed."""
+        if self.together is not None and len(tasks) > 1:
+            found = self.together.evaluate(tasks)
+            return [outcome if isinstance(outcome, Measured) else str(outcome) for outcome in found]
+        try:
+            return [self.evaluate(task) for task in tasks]  # a single one
+        except (EvaluationError, InfeasibleError) as error:
+            return [str(error)]
+
+    def _told(self, trial: Trial, outcome: Measured | str, spent: float) -> str | None:
+        """Tell the study what became of one trial, which took `spent` seconds; why it failed, None where it did not."""
+        opened = self.opened
         if not opened.patiently(lambda: tell(opened, trial, outcome, self.budget_percent, spent)):
             self.say(f"trial {trial.number} was taken over by another worker meanwhile; its result is not used")
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from search.front import pareto_front
 from search.objective import Measured, Objective
@@ -11,11 +11,12 @@ from search.prepare import Prepared, Say, prepare, seeds
 from search.progress import Progress
 from search.run_directory import CERTIFICATE, RunDirectory
 from search.spec import StudySpec
+from search.stacking import Raced, StackedObjective, trials_at_once
 from search.stop import Stop
 from search.storage import OpenStudy
 from search.study import begin, open_study
 from search.trials import counts, points
-from search.worker import Ending, Task, Worker
+from search.worker import Ending, Task, Together, Worker
 
 
 def run_worker(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> Ending:
@@ -33,9 +34,9 @@ def open_prepared(
     spec: StudySpec, run: RunDirectory, prepared: Prepared, say: Say, *, many: bool, worker: str = ""
 ) -> OpenStudy:
     """The study of a run that has been prepared, with its sampler."""
-    fingerprint = prepared.workspace.fingerprint()
+    fingerprint, known = prepared.workspace.fingerprint(), (prepared.knowledge, prepared.latency)
     return open_study(
-        spec, run, prepared.choices, fingerprint, prepared.knowledge, worker=worker, many=many, say=say
+        spec, run, prepared.choices, fingerprint, *known, worker=worker, many=many, say=say
     )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def work_on(
             after=lambda finished: _show(progress, opened, prepared, spec) if finished else None,
             say=say,
             stop=stop,
+            together=together(spec, prepared, stop),
         )
         ending = worker.work()
         progress.close()
@@ -86,6 +88,22 @@ def evaluation(spec: StudySpec, prepared: Prepared, stop: Stop) -> Callable[[Tas
         return objective.race(space.map(task.params), task.rivals, spec.search.racing_error)
 
     return evaluate
+
+
+def together(spec: StudySpec, prepared: Prepared, stop: Stop) -> Together | None:
+    """How a worker evaluates several tasks in one pass, by `[search] stacked`; None where it takes one at a time."""
+    most = trials_at_once(prepared.workspace)
+    if most == 1:
+        return None
+    objective = StackedObjective(prepared.workspace, prepared.baseline, stop.check)
+    space, error = prepared.workspace.space, spec.search.racing_error
+
+    def evaluate(tasks: Sequence[Task]) -> list[Raced]:
+        if not spec.search.racing:
+            return objective.all_windows([space.map(task.params) for task in tasks])
+        return objective.race_many([(space.map(task.params), task.rivals) for task in tasks], error)
+
+    return Together(most, evaluate)
 
 
 def _show(progress: Progress, opened: OpenStudy, prepared: Prepared, spec: StudySpec) -> None:

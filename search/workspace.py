@@ -22,6 +22,7 @@ from ssm_mp.convert import Converter
 from ssm_mp.corpus import Part, stdlib_documents
 from ssm_mp.data import Splits, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
 from ssm_mp.embedding_blocks import split_embedding
+from ssm_mp.kernels.calls import compiled
 from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.models import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap, pinned_names
@@ -51,6 +52,9 @@ class Workspace:
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
         blocks = {"embedding blocks": self._blocks_digest} if self.spec.precision.embedding_blocks else {}
+        search = self.spec.search
+        shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
+        latency = {"latency": shape} if search.asks_latency else {}
         return {
             "checkpoint": self.checkpoint.digest,
             "search windows": self.splits.search.digest,
@@ -59,6 +63,7 @@ class Workspace:
             "space": self.space.to_json(),
             "compute": _compute_type(self.spec.search.device),
             **blocks,
+            **latency,
         }
 
     @property
@@ -119,13 +124,14 @@ def check_device(name: str) -> torch.device:
 
 
 def _compute_type(device: str) -> str:
-    """What results depend on of the machine: a CPU's vector instructions, a GPU's model.
+    """What results depend on of the machine: a CPU's vector instructions and whether it has a compiler, a GPU's model.
 
     Rounding differs between them, and inputs that are rounded to int8 amplify it.
     """
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)} float32"
-    return f"cpu {torch.backends.cpu.get_cpu_capability()} float32"
+    by = " kernels" if compiled() else ""
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} float32{by}"
 
 
 def window_length(spec: StudySpec, config: Config) -> int:
@@ -143,7 +149,7 @@ def load_splits(spec: StudySpec, config: Config) -> Splits:
     """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short."""
     data, length = spec.data, window_length(spec, config)
     if data.text == STDLIB:
-        tokenizer = load_tokenizer(_tokenizer_path(spec), config.vocabulary)
+        tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary)
 
         def part(name: Part) -> Windows:
             documents = stdlib_documents(name)
@@ -153,7 +159,7 @@ def load_splits(spec: StudySpec, config: Config) -> Splits:
         certify = draw(part("certify"), [data.certify_windows], data.seed, "the library's certify part")[0]
         return _splits(spec, config, part("train"), "the library's train part", search, certify)
     path = spec.resolve(data.text)
-    text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(_tokenizer_path(spec), config.vocabulary)
+    text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(tokenizer_path(spec), config.vocabulary)
     windows = cut(read_tokens(path, text_tokenizer, config.vocabulary), length)
     # calibration windows first: a larger certify split then leaves the other two as they are
     counts = [
@@ -180,7 +186,7 @@ def _splits(spec: StudySpec, config: Config, text: Windows, what: str, search: W
     return Splits(calibration, search, certify, counts)
 
 
-def _tokenizer_path(spec: StudySpec) -> Path:
+def tokenizer_path(spec: StudySpec) -> Path:
     """The study's tokenizer, else the `tokenizer.json` beside the checkpoint."""
     if spec.data.tokenizer is not None:
         return spec.resolve(spec.data.tokenizer)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ssm_mp.components import Component, find_components
     from ssm_mp.convert import Converter, convert
     from ssm_mp.data import Splits, Windows
+    from ssm_mp.decode import generate, prefill, step
+    from ssm_mp.drift import drift
     from ssm_mp.errors import SsmMpError
     from ssm_mp.evaluate import Evaluation, evaluate, paired_increase
     from ssm_mp.models import LanguageModel
@@ -30,9 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Artifact", "Benchmark", "Checkpoint", "Component", "Converter", "Evaluation", "LanguageModel", "PrecisionMap",
-    "ScaleRule", "Scheme", "Splits", "SsmMpError", "Windows", "benchmark", "calibrate", "convert", "evaluate",
-    "find_components", "load_artifact", "load_checkpoint", "load_model", "paired_increase", "read_artifact",
-    "save_artifact",
+    "ScaleRule", "Scheme", "Splits", "SsmMpError", "Windows", "benchmark", "calibrate", "convert", "drift",
+    "evaluate", "find_components", "generate", "load_artifact", "load_checkpoint", "load_model", "paired_increase",
+    "prefill", "read_artifact", "save_artifact", "step",
 ]  # fmt: skip
 
 _HOMES = {
@@ -43,6 +45,8 @@ _HOMES = {
     "components": ("Component", "find_components"),
     "convert": ("Converter", "convert"),
     "data": ("Splits", "Windows"),
+    "decode": ("generate", "prefill", "step"),
+    "drift": ("drift",),
     "errors": ("SsmMpError",),
     "evaluate": ("Evaluation", "evaluate", "paired_increase"),
     "models": ("LanguageModel",),

@@ -19,6 +19,7 @@ from ssm_mp.errors import EvaluationError
 from ssm_mp.kernels import calls
 from ssm_mp.models import LanguageModel
 from ssm_mp.parallel import in_parallel
+from ssm_mp.prefix_cache import Prefixes
 
 _SHARD_TOKENS = 1024
 """Tokens that one thread takes at a time: their activations then stay near its core."""
@@ -79,10 +80,16 @@ class Prefix:
     hidden: Tensor
 
 
-def evaluate(model: LanguageModel, windows: Windows, before_layer: Callable[[], None] | None = None) -> Evaluation:
+def evaluate(
+    model: LanguageModel,
+    windows: Windows,
+    before_layer: Callable[[], None] | None = None,
+    prefixes: Prefixes | None = None,
+) -> Evaluation:
     """Negative log-likelihood of every window, summed in float64. Deterministic on one machine.
 
-    before_layer: called before each layer; what it raises ends the evaluation.
+    before_layer: called before each layer; what it raises ends the evaluation. prefixes: where hidden states that
+    other models share with this one are found and kept; the result is the same without.
     Raises EvaluationError where a window's likelihood is NaN or infinite.
 
     >>> import torch
@@ -94,15 +101,34 @@ def evaluate(model: LanguageModel, windows: Windows, before_layer: Callable[[], 
     score = _scorer(model)
 
     def nll(ids: Tensor) -> FloatArray:
-        return _window_nll(model, score, model.hidden(ids, before_layer), ids)
+        hidden = model.hidden(ids, before_layer) if prefixes is None else _continued(model, ids, before_layer, prefixes)
+        return window_nll(model, score, hidden, ids)
 
-    parts = in_parallel(nll, _shards(windows.ids.to(_device(model))))
-    return _finite(Evaluation(np.concatenate(parts), windows.predicted))
+    parts = in_parallel(nll, shards(windows.ids.to(_device(model))))
+    return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
+
+
+def _continued(
+    model: LanguageModel, ids: Tensor, before_layer: Callable[[], None] | None, prefixes: Prefixes
+) -> Tensor:
+    """`model.hidden` of windows `ids [b, L]`, from the deepest layer whose input is known: `[b, L, d]`."""
+    keys = prefixes.keys(ids)
+    found = prefixes.cache.deepest(keys)
+    place, x = found if found is not None else (0, model.embed(ids))
+    new = [] if found is not None else [(keys[0], x)]
+    for i in range(place, len(model.layers)):
+        if before_layer is not None:
+            before_layer()
+        x = model.layers[i](x)
+        if i + 1 < len(keys):
+            new.append((keys[i + 1], x))
+    prefixes.cache.keep(new)
+    return x
 
 
 def start(model: LanguageModel, windows: Windows) -> Prefix:
     """The embedded windows: the prefix of layer 0."""
-    return Prefix(0, torch.cat(in_parallel(model.embed, _shards(windows.ids.to(_device(model))))))
+    return Prefix(0, torch.cat(in_parallel(model.embed, shards(windows.ids.to(_device(model))))))
 
 
 def advance(
@@ -118,15 +144,15 @@ def advance(
             hidden = layer(hidden)
         return hidden
 
-    return Prefix(prefix.layer + layers, torch.cat(in_parallel(onward, _shards(prefix.hidden))))
+    return Prefix(prefix.layer + layers, torch.cat(in_parallel(onward, shards(prefix.hidden))))
 
 
 def finish(model: LanguageModel, final: Prefix, windows: Windows) -> Evaluation:
     """Evaluation from the last hidden states alone."""
     score = _scorer(model)
-    pairs = list(zip(_shards(final.hidden), _shards(windows.ids.to(final.hidden.device)), strict=True))
-    parts = in_parallel(lambda pair: _window_nll(model, score, *pair), pairs)
-    return _finite(Evaluation(np.concatenate(parts), windows.predicted))
+    pairs = list(zip(shards(final.hidden), shards(windows.ids.to(final.hidden.device)), strict=True))
+    parts = in_parallel(lambda pair: window_nll(model, score, *pair), pairs)
+    return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
 def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel, found: Prefix) -> float:
@@ -142,7 +168,7 @@ def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel,
             divergences.append(F.kl_div(logs, target, reduction="sum", log_target=True).double().item())
         return sum(divergences)
 
-    pairs = list(zip(_shards(expected.hidden), _shards(found.hidden), strict=True))
+    pairs = list(zip(shards(expected.hidden), shards(found.hidden), strict=True))
     tokens = expected.hidden.shape[0] * (expected.hidden.shape[1] - 1)
     return max(0.0, sum(in_parallel(total, pairs)) / tokens)  # rounding can leave it a hair below zero
 
@@ -183,7 +209,7 @@ def _device(model: LanguageModel) -> torch.device:
     return next(model.parameters()).device
 
 
-def _shards(values: Tensor) -> Sequence[Tensor]:
+def shards(values: Tensor) -> Sequence[Tensor]:
     """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
     size = _GPU_WINDOWS if values.is_cuda else max(1, _SHARD_TOKENS // values.shape[1])
     return list(values.split(size))
@@ -194,8 +220,11 @@ def _scorer(model: LanguageModel) -> Callable[[Tensor], Tensor]:
         return model.scorer()
 
 
-def _window_nll(model: LanguageModel, score: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> FloatArray:
-    """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`."""
+def window_nll(model: LanguageModel, score: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> FloatArray:
+    """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`.
+
+    score: the model's `scorer`. Logits are made in chunks of tokens and never held whole.
+    """
     states = hidden[:, :-1].flatten(0, 1).split(model.head_tokens)
     targets = model.columns(ids[:, 1:]).flatten().split(model.head_tokens)
     nll = torch.cat([token_nll(score(x), wanted) for x, wanted in zip(states, targets, strict=True)])
@@ -210,7 +239,8 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none").double()
 
 
-def _finite(evaluation: Evaluation) -> Evaluation:
+def require_finite(evaluation: Evaluation) -> Evaluation:
+    """The same evaluation; raises EvaluationError where a likelihood is NaN or infinite, or too large to have an exp."""
     bad = np.flatnonzero(~np.isfinite(evaluation.nll))
     if bad.size:
         raise EvaluationError(

@@ -16,8 +16,9 @@ from ssm_mp.groups import unpack_reference
 from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.stored import Stored
 
-_LOGIT_BYTES = 1 << 21
-"""Logits held at once: 2 MiB, what a core's own cache holds, so that they are read back from there."""
+_LOGIT_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+"""Logits held at once: what a core's own cache holds, so that they are read back from there; on a GPU, enough to fill
+it."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ class LanguageModel(nn.Module):
     @property
     def head_tokens(self) -> int:
         """How many tokens' logits may be held at once; at least one."""
-        return max(1, _LOGIT_BYTES // (4 * self.config.vocabulary))
+        device = next(self.parameters()).device.type
+        return max(1, _LOGIT_BYTES[device] // (4 * self.config.vocabulary))
 
 
 def _blocked(config: Config, parts: Parts) -> BlockedEmbedding:

@@ -70,16 +70,18 @@ def scan_chunk(
     return state, torch.stack(outputs)
 
 
-def compiled_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:  # noqa: N803
+def compiled_scan(
+    a: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, state: Tensor | None = None  # noqa: N803
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`selective_scan_reference`, fast forwards and backwards."""
-    time_first = [part.transpose(0, 1).contiguous() for part in (x, delta, B, C)]
-    state = x.new_zeros(x.shape[0], x.shape[2], A.shape[1])
+    time_first = [part.transpose(0, 1).contiguous() for part in (a, F.softplus(dt), B, C)]
+    held = a.new_zeros(a.shape[0], a.shape[2], A.shape[1]) if state is None else state
     outputs = []
-    for start in range(0, x.shape[1], CHUNK):
-        x_c, delta_c, b_c, c_c = (part[start : start + CHUNK] for part in time_first)
-        state, y = scan_chunk(state, x_c, delta_c, A, b_c, c_c)
+    for start in range(0, a.shape[1], CHUNK):
+        a_c, delta_c, b_c, c_c = (part[start : start + CHUNK] for part in time_first)
+        held, y = scan_chunk(held, a_c, delta_c, A, b_c, c_c)
         outputs.append(y)
-    return torch.cat(outputs).transpose(0, 1) + x * D
+    return (torch.cat(outputs).transpose(0, 1) + a * D) * F.silu(z), held
 
 
 def initial_tensors(config: MambaConfig, seed: int) -> dict[str, Tensor]:

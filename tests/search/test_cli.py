@@ -105,6 +105,40 @@ def test_probes_answer_in_percent_from_both_ends(searched: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_search_with_latency_reports_its_predictions_and_exports_the_fastest(tmp_path: Path) -> None:
+    study = '[search]\nbudget_percent = 8\nseeds = 4\nobjectives = ["compression", "perplexity", "latency"]\n'
+    write_study(tmp_path, windows=(4, 32, 32), extra=study)
+    found = answer("search", "tiny.toml", "--trials", 12, cwd=tmp_path)
+    run = tmp_path / "runs" / "tiny"
+    table = json.loads((run / "latency.json").read_text())
+    assert found["latency"]["prediction_error"]["worst"] == table["error"]["worst"]
+    assert all(p["latency_seconds"] > 0 for p in found["front"])
+    report = (run / "report.md").read_text()
+    for part in ("## Latency", "latency ms", "rank correlation", "Predicted latency", "With latency"):
+        assert part in report
+    metrics = json.loads((run / "winner" / "metrics.json").read_text())
+    winner = next(p for p in found["front"] if p["trial"] == found["winner"])
+    assert metrics["latency"]["predicted_seconds"] == winner["latency_seconds"]
+    assert metrics["latency"]["prediction_error"]["median"] == table["error"]["median"]
+    again = answer("front", "tiny.toml", cwd=tmp_path)
+    assert (again["front"], again["latency"]) == (found["front"], found["latency"])
+    chosen = answer("export", "tiny.toml", "--out", "fast", "--pick", "fastest", cwd=tmp_path)
+    fastest = min(found["front"], key=lambda p: (p["latency_seconds"], p["bytes"]))
+    assert (chosen["map"], chosen["latency_seconds"]) == (fastest["map"], fastest["latency_seconds"])
+    more = answer("search", "tiny.toml", "--trials", 14, cwd=tmp_path)  # on the same table
+    assert (more["trials"], more["latency"]) == (14, found["latency"])
+
+
+@pytest.mark.slow
+def test_a_study_without_latency_knows_no_fastest(searched: Path, tmp_path: Path) -> None:
+    said = refused("export", "tiny.toml", "--out", tmp_path / "a", "--pick", "fastest", cwd=searched)
+    assert "knows no latencies" in said
+    assert "[search] objectives" in said
+    metrics = json.loads((searched / "runs" / "tiny" / "winner" / "metrics.json").read_text())
+    assert "latency" not in metrics
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pick", ["smallest", "knee", "0"])
 def test_an_export_is_verified_and_evaluates_to_what_it_says(searched: Path, tmp_path: Path, pick: str) -> None:
     out = tmp_path / "artifact"

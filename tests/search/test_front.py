@@ -1,10 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.front import Point, hypervolume, knee, pareto_front
+from search.front import (
+    Point,
+    fastest,
+    front_by_size,
+    hypervolume,
+    hypervolume_with_latency,
+    knee,
+    pareto_front,
+)
 
 
 def point(trial: int, size: int, increase: float) -> Point:
@@ -14,6 +25,30 @@ def point(trial: int, size: int, increase: float) -> Point:
 clouds = st.lists(st.tuples(st.integers(100, 140), st.integers(-5, 40)), max_size=25).map(
     lambda rows: [point(i, size, increase / 4) for i, (size, increase) in enumerate(rows)]
 )
+
+
+clouds_with_latency = st.lists(
+    st.tuples(st.integers(100, 112), st.integers(-5, 30), st.integers(1, 12)), max_size=25
+).map(lambda rows: [replace(point(i, size, rise / 4), latency=time / 1e3) for i, (size, rise, time) in enumerate(rows)])
+
+
+def objectives(p: Point) -> tuple[float, ...]:
+    return (p.bytes, p.increase_percent) if p.latency is None else (p.bytes, p.increase_percent, p.latency)
+
+
+def brute_front(points: list[Point]) -> list[Point]:
+    """The front by its definition, of two objectives or of three."""
+    within = [p for p in points if p.increase_percent <= 5 and p.stopped is None]
+
+    def beaten(p: Point) -> bool:
+        return any(
+            all(a <= b for a, b in zip(objectives(q), objectives(p), strict=True))
+            and (objectives(q) != objectives(p) or q.trial < p.trial)
+            for q in within
+            if q is not p
+        )
+
+    return sorted((p for p in within if not beaten(p)), key=lambda p: (*objectives(p), p.trial))
 
 
 def beats(a: Point, b: Point) -> bool:
@@ -62,3 +97,52 @@ def test_the_knee_is_the_bend() -> None:
     only = knee(bend[:1])
     assert only is not None
     assert only.trial == 0
+
+
+@given(clouds_with_latency | clouds)
+def test_the_front_equals_brute_force_with_and_without_latency(points: list[Point]) -> None:
+    assert pareto_front(points, 5) == brute_front(points)
+
+
+@given(clouds_with_latency)
+def test_where_all_are_equally_fast_latency_changes_nothing(points: list[Point]) -> None:
+    same = [replace(p, latency=0.004) for p in points]
+    without = [replace(p, latency=None) for p in points]
+    assert [p.trial for p in pareto_front(same, 5)] == [p.trial for p in pareto_front(without, 5)]
+    volume = hypervolume_with_latency(same, 5, 0.016)
+    assert volume == pytest.approx(0.75 * hypervolume(without, 5))
+
+
+@given(clouds_with_latency)
+def test_without_its_third_axis_a_front_is_that_of_size_and_quality(points: list[Point]) -> None:
+    without = [replace(p, latency=None) for p in points]
+    held = front_by_size(pareto_front(points, 5))
+    assert [objectives(p)[:2] for p in held] == [objectives(p) for p in pareto_front(without, 5)]
+    assert hypervolume(points, 5) == pytest.approx(hypervolume(without, 5))
+    chosen, other = knee(pareto_front(points, 5)), knee(pareto_front(without, 5))
+    assert (None if chosen is None else objectives(chosen)[:2]) == (None if other is None else objectives(other))
+
+
+@given(clouds_with_latency)
+def test_the_volume_equals_a_count_of_cells(points: list[Point]) -> None:
+    front, reference = pareto_front(points, 5), 0.0105  # of latencies in whole milliseconds
+    sizes, rises = sorted({p.compression for p in points} | {1.0}), sorted({p.increase_percent for p in points} | {5.0})
+    brute = 0.0
+    for low, high in pairwise(sizes):
+        for best, worst in pairwise(rises):
+            for time in range(1, 11):
+                if worst <= 5 and any(
+                    p.compression >= high and p.increase_percent <= best and p.latency == time / 1e3 for p in front
+                ):
+                    brute += (high - low) * (worst - best) * (reference - time / 1e3) / reference
+                    break
+    assert hypervolume_with_latency(points, 5, reference) == pytest.approx(brute)
+
+
+@given(clouds_with_latency)
+def test_the_fastest_is_the_smallest_of_the_fastest(points: list[Point]) -> None:
+    front = pareto_front(points, 5)
+    found = fastest(front)
+    assert (found is None) is (not front)
+    assert found is None or (found.latency, found.bytes) == min((p.latency or 0.0, p.bytes) for p in front)
+    assert fastest([replace(p, latency=None) for p in front]) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from optuna.trial import TrialState, create_trial
 
 from search.catalogue import Catalogue
 from search.front_sampler import FrontSampler
-from search.gain import area, staircase
+from search.gain import area, staircase, terrain, volume
 from search.knowledge import before_any_trial
 from search.posterior import Observations, fit_posterior
 from search.proposal import Evaluated, propose
@@ -120,3 +121,63 @@ def test_optunas_importances_understand_the_parameters(target: int) -> None:
     study.optimize(objective, n_trials=25)
     found = optuna.importance.get_param_importances(study, target=lambda trial: trial.values[target])
     assert found.keys() == set(NAMES)
+
+
+# which precision is the fastest has nothing to do with its size
+TIMES = tuple(tuple(map(int, row)) for row in np.random.default_rng(1).integers(200, 1200, (8, 3)))
+TIMED = replace(CATALOGUE, latencies=TIMES, fixed_latency=2000)
+
+
+def timed_study(sampler: optuna.samplers.BaseSampler) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna.create_study(directions=["maximize", "minimize", "minimize"], sampler=sampler)
+
+
+def timed_objective(trial: optuna.Trial) -> tuple[float, float, float]:
+    chosen = TIMED.encode({name: trial.suggest_categorical(name, PRECISIONS) for name in NAMES})
+    seconds = TIMED.by_latency.bytes(chosen[None])[0] / 1e9
+    return 40000 / TIMED.bytes(chosen[None])[0], truth(chosen), seconds
+
+
+EVERY = np.array(list(itertools.product(range(3), repeat=8)))
+EVERY_VALUES = np.column_stack(
+    [40000 / TIMED.bytes(EVERY), [truth(row) for row in EVERY], TIMED.by_latency.bytes(EVERY) / 1e9]
+)
+
+
+def volume_of(values: np.ndarray) -> float:
+    """Exact volume of maps with values `[t, 3]`."""
+    saved = 1 - 1e9 * values[:, 2] / TIMED.latency_reference
+    return volume(terrain(values[:, 0], saved, values[:, 1], BUDGET, most=10**6), BUDGET)
+
+
+def test_the_front_of_three_objectives_is_found_in_few_evaluations() -> None:
+    study = timed_study(FrontSampler(before_any_trial(TIMED, expected()), BUDGET, 0))
+    study.optimize(timed_objective, n_trials=60)
+    whole = volume_of(EVERY_VALUES)
+    values = np.array([trial.values for trial in study.trials])
+    assert len({tuple(trial.params.items()) for trial in study.trials}) == 60
+    assert volume_of(values) / whole > 0.99
+    within, all_within = values[values[:, 1] <= BUDGET], EVERY_VALUES[EVERY_VALUES[:, 1] <= BUDGET]
+    assert within[:, 0].max() == all_within[:, 0].max()  # the smallest and the fastest of all 6561 maps
+    assert within[:, 2].min() == all_within[:, 2].min()
+    random = timed_study(optuna.samplers.RandomSampler(0))
+    random.optimize(timed_objective, n_trials=60)
+    assert volume_of(np.array([trial.values for trial in random.trials])) / whole < 0.8
+
+
+def test_a_sampler_that_knows_no_latency_misses_part_of_the_front_of_three() -> None:
+    study = new_study()
+    study.optimize(objective, n_trials=60)
+    rows = np.array([TIMED.encode(trial.params) for trial in study.trials])
+    values = np.column_stack([[t.values for t in study.trials], TIMED.by_latency.bytes(rows) / 1e9])
+    assert volume_of(values) / volume_of(EVERY_VALUES) < 0.95
+
+
+def test_an_exhausted_space_of_three_objectives_is_said_to_be() -> None:
+    small = Catalogue(("a", "b"), (("fp16", "int8"),) * 2, ((20, 10), (40, 20)), 0, 100, ((5, 5), (5, 5)), 3)
+    effects = {name: {"fp16": 0.0, "int8": 0.01} for name in ("a", "b")}
+    study = timed_study(sampler := FrontSampler(before_any_trial(small, effects), BUDGET, 0))
+    found = [sampler.propose(study) for _ in range(5)]
+    assert len({tuple(proposal.params.values()) for proposal in found if proposal is not None}) == 4
+    assert found[4] is None

@@ -16,6 +16,7 @@ from search.probe import LOWEST, WIDEST, Probe
 from search.progress import Progress
 from search.report import component_rows, front_json
 from ssm_mp.components import find_components
+from ssm_mp.latency import Check, LatencyTable
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from tests.tiny import ITERA, MAMBA, random_model
 
@@ -55,6 +56,37 @@ def test_a_map_that_was_stopped_early_is_marked_and_absent_names_are_not_in_the_
     assert "stopped early" in said
     assert "cumulative" not in said
     assert "stopped early" not in texts(save(plot_front(POINTS, 5.0, None, "", 6000), tmp_path, "other")[1])
+
+
+TIMED = [replace(point, latency=0.01 + 0.001 * (point.trial % 3)) for point in POINTS]
+
+
+def test_a_front_of_three_objectives_shows_its_latencies_and_the_fastest(tmp_path: Path) -> None:
+    said = texts(save(plot_front(TIMED, 5.0, 4, "Certified", 6000), tmp_path, "front")[1])
+    for expected in ("predicted latency of a prefill (ms)", "fastest of the front", "11.00 ms"):
+        assert expected in said
+    without = texts(save(plot_front(POINTS, 5.0, 4, "Certified", 6000), tmp_path, "other")[1])
+    assert "latency" not in without
+    assert "fastest" not in without
+    for budget, points in ((0.05, TIMED), (50.0, TIMED), (5.0, TIMED[:1])):  # broken axis; one point
+        save(plot_front(points, budget, None, "", 6000), tmp_path, "more")
+
+
+def test_answers_say_latencies_in_milliseconds_and_how_far_predictions_are_off() -> None:
+    table = LatencyTable(
+        2, 64, "cpu", 1, 31, 0.0125, 0.005, {"a": {"fp16": 0.001}}, (Check(0.01, 0.011), Check(0.02, 0.02))
+    )
+    answer = front_json(TIMED, TIMED, {"perplexity": 20.0, "bytes": 6000}, 5.0, None, table)
+    assert answer["latency"]["prediction_error"] == {
+        "median": pytest.approx(0.05), "worst": pytest.approx(0.1), "spearman": pytest.approx(1), "maps": 2,
+    }  # fmt: skip
+    assert answer["fastest"] == 3  # of the two fastest the smaller
+    said = fronted(answer)
+    for expected in ("latency ms", "12.000", "batch 2, length 64: FP32 12.500 ms", "5.0% (median)", "fastest: trial 3"):
+        assert expected in said
+    plain = front_json(POINTS, POINTS, {"perplexity": 20.0, "bytes": 6000}, 5.0, None)
+    assert plain.keys() == answer.keys() - {"latency", "fastest"}
+    assert "latency" not in fronted(plain)
 
 
 def test_a_front_without_a_certificate_is_not_called_empty() -> None:

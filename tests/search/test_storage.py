@@ -178,8 +178,14 @@ def test_a_damaged_choice_is_refused_with_what_to_do(tmp_path: Path) -> None:
 def test_what_is_stored_is_what_is_read(tmp_path: Path) -> None:
     held = chosen(tmp_path, many=True, kind="postgresql", url=URL)
     run = RunDirectory(tmp_path / "run")
-    assert json.loads((run / STORAGE).read_text()) == asdict(held)
+    assert json.loads((run / STORAGE).read_text()) == held.to_json()
     assert stored_choice(run) == held
+
+
+def test_only_a_study_with_latency_says_so_in_its_storage_file(tmp_path: Path) -> None:
+    held = chosen(tmp_path, many=True)
+    assert held.to_json().keys() == {"kind", "url", "study", "lock", "proxy"}
+    assert replace(held, latency=True).to_json() == asdict(held) | {"latency": True}
 
 
 @pytest.mark.parametrize("many", [False, True])

@@ -10,7 +10,7 @@ import pytest
 
 import ssm_mp
 
-DOCUMENTED = ("", ".artifact", ".components", ".convert", ".evaluate", ".precision_map")
+DOCUMENTED = ("", ".artifact", ".components", ".convert", ".decode", ".drift", ".evaluate", ".precision_map")
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)

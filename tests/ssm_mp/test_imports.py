@@ -20,7 +20,7 @@ LIGHT = (
     "search.status",
     "search.cli",
 )
-SHARED_NAMES = ("benchmark", "calibrate", "convert", "evaluate")
+SHARED_NAMES = ("benchmark", "calibrate", "convert", "drift", "evaluate")
 """Public functions that are named as the file that defines them."""
 
 

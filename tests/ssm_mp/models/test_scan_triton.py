@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -15,9 +16,7 @@ from torch import Tensor
 from ssm_mp.models import scan_triton
 from tests.ssm_mp.models.scan_cases import CASES, FAMILIES, LONG, QUICK, require_close
 
-needs_triton = pytest.mark.skipif(
-    not pytest.importorskip("importlib.util").find_spec("triton"), reason="Triton is not installed"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 Outputs = dict[str, tuple[Tensor, Tensor]]
 
 

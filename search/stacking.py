@@ -1,0 +1,104 @@
+"""Several precision maps at once → evaluated in one pass of a stack → what each trial reports.
+
+Dimensions: `m` maps, `w` search windows.
+
+The reference is `Objective`, one map at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from search.objective import Finished, Measured, Objective
+from search.racing import best_rival, judge, rungs
+from search.workspace import Workspace, window_length
+from ssm_mp.data import Windows
+from ssm_mp.errors import EvaluationError, InfeasibleError
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.stack import Outcome, at_once, evaluate_stacked
+
+Raced = Measured | EvaluationError | InfeasibleError
+"""What one map measured, or what is wrong with it."""
+
+_FEWEST_ROUNDS = 8
+"""A sampler that saw no result until a study is half over would propose blindly."""
+
+
+def trials_at_once(workspace: Workspace) -> int:
+    """Trials that a worker takes at once, by `[search] stacked`.
+
+    `auto` is one on a CPU, where a stack is no faster, and on a GPU as many as memory allows, but at most an eighth
+    of all trials, so that later proposals learn from earlier results.
+    """
+    search = workspace.spec.search
+    if search.stacked != "auto":
+        return int(search.stacked)
+    if torch.device(search.device).type == "cpu":
+        return 1
+    length = window_length(workspace.spec, workspace.checkpoint.config)
+    return max(1, min(at_once(workspace.model, length), search.trials // _FEWEST_ROUNDS))
+
+
+class StackedObjective(Objective):
+    """Converts and evaluates several maps of one workspace at a time."""
+
+    def all_windows(self, maps: Sequence[PrecisionMap]) -> list[Raced]:
+        """What `Objective` measures of each map on all windows, to rounding."""
+        windows = self._workspace.splits.search
+        every = np.arange(len(windows))
+        found = zip(maps, self._stacked(maps, windows), strict=True)
+        return [
+            outcome if isinstance(outcome, Exception) else self._measured(one, outcome.nll, every)
+            for one, outcome in found
+        ]
+
+    def race_many(self, entries: Sequence[tuple[PrecisionMap, Finished]], error: float) -> list[Raced]:
+        """What `Objective.race` gives for each map and its rivals, to rounding: a map that is stopped leaves the stack.
+
+        error: chance allowed to stop a map that all windows would have left on the front.
+        """
+        windows = self._workspace.splits.search
+        maps = [precision_map for precision_map, _ in entries]
+        rivals = [best_rival(self._size(one), finished) for one, finished in entries]
+        nll = np.full((len(maps), len(windows)), np.nan)
+        found: dict[int, Raced] = {}
+        began = 0
+        for count in rungs(len(windows)):
+            new, seen = self._order[began:count], self._order[:count]
+            racing = [m for m in range(len(maps)) if m not in found]
+            part = Windows(windows.ids[torch.from_numpy(new)])
+            for m, outcome in zip(racing, self._stacked([maps[m] for m in racing], part), strict=True):
+                if isinstance(outcome, Exception):
+                    found[m] = outcome
+                    continue
+                nll[m, new] = outcome.nll
+                rival = rivals[m]
+                stopped = self._stopped(maps[m], nll[m, seen], seen, None if rival is None else rival[seen], error)
+                if stopped is not None:
+                    found[m] = stopped
+            began = count
+        every = np.arange(len(windows))
+        return [found[m] if m in found else self._measured(maps[m], nll[m], every) for m in range(len(maps))]
+
+    def _stopped(
+        self, precision_map: PrecisionMap, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float
+    ) -> Measured | None:
+        """What a map measured so far, on the windows with numbers `seen [n]`, if it is to be stopped."""
+        windows = len(self._workspace.splits.search)
+        if seen.size == windows:
+            return None
+        measured = self._measured(precision_map, nll, seen)
+        budget = self._workspace.spec.search.budget_percent
+        stop = judge(measured.differences, windows, budget, rival, error)
+        return None if stop is None else replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
+
+    def _size(self, precision_map: PrecisionMap) -> int:
+        workspace = self._workspace
+        return precision_map.bytes(workspace.space.components, workspace.spec.precision.activations)
+
+    def _stacked(self, maps: Sequence[PrecisionMap], windows: Windows) -> list[Outcome]:
+        return evaluate_stacked(self._workspace.converter, maps, windows, self._before_layer)
