@@ -240,7 +240,7 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def require_finite(evaluation: Evaluation) -> Evaluation:
-    """The same evaluation; raises EvaluationError where a likelihood is NaN or infinite, or too large to have an exp."""
+    """The same evaluation; raises EvaluationError where a likelihood is NaN, infinite or too large for a perplexity."""
     bad = np.flatnonzero(~np.isfinite(evaluation.nll))
     if bad.size:
         raise EvaluationError(

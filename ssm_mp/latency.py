@@ -5,8 +5,8 @@
 Latency is that of one prefill: a batch of prompts is read, and the logits of each one's last token are computed.
 Components are timed where they stand: inside whole models that hold everything at one precision, so that each sees
 its real inputs, and the caches as the other components leave them. The rest (scan, gates, residuals, the loop around
-them) is what plain models take beyond the sum of their components, at both ends. How well it adds up is measured in
-the same rounds, on really converted maps that mix all precisions.
+them) is what whole converted models take beyond the sum of their components: the median over both ends and a few
+mixed maps. How well it adds up is measured in the same rounds, on other mixed maps, really converted.
 
 Dimensions: `b` batch, `l` length.
 """
@@ -28,13 +28,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.components import Component
 from ssm_mp.convert import Converter
 from ssm_mp.models import LanguageModel, assemble
 from ssm_mp.precision_map import PrecisionMap
 
 Choices = Mapping[str, Sequence[str]]
 """Component → the precisions that it can take, the widest first."""
+
+_Key = tuple[str, str] | int
+"""What a sample is of: a component at a precision, or the plain model of this number, 0 the FP32 model."""
+_Run = Callable[[], Mapping[_Key, float]]
+"""One prefill, and the samples that it gives, in seconds."""
 
 _ENTRANCES = ("forward", "project", "tensor", "rows")
 """Methods by which a model enters a component's module."""
@@ -202,58 +206,64 @@ def measure_latency(
     disturbs all alike; on a machine that is busy with other things the times are still worth little, which the checks
     then show. before_round: called before each round; what it raises ends the measurement.
     """
-    components = converter.components
     device = next(converter.model.parameters()).device
-    ids, clock = ids.to(device), _Clock(device)
-    watch = _Stopwatch(clock)
-    uniform = {p: _uniform(choices, p) for p in dict.fromkeys(p for held in choices.values() for p in held)}
-    timed = {p: _timed_model(converter, held, watch) for p, held in uniform.items()}
-    rng = np.random.default_rng(seed)
-    ends = [_extreme(components, choices, end) for end in (0, -1)]
-    fitted = [*ends, *_mixed(components, choices, _FITTED, rng)]
-    maps = [*fitted, *_mixed(components, choices, checks, rng)]
-    plain = [converter.model, *(converter.convert(held) for held in maps)]
-    inside: dict[tuple[str, str], list[float]] = defaultdict(list)
-    whole: list[list[float]] = [[] for _ in plain]
-
-    def run_timed(precision: str, keep: bool) -> None:
-        prefill(timed[precision], ids)
-        for name, seconds in watch.read().items():
-            if keep:
-                inside[name, uniform[precision][name]].append(seconds)
-
-    def run_plain(number: int, keep: bool) -> None:
-        start = clock.mark()
-        prefill(plain[number], ids)
-        seconds = clock.between(start, clock.mark())
-        if keep:
-            whole[number].append(seconds)
-
-    runs: list[Callable[[bool], None]] = [functools.partial(run_timed, precision) for precision in timed]
-    runs += [functools.partial(run_plain, number) for number in range(len(plain))]
+    rng, ids = np.random.default_rng(seed), ids.to(device)
+    maps = [_extreme(choices, end) for end in (0, -1)] + _mixed(choices, _FITTED, rng) + _mixed(choices, checks, rng)
+    runs = _timed_runs(converter, choices, ids) + _plain_runs(converter, maps, ids)
+    samples: dict[_Key, list[float]] = defaultdict(list)
     done, began = -_WARM_UP, time.monotonic()
     with torch.inference_mode():
         while done < rounds and (done < _FEWEST_ROUNDS or time.monotonic() - began < _MOST_SECONDS):
             if before_round is not None:
                 before_round()
             for i in rng.permutation(len(runs)):  # or each would always find the caches as the same one leaves them
-                runs[i](done >= 0)
+                for key, seconds in runs[i]().items():
+                    samples[key].append(seconds)
             done += 1
-    return _table(choices, inside, whole, maps, ids, device, done)
+            if done == 0:
+                samples.clear()
+    return _table(choices, samples, maps, ids, done)
+
+
+def _timed_runs(converter: Converter, choices: Choices, ids: Tensor) -> list[_Run]:
+    """Runs that time components, one for each precision."""
+    watch = _Stopwatch(_Clock(ids.device))
+
+    def one(held: Mapping[str, str], model: LanguageModel) -> Mapping[_Key, float]:
+        prefill(model, ids)
+        return {(name, held[name]): seconds for name, seconds in watch.read().items()}
+
+    found: list[_Run] = []
+    for precision in dict.fromkeys(p for held in choices.values() for p in held):
+        held = {name: precision if precision in able else able[0] for name, able in choices.items()}
+        found.append(functools.partial(one, held, _timed_model(converter, held, watch)))
+    return found
+
+
+def _plain_runs(converter: Converter, maps: Sequence[PrecisionMap], ids: Tensor) -> list[_Run]:
+    """Runs that time whole models: the FP32 model, then those of the maps."""
+    clock = _Clock(ids.device)
+
+    def one(number: int, model: LanguageModel) -> Mapping[_Key, float]:
+        began = clock.mark()
+        prefill(model, ids)
+        return {number: clock.between(began, clock.mark())}
+
+    models = [converter.model, *(converter.convert(held) for held in maps)]
+    return [functools.partial(one, number, model) for number, model in enumerate(models)]
 
 
 def _table(
     choices: Choices,
-    inside: Mapping[tuple[str, str], list[float]],
-    whole: Sequence[list[float]],
+    samples: Mapping[_Key, Sequence[float]],
     maps: Sequence[PrecisionMap],
     ids: Tensor,
-    device: torch.device,
     rounds: int,
 ) -> LatencyTable:
-    """The table of all medians. whole: of the FP32 model, then of `maps`: those the rest is fitted on, the checks."""
-    seconds = {c: {p: _nanoseconds(inside.get((c, p), [0.0])) for p in held} for c, held in choices.items()}
-    fp32, *totals = map(_nanoseconds, whole)
+    """The table of all medians. maps: those that the rest is fitted on, then the checks."""
+    # a component that never ran, such as an expert that no token reached, takes no time
+    seconds = {c: {p: _nanoseconds(samples.get((c, p), [0.0])) for p in held} for c, held in choices.items()}
+    totals = [_nanoseconds(samples[number]) for number in range(1, 1 + len(maps))]
     sums = [sum(seconds[name][precision] for name, precision in held) for held in maps]
     beyond = [total - known for total, known in zip(totals, sums, strict=True)]
     fitted = 2 + _FITTED
@@ -262,10 +272,10 @@ def _table(
     return LatencyTable(
         batch=ids.shape[0],
         length=ids.shape[1],
-        device=str(device),
+        device=str(ids.device),
         threads=torch.get_num_threads(),
         rounds=rounds,
-        fp32=fp32,
+        fp32=_nanoseconds(samples[0]),
         rest=rest,
         seconds=seconds,
         checks=tuple(Check(total, round(rest + known, 9)) for total, known in pairs),
@@ -277,28 +287,21 @@ def _nanoseconds(spent: Sequence[float]) -> float:
     return round(statistics.median(spent), 9)
 
 
-def _uniform(choices: Choices, precision: str) -> dict[str, str]:
-    """Every component at one precision, or at its widest where it cannot take that."""
-    return {name: precision if precision in held else held[0] for name, held in choices.items()}
-
-
 def _timed_model(converter: Converter, held: Mapping[str, str], watch: _Stopwatch) -> LanguageModel:
     modules = {c.name: watch.timed(c.name, converter.module(c, held[c.name])) for c in converter.components}
     return assemble(converter.model.config, modules)
 
 
-def _extreme(components: Sequence[Component], choices: Choices, end: int) -> PrecisionMap:
+def _extreme(choices: Choices, end: int) -> PrecisionMap:
     """Every component at its widest (0) or its narrowest (−1) choice."""
-    return PrecisionMap(tuple((c.name, choices[c.name][end]) for c in components))
+    return PrecisionMap(tuple((name, held[end]) for name, held in choices.items()))
 
 
-def _mixed(
-    components: Sequence[Component], choices: Choices, count: int, rng: np.random.Generator
-) -> list[PrecisionMap]:
+def _mixed(choices: Choices, count: int, rng: np.random.Generator) -> list[PrecisionMap]:
     """Maps at random, the first near the widest and the last near the narrowest."""
     found = []
     for chance in np.linspace(0.1, 0.9, count):
-        lowered = {c.name: choices[c.name][1:] for c in components if len(choices[c.name]) > 1}
+        lowered = {name: held[1:] for name, held in choices.items() if len(held) > 1}
         chosen = {name: str(rng.choice(held)) for name, held in lowered.items() if rng.random() < chance}
-        found.append(PrecisionMap(tuple((c.name, chosen.get(c.name, choices[c.name][0])) for c in components)))
+        found.append(PrecisionMap(tuple((name, chosen.get(name, held[0])) for name, held in choices.items())))
     return found

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssm_mp.config import Config
 from ssm_mp.kernels import calls
+from ssm_mp.matrix import FEW_ROWS, Inputs, Matrix
 from ssm_mp.quantize import INT8_LIMIT, integer_product, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
 
@@ -88,33 +89,60 @@ def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -
     return product if bias is None else product.add_(bias)
 
 
-class Linear(nn.Module):
-    """A projection with its optional bias."""
+class _Multiplier(nn.Module):
+    """A module with one weight that multiplies its inputs."""
 
-    def __init__(self, weight: Stored, bias: Stored | None = None, inputs: InputQuantizer | None = None) -> None:
+    def __init__(self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
         self.inputs = inputs
+        self._matrix: Matrix | None = None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → `[..., n]`."""
+        rows = x.numel() // x.shape[-1]
+        if rows <= FEW_ROWS and not self._is_float32 and calls.usable(x):
+            return self.matrix().product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return linear(x, self._to_multiply(), self.bias, self.inputs)
+
+    def _to_multiply(self) -> Stored:
+        """The weight as many rows are multiplied with it: unpacked, but where its own kind of product takes it packed."""
+        if self._is_float32 or self.inputs is not None or next(iter(self.weight.arrays().values())).is_cuda:
+            return self.weight
+        return FloatTensor(self.matrix().unpacked() if calls.compiled() else self.weight.tensor())
+
+    def matrix(self) -> Matrix:
+        """The weight as the kernels of a CPU read it, made once."""
+        if self._matrix is None:
+            scale = self.inputs.scale.item() if isinstance(self.inputs, StaticInput) else 0.0
+            how: Inputs = "none" if self.inputs is None else "static" if scale else "dynamic"
+            self._matrix = Matrix(self.weight, self.bias, how, scale)
+        return self._matrix
+
+    def projection(self) -> Product:
+        """`multiply` for many calls: the weight is unpacked once."""
+        weight = self._to_multiply()
+        return lambda x: linear(x, weight, self.bias, self.inputs)
+
+    @property
+    def _is_float32(self) -> bool:
+        """Whether torch has nothing to unpack."""
+        return isinstance(self.weight, FloatTensor) and self.weight.value.dtype == torch.float32
+
+
+class Linear(_Multiplier):
+    """A projection with its optional bias."""
+
+    def __init__(self, weight: Stored, bias: Stored | None = None, inputs: InputQuantizer | None = None) -> None:
+        super().__init__(weight, bias, inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
-        return linear(x, self.weight, self.bias, self.inputs)
-
-    def projection(self) -> Product:
-        """The same for many calls: the weight is unpacked once."""
-        weight = unpacked(self.weight, self.inputs)
-        return lambda x: linear(x, weight, self.bias, self.inputs)
+        return self.multiply(x)
 
 
-def unpacked(weight: Stored, inputs: InputQuantizer | None) -> Stored:
-    """The weight of a product as it is multiplied, unpacked once for many products."""
-    if inputs is not None or (isinstance(weight, FloatTensor) and (weight.value.is_cuda or not weight.is_half)):
-        return weight
-    return FloatTensor(weight.tensor())
-
-
-class Embedding(nn.Module):
+class Embedding(_Multiplier):
     """The token embedding (or one block of its rows), and with the same rows the tied head.
 
     block_of: in the first block, which token is in which block, packed.
@@ -123,9 +151,7 @@ class Embedding(nn.Module):
     def __init__(
         self, weight: Stored, inputs: InputQuantizer | None = None, block_of: ByteTensor | None = None
     ) -> None:
-        super().__init__()
-        self.weight = weight
-        self.inputs = inputs
+        super().__init__(weight, None, inputs)
         self.block_of = block_of
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -134,12 +160,7 @@ class Embedding(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """The tied head: `x [..., d]` → logits `[..., V]`."""
-        return linear(x, self.weight, None, self.inputs)
-
-    def projection(self) -> Product:
-        """`project` for many calls: the rows are unpacked once."""
-        weight = unpacked(self.weight, self.inputs)
-        return lambda x: linear(x, weight, None, self.inputs)
+        return self.multiply(x)
 
 
 class BlockedEmbedding(nn.Module):

@@ -16,16 +16,13 @@ from ssm_mp.kernels import calls, decoding
 from ssm_mp.layers import (
     BlockedEmbedding,
     DepthwiseConv,
-    DynamicInput,
     Embedding,
-    InputQuantizer,
     Linear,
     Norm,
-    StaticInput,
 )
 from ssm_mp.models.language_model import LanguageModel, LayerState
 from ssm_mp.models.mamba import MambaLayer, MambaMixer
-from ssm_mp.stored import FloatTensor, GroupedTensor, Int8Tensor, Stored
+from ssm_mp.stored import Stored
 
 MOST_SEQUENCES = 8
 """With more at a time, products of matrices are faster than rows one after another."""
@@ -46,7 +43,7 @@ class CompiledDecoder:
         layers = (decoding.Layer * config.n_layers)(
             *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
         )
-        heads = [self._matrix(*head) for head in _heads(model)]
+        heads = [head.matrix().structure for head in _heads(model)]
         self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
         self._structure = decoding.Model(
             batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,
@@ -82,9 +79,10 @@ class CompiledDecoder:
         conv = mixer.conv1d
         assert isinstance(conv, DepthwiseConv)
         projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+        assert all(isinstance(module, Linear) for module in projections)
         return decoding.Layer(
             self._norm(mixer.norm),
-            *(self._linear(module) for module in projections),
+            *(module.matrix().structure for module in projections),  # type: ignore[operator]  # as nn.Module types it
             self._floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
             self._optional(conv.bias),
             self._floats(torch.exp(mixer.A_log.tensor()) * -_LOG2_E),
@@ -97,15 +95,6 @@ class CompiledDecoder:
         assert isinstance(norm, Norm)
         return decoding.Norm(self._floats(norm.weight.tensor()), self._optional(norm.bias), norm.eps)
 
-    def _linear(self, module: nn.Module) -> decoding.Matrix:
-        assert isinstance(module, Linear)
-        return self._matrix(module.weight, module.bias, module.inputs)
-
-    def _matrix(self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> decoding.Matrix:
-        structure, held = matrix(weight, bias, inputs)
-        self._held += held
-        return structure
-
     def _floats(self, values: Tensor) -> int:
         """Where a copy of these values lies, float32 and contiguous, for as long as the session."""
         self._held.append(values.detach().float().clone(memory_format=torch.contiguous_format))
@@ -115,52 +104,12 @@ class CompiledDecoder:
         return None if stored is None else self._floats(stored.tensor())
 
 
-def matrix(weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> tuple[decoding.Matrix, list[Tensor]]:
-    """A weight as the kernels read it, in the memory where it is stored, and the tensors that must outlive it."""
-    held: list[Tensor] = []
-
-    def at(values: Tensor) -> int:
-        held.append(values.detach().contiguous())
-        return held[-1].data_ptr()
-
-    how, input_scale = decoding.AS_THEY_ARE, 0.0
-    if isinstance(inputs, StaticInput):
-        how, input_scale = decoding.STATIC, inputs.scale.item()
-    elif isinstance(inputs, DynamicInput):
-        how = decoding.DYNAMIC
-    scales: int | None = None
-    sums: int | None = None
-    levels: int | None = None
-    values: Tensor
-    match weight:
-        case FloatTensor():
-            (n, k), values = weight.value.shape, weight.value
-            kinds = {torch.float32: decoding.FLOAT32, torch.float16: decoding.FLOAT16}
-            kind = kinds[values.dtype]
-        case Int8Tensor():
-            (n, k), values, kind = weight.q.shape, weight.q, decoding.INT8
-            scales = at(weight.scale.float())
-            sums = at(weight.q.sum(dim=1, dtype=torch.int32))
-        case GroupedTensor():
-            (n, k), values = weight.shape, weight.q
-            kind = decoding.CODES4 if weight.book.bits == 4 else decoding.CODES3
-            scales = at(weight.scale.float())
-            levels = at(torch.tensor((*weight.book.values, *[0.0] * (16 - len(weight.book.values)))))
-        case _:
-            raise AssertionError(f"{type(weight).__name__} is no matrix")
-    held_bias = None if bias is None else at(bias.tensor())
-    return decoding.Matrix(kind, how, n, k, at(values), scales, sums, held_bias, levels, input_scale), held
-
-
-def _heads(model: LanguageModel) -> list[tuple[Stored, Stored | None, InputQuantizer | None]]:
-    """The weights of the head, one after another; a tied head may be in blocks."""
-    if model.lm_head is not None:
-        assert isinstance(model.lm_head, Linear)
-        return [(model.lm_head.weight, model.lm_head.bias, model.lm_head.inputs)]
+def _heads(model: LanguageModel) -> list[Linear | Embedding]:
+    """What makes the logits, one after another; a tied head may be in blocks."""
     embedding = model.embedding
-    blocks = list(embedding.blocks) if isinstance(embedding, BlockedEmbedding) else [embedding]
-    found: list[tuple[Stored, Stored | None, InputQuantizer | None]] = []
-    for block in blocks:
-        assert isinstance(block, Embedding)
-        found.append((block.weight, None, block.inputs))
+    tied = list(embedding.blocks) if isinstance(embedding, BlockedEmbedding) else [embedding]
+    found: list[Linear | Embedding] = []
+    for head in tied if model.lm_head is None else [model.lm_head]:
+        assert isinstance(head, Linear | Embedding)
+        found.append(head)
     return found

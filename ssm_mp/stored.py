@@ -51,11 +51,6 @@ class FloatTensor(Stored):
         super().__init__()
         self.value = nn.Parameter(value, requires_grad=False)
 
-    @property
-    def is_half(self) -> bool:
-        """Whether it is stored in 16 bits."""
-        return self.value.dtype.itemsize == 2
-
     def tensor(self) -> Tensor:
         return self.value.float()
 

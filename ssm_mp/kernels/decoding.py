@@ -82,6 +82,15 @@ def multiply(matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
     return found
 
 
+def unpack(matrix: Matrix) -> torch.Tensor:
+    """A whole matrix as float32 `[n, k]`."""
+    found = torch.empty(matrix.n, matrix.k)
+    function = _library().unpack
+    function.argtypes = (POINTER(Matrix), c_void_p, c_int)
+    function(byref(matrix), found.data_ptr(), torch.get_num_threads())
+    return found
+
+
 def _library() -> ctypes.CDLL:
     found = library()
     assert found is not None, "asked for kernels that are not there"

@@ -128,6 +128,13 @@ INLINE v16i codes3(const uint8_t *p) {
     return (words >> shift) & 7;
 }
 
+/* A single code; it may reach into the next byte. */
+INLINE uint32_t code_at(const uint8_t *packed, int64_t at, int bits) {
+    const int64_t bit = at * bits;
+    const uint32_t low = packed[bit / 8], high = bit % 8 + bits > 8 ? packed[bit / 8 + 1] : 0;
+    return ((low | high << 8) >> (bit % 8)) & ((1u << bits) - 1);
+}
+
 /* Codes in groups of 64 that run on over the ends of rows: `first` is the place of the row's first code. */
 static float dot_codes(const Matrix *matrix, int64_t first, const float *x) {
     const int bits = matrix->kind == CODES4 ? 4 : 3;
@@ -147,15 +154,58 @@ static float dot_codes(const Matrix *matrix, int64_t first, const float *x) {
         /* up to the next boundary of sixteen codes, or the row's end, one after another */
         const int64_t to_boundary = LANES - at % LANES, count = left < to_boundary ? left : to_boundary;
         for (int64_t i = 0; i < count; i++) {
-            const int64_t bit = (at + i) * bits;
-            const uint32_t low = packed[bit / 8];
-            const uint32_t high = bit % 8 + bits > 8 ? packed[bit / 8 + 1] : 0;
-            const uint32_t code = ((low | high << 8) >> (bit % 8)) & ((1u << bits) - 1);
-            total[0] += matrix->levels[code] * matrix->scales[at / GROUP] * x[c + i];
+            total[0] += matrix->levels[code_at(packed, at + i, bits)] * matrix->scales[at / GROUP] * x[c + i];
         }
         c += count;
     }
     return sum16(total);
+}
+
+/* One row of codes as float32. */
+static void unpack_codes(const Matrix *matrix, int64_t first, float *y) {
+    const int bits = matrix->kind == CODES4 ? 4 : 3;
+    const uint8_t *packed = matrix->values;
+    const v16 levels = load(matrix->levels);
+    for (int64_t c = 0; c < matrix->k;) {
+        const int64_t at = first + c;
+        if (at % LANES == 0 && matrix->k - c >= LANES) {
+            const uint8_t *p = packed + at * bits / 8;
+            store(y + c, looked_up(levels, bits == 4 ? codes4(p) : codes3(p)) * splat(matrix->scales[at / GROUP]));
+            c += LANES;
+        } else {
+            y[c++] = matrix->levels[code_at(packed, at, bits)] * matrix->scales[at / GROUP];
+        }
+    }
+}
+
+/* The whole matrix as float32, y [n, k]. */
+void unpack(const Matrix *w, float *y, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < w->n; row++) {
+        const int64_t at = row * w->k;
+        if (w->kind == CODES4 || w->kind == CODES3) {
+            unpack_codes(w, at, y + at);
+            continue;
+        }
+        for (int64_t c = 0; c < w->k; c += LANES) {
+            const int count = w->k - c < LANES ? (int)(w->k - c) : LANES;
+            v16 value;
+            if (w->kind == FLOAT16) {
+                uint16_t held[LANES] = {0};
+                const uint16_t *from = (const uint16_t *)w->values + at + c;
+                if (count < LANES) memcpy(held, from, count * sizeof(uint16_t));
+                value = from_half(count < LANES ? held : from);
+            } else if (w->kind == INT8) {
+                int8_t held[LANES] = {0};
+                const int8_t *from = (const int8_t *)w->values + at + c;
+                if (count < LANES) memcpy(held, from, count);
+                value = from_int8(count < LANES ? held : from) * splat(w->scales[row]);
+            } else {
+                value = load_part((const float *)w->values + at + c, count);
+            }
+            store_part(y + at + c, value, count);
+        }
+    }
 }
 
 INLINE float product(const Matrix *w, int64_t row, const float *x, const int8_t *q, float input_scale) {

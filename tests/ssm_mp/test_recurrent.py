@@ -6,22 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from ssm_mp.calibrate import calibrate
 from ssm_mp.components import find_components
 from ssm_mp.config import MambaConfig
 from ssm_mp.convert import Converter
 from ssm_mp.embedding_blocks import split_embedding
-from ssm_mp.kernels.decoding import multiply
-from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, linear
 from ssm_mp.models import LanguageModel
-from ssm_mp.precision import PRECISIONS
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.recurrent import MOST_SEQUENCES, CompiledDecoder, matrix
-from ssm_mp.scheme import ActivationScheme, ScaleRule, Scheme
-from ssm_mp.stored import FloatTensor
+from ssm_mp.recurrent import MOST_SEQUENCES, CompiledDecoder
+from ssm_mp.scheme import ActivationScheme, Scheme
 from tests.tiny import HUGGING_FACE, ITERA, MAMBA, VOCABULARY, random_model, some_windows
 
 ODD = MambaConfig(
@@ -33,35 +27,6 @@ CONFIGS = {
     "odd": ODD,
     "untied": replace(HUGGING_FACE, tied=False, d_conv=1),
 }
-
-
-@given(
-    st.integers(1, 3), st.integers(1, 9), st.integers(1, 300), st.sampled_from(sorted(PRECISIONS)), st.booleans(),
-    st.sampled_from(["none", "static", "dynamic"]), st.integers(0, 99),
-)  # fmt: skip
-def test_a_product_equals_that_of_the_layer(
-    m: int, n: int, k: int, precision: str, bias: bool, scheme: ActivationScheme, seed: int
-) -> None:
-    g = torch.Generator().manual_seed(seed)
-    weight = PRECISIONS[precision].store(torch.randn(n, k, generator=g), "weight", ScaleRule())
-    held = FloatTensor(torch.randn(n, generator=g).half()) if bias else None
-    inputs: InputQuantizer | None = None
-    if PRECISIONS[precision].quantizes_inputs and scheme != "none":
-        inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
-    x = torch.randn(m, k, generator=g)
-    structure, kept = matrix(weight, held, inputs)
-    expected = linear(x, weight, held, inputs)
-    torch.testing.assert_close(
-        multiply(structure, x), expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max()))
-    )
-    assert kept
-
-
-def test_a_float32_product_equals_torch() -> None:
-    weight, x = torch.randn(7, 133), torch.randn(2, 133)
-    structure, kept = matrix(FloatTensor(weight), None, None)
-    torch.testing.assert_close(multiply(structure, x), x @ weight.t(), rtol=1e-5, atol=1e-5)
-    assert kept
 
 
 def _converted(model: LanguageModel, precision: str, scheme: ActivationScheme) -> LanguageModel:

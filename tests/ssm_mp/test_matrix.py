@@ -1,0 +1,58 @@
+"""Products of few rows with a weight as it is stored, against those of the unpacked weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_mp.layers import DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
+from ssm_mp.matrix import FEW_ROWS, Matrix
+from ssm_mp.precision import PRECISIONS
+from ssm_mp.scheme import ActivationScheme, ScaleRule
+from ssm_mp.stored import FloatTensor
+
+
+@given(
+    st.integers(1, FEW_ROWS), st.integers(1, 9), st.integers(1, 300), st.sampled_from(sorted(PRECISIONS)),
+    st.booleans(), st.sampled_from(["none", "static", "dynamic"]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_equals_that_of_the_unpacked_weight(
+    m: int, n: int, k: int, precision: str, bias: bool, scheme: ActivationScheme, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = PRECISIONS[precision].store(torch.randn(n, k, generator=g), "weight", ScaleRule())
+    held = FloatTensor(torch.randn(n, generator=g).half()) if bias else None
+    inputs: InputQuantizer | None = None
+    if PRECISIONS[precision].quantizes_inputs and scheme != "none":
+        inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
+    x = torch.randn(m, k + 2, generator=g)[:, :k]
+    expected = linear(x, weight, held, inputs)
+    found = Linear(weight, held, inputs).matrix().product(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@given(st.integers(1, 9), st.integers(1, 300), st.sampled_from(sorted(PRECISIONS)), st.integers(0, 99))
+def test_an_unpacked_weight_has_the_very_numbers_that_it_stands_for(n: int, k: int, precision: str, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = PRECISIONS[precision].store(torch.randn(n, k, generator=g) * 1e-3, "weight", ScaleRule())
+    assert torch.equal(Matrix(weight).unpacked(), weight.tensor())
+
+
+def test_a_float32_product_equals_torch() -> None:
+    weight, x = torch.randn(7, 133), torch.randn(2, 133)
+    torch.testing.assert_close(Matrix(FloatTensor(weight)).product(x), x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
+def test_modules_give_the_same_with_few_rows_as_with_many(precision: str, rows: int) -> None:
+    weight, x = PRECISIONS[precision].store(torch.randn(30, 70), "weight", ScaleRule()), torch.randn(2 * FEW_ROWS, 70)
+    for multiply in (Linear(weight), Embedding(weight).project):
+        torch.testing.assert_close(multiply(x[None, :rows])[0], multiply(x)[:rows], rtol=1e-5, atol=1e-4)
+
+
+def test_nothing_of_the_weight_is_copied() -> None:
+    weight = FloatTensor(torch.randn(4, 8).half())
+    assert Matrix(weight).structure.values == weight.value.data_ptr()
