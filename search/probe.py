@@ -14,8 +14,9 @@ from typing import Any
 
 from search.workspace import Workspace
 from ssm_mp.components import Component
+from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
-from ssm_mp.evaluate import Evaluation, Prefix, advance, divergence, finish, paired_increase, start
+from ssm_mp.evaluate import Evaluation, Prefix, advance, finish, finish_against, paired_increase, start
 from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 
@@ -55,15 +56,32 @@ class Probe:
         return asdict(self)
 
 
+class Walk:
+    """The inputs of a model's layers, one after another: each is computed from the one before, where that is known."""
+
+    def __init__(self, model: LanguageModel, windows: Windows) -> None:
+        self._model, self._windows = model, windows
+        self._latest: Prefix | None = None
+
+    def to(self, layer: int, check: Callable[[], None]) -> Prefix:
+        """The input of a layer; `check` is called before each layer on the way and may raise."""
+        latest = self._latest
+        if latest is None or latest.layer > layer:
+            latest = start(self._model, self._windows)
+        self._latest = advance(self._model, latest, layer - latest.layer, before_layer=check)
+        return self._latest
+
+
 @dataclass(frozen=True, eq=False)
 class End:
-    """One end of the probes: its map, the model, its evaluation and its last hidden states."""
+    """One end of the probes: its map, the model, its evaluation, its last hidden states and those on the way there."""
 
     name: str
     map: PrecisionMap
     model: LanguageModel
     evaluation: Evaluation
     final: Prefix
+    walk: Walk
 
 
 def planned(workspace: Workspace) -> int:
@@ -77,7 +95,7 @@ def open_end(workspace: Workspace, name: str) -> End:
     precision_map = space.widest() if name == WIDEST else space.lowest()
     model = workspace.converter.convert(precision_map)
     final = advance(model, start(model, windows), len(model.layers))
-    return End(name, precision_map, model, finish(model, final, windows), final)
+    return End(name, precision_map, model, finish(model, final, windows), final, Walk(model, windows))
 
 
 @dataclass(frozen=True)
@@ -115,9 +133,8 @@ def run_group(
     wanted = missing(workspace, group, done)
     if not wanted:
         return
-    prefix = start(end.model, workspace.splits.search)
     # stage 0 is what acts at the embedding: nothing before it to reuse
-    prefix = advance(end.model, prefix, max(0, group.stage - 1), before_layer=check)
+    prefix = end.walk.to(max(0, group.stage - 1), check)
     for component, precision in wanted:
         yield _measure(workspace, end, component, precision, prefix, check)
 
@@ -144,11 +161,10 @@ def _measure(
     begin = prefix if component.stage > 0 else start(model, windows)
     final = advance(model, begin, len(model.layers) - begin.layer, before_layer=check)
     try:
-        evaluation = finish(model, final, windows)
+        evaluation, kl = finish_against(end.model, end.final, model, final, windows)
     except EvaluationError as error:
         raise EvaluationError(f"probe of {component.name} at {precision} (from {end.name}): {error}") from None
     increase = paired_increase(evaluation, end.evaluation)
-    kl = divergence(end.model, end.final, model, final)
     return Probe(component.name, precision, end.name, origin, increase.log_mean, increase.log_stderr, kl)
 
 

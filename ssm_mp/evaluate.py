@@ -17,6 +17,7 @@ from torch import Tensor
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.kernels import calls
+from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.models import LanguageModel
 from ssm_mp.parallel import in_parallel
 from ssm_mp.prefix_cache import Prefixes
@@ -155,6 +156,31 @@ def finish(model: LanguageModel, final: Prefix, windows: Windows) -> Evaluation:
     return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
+def finish_against(
+    reference: LanguageModel, expected: Prefix, model: LanguageModel, final: Prefix, windows: Windows
+) -> tuple[Evaluation, float]:
+    """`finish`, and the Kullback–Leibler divergence KL(reference ‖ model) in nats a token."""
+    scorers = _scorer(model), _scorer(reference)
+
+    def compared(part: tuple[Tensor, Tensor, Tensor]) -> tuple[FloatArray, float]:
+        """Of windows `ids [b, L]` with hidden states `[b, L, d]`: likelihoods `[b]`, and the divergences' sum."""
+        *hidden, ids = part
+        targets = model.columns(ids[:, 1:]).flatten()
+        chunks = (x.split(model.head_tokens) for x in (*(h[:, :-1].flatten(0, 1) for h in hidden), targets))
+        found = [
+            token_divergence(scorers[0](ours), scorers[1](theirs), wanted)
+            for ours, theirs, wanted in zip(*chunks, strict=True)
+        ]
+        nll, kl = (torch.cat(values) for values in zip(*found, strict=True))
+        return nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy(), kl.sum().item()
+
+    ids = windows.ids.to(final.hidden.device)
+    parts = list(zip(shards(final.hidden), shards(expected.hidden), shards(ids), strict=True))
+    nll, sums = zip(*in_parallel(compared, parts), strict=True)
+    evaluation = require_finite(Evaluation(np.concatenate(nll), windows.predicted))
+    return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
+
+
 def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel, found: Prefix) -> float:
     """Kullback–Leibler divergence KL(reference ‖ model), nats a token, from both models' last hidden states."""
     scorers = _scorer(reference), _scorer(model)
@@ -234,9 +260,19 @@ def window_nll(model: LanguageModel, score: Callable[[Tensor], Tensor], hidden: 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of `targets [m]` under `logits [m, V]`: float64 `[m]`."""
-    if calls.usable(logits):
-        return calls.negative_log_likelihood(logits, targets)
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return kernels.negative_log_likelihood(logits, targets)
     return F.cross_entropy(logits, targets, reduction="none").double()
+
+
+def token_divergence(logits: Tensor, expected: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_nll`, and KL(expected ‖ logits) of each token: float64 `[m]` each, of logits `[m, V]`."""
+    if calls.usable(logits, expected):
+        return calls.divergence(logits, expected, targets)
+    logs, target = logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)
+    kl = F.kl_div(logs, target, reduction="none", log_target=True).sum(dim=-1, dtype=torch.float64)
+    return token_nll(logits, targets), kl
 
 
 def require_finite(evaluation: Evaluation) -> Evaluation:

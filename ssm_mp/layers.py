@@ -16,9 +16,10 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.config import Config
-from ssm_mp.kernels import calls
+from ssm_mp.kernels import calls, cuda
+from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.matrix import FEW_ROWS, Inputs, Matrix
-from ssm_mp.quantize import INT8_LIMIT, integer_product, quantize_tensor
+from ssm_mp.quantize import INT8_LIMIT, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
 
 _SMALLEST_SCALE = 1e-12
@@ -41,6 +42,8 @@ class StaticInput(nn.Module):
         """`x [m, k]` → int8 `[m, k]` and its float32 scale, once for each row, `[m, 1]`."""
         if calls.usable(x):
             return calls.quantize_static(x, self.scale.item())
+        if cuda.usable(x):
+            return cuda.quantize_static(x, self.scale)  # reading its value would wait for the GPU
         scale = self.scale.float()
         # NaN and infinity have no int8 value: let them spoil their row's scale instead of vanishing
         return quantize_tensor(x, scale), scale + 0.0 * x.sum(dim=1, keepdim=True)
@@ -51,8 +54,9 @@ class DynamicInput(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [m, k]` → int8 `[m, k]` and float32 scales `[m, 1]`."""
-        if calls.usable(x):
-            return calls.quantize_dynamic(x, _SMALLEST_SCALE)
+        kernels = kernels_for(x)
+        if kernels is not None:
+            return kernels.quantize_dynamic(x, _SMALLEST_SCALE)
         scale = (x.abs().amax(dim=1, keepdim=True) / INT8_LIMIT).clamp_(min=_SMALLEST_SCALE)
         return quantize_tensor(x, scale), scale
 
@@ -72,7 +76,7 @@ def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantize
         assert isinstance(weight, Int8Tensor)
         flat = x.reshape(-1, x.shape[-1])  # [m, k]
         quantized, input_scale = inputs(flat)
-        sums = integer_product(quantized, weight.q)
+        sums = weight.product(quantized)
         product = rescaled(sums, weight.scale.float(), input_scale, None if bias is None else bias.tensor())
         return product.reshape(*x.shape[:-1], -1)
     if x.is_cuda and isinstance(weight, FloatTensor) and weight.value.dtype == torch.float16:
@@ -83,8 +87,9 @@ def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantize
 
 def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """int32 `sums [m, n]` · scales `columns [n]` and `rows [m, 1]`, plus `bias [n]`: float32 `[m, n]`."""
-    if calls.usable(columns, rows):
-        return calls.rescale(sums, columns, rows, bias)
+    kernels = kernels_for(columns, rows)
+    if kernels is not None:
+        return kernels.rescale(sums, columns, rows, bias)
     product = sums.float().mul_(columns).mul_(rows)
     return product if bias is None else product.add_(bias)
 
@@ -107,7 +112,7 @@ class _Multiplier(nn.Module):
         return linear(x, self._to_multiply(), self.bias, self.inputs)
 
     def _to_multiply(self) -> Stored:
-        """The weight as many rows are multiplied with it: unpacked, but where its own kind of product takes it packed."""
+        """The weight as many rows are multiplied with it: unpacked, unless its own product takes it packed."""
         if self._is_float32 or self.inputs is not None or next(iter(self.weight.arrays().values())).is_cuda:
             return self.weight
         return FloatTensor(self.matrix().unpacked() if calls.compiled() else self.weight.tensor())
@@ -115,9 +120,11 @@ class _Multiplier(nn.Module):
     def matrix(self) -> Matrix:
         """The weight as the kernels of a CPU read it, made once."""
         if self._matrix is None:
-            scale = self.inputs.scale.item() if isinstance(self.inputs, StaticInput) else 0.0
-            how: Inputs = "none" if self.inputs is None else "static" if scale else "dynamic"
-            self._matrix = Matrix(self.weight, self.bias, how, scale)
+            how: Inputs = "none" if self.inputs is None else "dynamic"
+            if isinstance(self.inputs, StaticInput):
+                self._matrix = Matrix(self.weight, self.bias, "static", self.inputs.scale.item())
+            else:
+                self._matrix = Matrix(self.weight, self.bias, how)
         return self._matrix
 
     def projection(self) -> Product:
@@ -246,8 +253,9 @@ class DepthwiseConv(nn.Module):
         if before is None:
             before = x.new_zeros(x.shape[0], width, x.shape[2])
         last = torch.cat((before, x[:, -width:]), dim=1)[:, -width:] if width else before
-        if calls.usable(x, weight, before):
-            return calls.conv_silu(x, weight, bias, before), last
+        kernels = kernels_for(x, weight, before)
+        if kernels is not None:
+            return kernels.conv_silu(x, weight, bias, before), last
         return conv_silu_reference(x, weight, bias, before), last
 
 

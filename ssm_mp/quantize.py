@@ -8,10 +8,11 @@ rounding of its scale), and only then used: the stored scale is the one that qua
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
 from ssm_mp.errors import InfeasibleError
@@ -27,6 +28,9 @@ _CLIPPINGS = 51
 
 _EXACT_FLOAT32_TERMS = (1 << 24) // (INT8_LIMIT * INT8_LIMIT)
 """How many int8 × int8 products float32 adds up without rounding (integers below 2^24 are exact)."""
+
+_FEWEST_ROWS, _PADDED_ROWS, _MULTIPLE = 17, 32, 8
+"""What torch's int8 product asks of its sizes on CUDA: so many rows, and the other sizes multiples of this."""
 
 
 def weight_scales(rows: Tensor, rule: ScaleRule, limit: int = INT8_LIMIT) -> Tensor:
@@ -127,14 +131,50 @@ def quantize_tensor(values: Tensor, scale: Tensor) -> Tensor:
 
 
 def integer_product(a: Tensor, b: Tensor) -> Tensor:
-    """`a [m, k] @ b [n, k]ᵀ` of int8 matrices, accumulated in int32: `[m, n]`."""
-    if a.is_cuda and (a.shape[0] <= 16 or a.shape[1] % 8 or b.shape[0] % 8):
-        return integer_product_emulated(a, b)  # shapes that cuBLAS refuses
+    """`a [m, k] @ b [n, k]ᵀ` of int8 matrices, accumulated in int32: `[m, n]`.
+
+    On a GPU `b` may have been padded with zeros beforehand, by `padded_weight`: `[m, padded n]`.
+    """
+    if a.is_cuda:
+        return padded_product(a, b, _native_product)
     # torch 2.13's product of one-column matrices leaves its result uninitialised on a CPU
-    if not a.is_cuda and (a.shape[1] == 1 or not _native_product_is_exact()):
+    if a.shape[1] == 1 or not _native_product_is_exact():
         return integer_product_emulated(a, b)
+    return _native_product(a, b)
+
+
+def _native_product(a: Tensor, b: Tensor) -> Tensor:
     product: Tensor = torch._int_mm(a, b.t())
     return product
+
+
+def padded_product(a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """`product(a [m, k], b [n, k])` of one that, as torch's on CUDA, takes only 17 rows or more and weights that fit.
+
+    Zeros are appended to both, and what they give is cut off: int32 `[m, n]`. Where `b` is padded already, `a` has
+    fewer columns.
+    """
+    m, n = a.shape[0], b.shape[0]
+    if not fits_product(b.shape):
+        b = padded_weight(b)
+    padded = product(_with_zeros(a, m if m >= _FEWEST_ROWS else _PADDED_ROWS, b.shape[1]), b)  # [padded m, padded n]
+    return padded if padded.shape == (m, n) else padded[:m, :n]
+
+
+def fits_product(shape: Sequence[int]) -> bool:
+    """Whether torch's int8 product on CUDA takes a weight of this shape as it is."""
+    return all(size % _MULTIPLE == 0 for size in shape)
+
+
+def padded_weight(b: Tensor) -> Tensor:
+    """`b [n, k]` with zeros below and to the right, so that it fits."""
+    return _with_zeros(b, *(-(-size // _MULTIPLE) * _MULTIPLE for size in b.shape))
+
+
+def _with_zeros(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """A matrix with zeros below and to the right, `[rows, columns]`; the same tensor where it has these sizes."""
+    below, right = rows - matrix.shape[0], columns - matrix.shape[1]
+    return F.pad(matrix, (0, right, 0, below)) if below or right else matrix
 
 
 @cache

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.groups import CodeBook, unpack_at, unpack_values
-from ssm_mp.quantize import dequantize_rows
+from ssm_mp.quantize import dequantize_rows, fits_product, integer_product, padded_weight
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,20 @@ class Int8Tensor(Stored):
         super().__init__()
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
+        self._fits = fits_product(q.shape)
+        self._padded: Tensor | None = None  # on a GPU, where it does not fit
+
+    def product(self, a: Tensor) -> Tensor:
+        """`a [m, n]`, int8, times this matrix transposed: int32 `[m, r]`.
+
+        On a GPU, a matrix of sizes that its product does not take is padded once, at the first product.
+        """
+        q = self.q
+        if self._fits or not q.is_cuda:
+            return integer_product(a, q)
+        if self._padded is None or self._padded.device != q.device:
+            self._padded = padded_weight(q)
+        return integer_product(a, self._padded)[:, : q.shape[0]]
 
     def tensor(self) -> Tensor:
         rows = self.q.reshape(self.scale.shape[0], -1)

@@ -40,6 +40,7 @@ _ARGUMENTS = {
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "negative_log_likelihood": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
+    "divergence": (c_int64, c_int64, *[c_void_p] * 5, c_int),
 }
 
 
@@ -155,6 +156,18 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
         m, vocabulary, logits.data_ptr(), targets.data_ptr(), nll.data_ptr(), torch.get_num_threads()
     )
     return nll
+
+
+def divergence(logits: Tensor, expected: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood of `targets [m]` under `logits [m, V]`, and KL(expected ‖ logits): float64 `[m]` each."""
+    logits, expected, targets = logits.contiguous(), expected.contiguous(), targets.contiguous()
+    m, vocabulary = logits.shape
+    nll, kl = torch.empty(m, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
+    _library().divergence(
+        m, vocabulary, logits.data_ptr(), expected.data_ptr(), targets.data_ptr(), nll.data_ptr(), kl.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return nll, kl
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

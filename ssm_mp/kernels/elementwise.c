@@ -80,33 +80,68 @@ void rescale(int64_t m, int64_t n, int32_t *sums, const float *column, const flo
         }
 }
 
+#define FEW_TERMS (64 * LANES) /* so many that float32 adds them well; their sums are added in float64 */
+
+/* The largest of x [V]; NaN or infinity anywhere makes `poison` NaN. */
+INLINE float largest_of(const float *x, int64_t V, double *poison) {
+    v16 largest = splat(-INFINITY), spoilt = splat(0.0f);
+    for (int64_t c = 0; c < V; c += LANES) {
+        const int count = V - c < LANES ? (int)(V - c) : LANES;
+        v16 value = load_part(x + c, count);
+        spoilt = spoilt + value * splat(0.0f);
+        for (int j = count; j < LANES; j++) value[j] = -INFINITY;
+        largest = select16(value > largest, value, largest);
+    }
+    *poison += sum16(spoilt);
+    return max16(largest);
+}
+
+/* Σ e^(x − top), and Σ e^(x − top) (x − other) where there is another [V]. */
+INLINE double exponential_sum(const float *x, float top, const float *other, int64_t V, double *weighted) {
+    double total = 0, difference = 0;
+    for (int64_t begin = 0; begin < V; begin += FEW_TERMS) {
+        const int64_t end = begin + FEW_TERMS < V ? begin + FEW_TERMS : V;
+        v16 sum = splat(0.0f), mixed = splat(0.0f);
+        for (int64_t c = begin; c < end; c += LANES) {
+            const int count = end - c < LANES ? (int)(end - c) : LANES;
+            const v16 value = load_part(x + c, count);
+            v16 term = exp2_16((value - splat(top)) * splat(LOG2_E));
+            for (int j = count; j < LANES; j++) term[j] = 0;
+            sum = sum + term;
+            if (other) mixed = mixed + term * (value - load_part(other + c, count));
+        }
+        for (int j = 0; j < LANES; j++) total += sum[j];
+        if (other)
+            for (int j = 0; j < LANES; j++) difference += mixed[j];
+    }
+    if (other) *weighted = difference;
+    return total;
+}
+
 /* Negative log-likelihood of targets [m] under logits [m, V], summed in float64. */
 void negative_log_likelihood(int64_t m, int64_t V, const float *logits, const int64_t *targets, double *nll,
                              int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
         const float *x = logits + i * V;
-        v16 largest = splat(-INFINITY), poison = splat(0.0f);
-        for (int64_t c = 0; c < V; c += LANES) {
-            const int count = V - c < LANES ? (int)(V - c) : LANES;
-            v16 value = load_part(x + c, count);
-            poison = poison + value * splat(0.0f); /* NaN and infinity must not vanish */
-            for (int j = count; j < LANES; j++) value[j] = -INFINITY;
-            largest = select16(value > largest, value, largest);
-        }
-        const float top = max16(largest);
-        double total = 0;
-        for (int64_t begin = 0; begin < V; begin += 64 * LANES) { /* few enough terms that float32 adds them well */
-            const int64_t end = begin + 64 * LANES < V ? begin + 64 * LANES : V;
-            v16 sum = splat(0.0f);
-            for (int64_t c = begin; c < end; c += LANES) {
-                const int count = end - c < LANES ? (int)(end - c) : LANES;
-                v16 term = exp2_16((load_part(x + c, count) - splat(top)) * splat(LOG2_E));
-                for (int j = count; j < LANES; j++) term[j] = 0;
-                sum = sum + term;
-            }
-            for (int j = 0; j < LANES; j++) total += sum[j];
-        }
-        nll[i] = log(total) + (double)top - (double)x[targets[i]] + (double)sum16(poison);
+        double poison = 0;
+        const float top = largest_of(x, V, &poison);
+        nll[i] = log(exponential_sum(x, top, NULL, V, NULL)) + (double)top - (double)x[targets[i]] + poison;
+    }
+}
+
+/* The same, and the Kullback–Leibler divergence of logits [m, V] from the expected ones:
+ * Σ p (log p − log q) = Σ p (x − y) − log Σ e^x + log Σ e^y, with p and x expected. */
+void divergence(int64_t m, int64_t V, const float *logits, const float *expected, const int64_t *targets, double *nll,
+                double *kl, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+        const float *y = logits + i * V, *x = expected + i * V;
+        double poison = 0, weighted = 0;
+        const float top_y = largest_of(y, V, &poison), top_x = largest_of(x, V, &poison);
+        const double log_y = log(exponential_sum(y, top_y, NULL, V, NULL)) + (double)top_y;
+        const double sum_x = exponential_sum(x, top_x, y, V, &weighted);
+        nll[i] = log_y - (double)y[targets[i]] + poison;
+        kl[i] = weighted / sum_x - (log(sum_x) + (double)top_x) + log_y + poison;
     }
 }

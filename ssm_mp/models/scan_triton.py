@@ -7,10 +7,10 @@ Triton is imported at the first scan, so that this file can be asked where there
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from ssm_mp.kernels import cuda
 
 _BLOCK_INNER = 32
 """Channels of a program, one a lane of a warp: small programs, so that few sequences still fill a GPU."""
@@ -20,7 +20,7 @@ _LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
 
 def available() -> bool:
     """Whether there is a GPU that Triton compiles for."""
-    return importlib.util.find_spec("triton") is not None and torch.cuda.is_available()
+    return torch.cuda.is_available() and cuda.compiles()
 
 
 def selective_scan(

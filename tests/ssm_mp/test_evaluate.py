@@ -15,12 +15,13 @@ from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluate import (
     Evaluation,
     advance,
-    divergence,
     evaluate,
     finish,
+    finish_against,
     paired_increase,
     require_better_than_guessing,
     start,
+    token_divergence,
     token_nll,
 )
 from ssm_mp.models import build
@@ -96,8 +97,20 @@ def test_divergence_is_that_of_the_two_distributions() -> None:
     with torch.inference_mode():
         p, q = (m(windows.ids)[:, :-1].double().log_softmax(-1) for m in (a, b))
     expected = float((p.exp() * (p - q)).sum(-1).mean())
-    assert divergence(a, ends[0], b, ends[1]) == pytest.approx(expected, rel=1e-4)
-    assert divergence(a, ends[0], a, ends[0]) == pytest.approx(0, abs=1e-9)
+    evaluation, found = finish_against(a, ends[0], b, ends[1], windows)
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert np.array_equal(evaluation.nll, evaluate(b, windows).nll)
+    assert finish_against(a, ends[0], a, ends[0], windows)[1] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("vocabulary", [3, 40, 8003])
+@pytest.mark.parametrize("spread", [1e-2, 1.0, 20.0])
+def test_token_divergences_are_those_of_float64(vocabulary: int, spread: float) -> None:
+    logits, expected, targets = torch.randn(4, vocabulary), torch.randn(4, vocabulary), torch.randint(vocabulary, (4,))
+    nll, kl = token_divergence(logits * spread, expected * spread, targets)
+    q, p = ((x * spread).double().log_softmax(-1) for x in (logits, expected))
+    torch.testing.assert_close(kl, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-6)
+    assert torch.equal(nll, token_nll(logits * spread, targets))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,12 @@ from ssm_mp.errors import InfeasibleError
 from ssm_mp.quantize import (
     INT8_LIMIT,
     dequantize_rows,
+    fits_product,
     histogram_scale,
     integer_product,
     integer_product_emulated,
+    padded_product,
+    padded_weight,
     quantize_rows,
     quantize_tensor,
     stored_scales,
@@ -30,6 +34,12 @@ METHODS: tuple[ScaleMethod, ...] = ("minmax", "percentile", "mse")
 
 def rows_of(seed: int, rows: int, width: int, spread: float) -> Tensor:
     return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * spread
+
+
+def int8_pair(seed: int, m: int, k: int, n: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-127, 128, (rows, k), generator=generator, dtype=torch.int8) for rows in (m, n))
+    return a, b
 
 
 @given(st.integers(0, 999), st.integers(1, 9), st.integers(1, 40), st.floats(1e-2, 1e3))
@@ -91,12 +101,45 @@ def test_scales_that_float16_cannot_hold_are_infeasible(value: float, word: str)
 
 @given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 2500), st.integers(1, 20))
 def test_emulated_product_equals_the_integer_product(seed: int, m: int, k: int, n: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.randint(-127, 128, (m, k), generator=generator, dtype=torch.int8)
-    b = torch.randint(-127, 128, (n, k), generator=generator, dtype=torch.int8)
+    a, b = int8_pair(seed, m, k, n)
     exact = a.long() @ b.long().t()
     assert torch.equal(integer_product(a, b).long(), exact)
     assert torch.equal(integer_product_emulated(a, b).long(), exact)
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "emulated": integer_product_emulated,
+    "native": integer_product,  # torch's own, where this CPU's is exact
+}
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_a_padded_product_is_the_integer_product_and_asks_only_for_sizes_that_cuda_takes(
+    product: str, seed: int, m: int, k: int, n: int, padded_before: bool
+) -> None:
+    a, b = int8_pair(seed, m, k, n)
+
+    def picky(a: Tensor, b: Tensor) -> Tensor:
+        assert a.shape[0] > 16
+        assert a.shape[1] == b.shape[1]
+        assert a.shape[1] % 8 == b.shape[0] % 8 == 0
+        return PRODUCTS[product](a, b)
+
+    found = padded_product(a, padded_weight(b) if padded_before else b, picky)
+    assert torch.equal(found[:, :n].long(), a.long() @ b.long().t())
+    assert padded_before or found.shape == (m, n)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_a_padded_weight_is_the_smallest_that_fits(n: int, k: int) -> None:
+    b = int8_pair(0, 1, k, n)[1]
+    padded = padded_weight(b)
+    assert fits_product(padded.shape)
+    assert torch.equal(padded[:n, :k], b)
+    assert int(padded.count_nonzero()) == int(b.count_nonzero())
+    assert max(padded.shape[0] - n, padded.shape[1] - k) < 8
+    assert fits_product(b.shape) == (padded is b)
 
 
 @pytest.mark.slow
