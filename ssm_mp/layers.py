@@ -113,7 +113,7 @@ class _Multiplier(nn.Module):
 
     def _to_multiply(self) -> Stored:
         """The weight as many rows are multiplied with it: unpacked, unless its own product takes it packed."""
-        if self._is_float32 or self.inputs is not None or next(iter(self.weight.arrays().values())).is_cuda:
+        if self._is_float32 or self.inputs is not None or self.weight.device.type == "cuda":
             return self.weight
         return FloatTensor(self.matrix().unpacked() if calls.compiled() else self.weight.tensor())
 
@@ -215,9 +215,9 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.weight = weight
 
-    def forward(self, length: int) -> Tensor:
-        """The first `length` positions: `[l, d]`."""
-        return self.weight.tensor()[:length]
+    def forward(self, length: int, start: int = 0) -> Tensor:
+        """The positions `start` … `length` − 1: `[l − start, d]`."""
+        return self.weight.rows(torch.arange(start, length, device=self.weight.device))
 
 
 class Norm(nn.Module):

@@ -31,6 +31,11 @@ class ArraySpec:
 class Stored(nn.Module, ABC):
     """One tensor as it is stored."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is held."""
+        return next(iter(self.arrays().values())).device
+
     @abstractmethod
     def tensor(self) -> Tensor:
         """The whole tensor, float32, to compute with."""

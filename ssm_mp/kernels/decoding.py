@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
 
 import torch
 
@@ -58,40 +59,40 @@ class Model(ctypes.Structure):
     )
 
 
+@cache
+def _kernels() -> ctypes.CDLL:
+    """The library with these functions' arguments declared."""
+    found = library()
+    assert found is not None, "asked for kernels that are not there"
+    found.decode_scratch.argtypes, found.decode_scratch.restype = (POINTER(Model),), c_int64
+    found.decode_step.argtypes = (POINTER(Model), c_int)
+    found.multiply_once.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p, c_int)
+    found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
+    return found
+
+
 def scratch_floats(model: Model) -> int:
     """How many float32 numbers of scratch memory a step needs."""
-    function = _library().decode_scratch
-    function.restype = c_int64
-    return int(function(byref(model)))
+    return int(_kernels().decode_scratch(byref(model)))
 
 
 def decode_step(model: Model) -> None:
     """One token of every sequence: from `x [b, d]` to `logits [b, V]`; states are carried in place."""
-    function = _library().decode_step
-    function.argtypes = (POINTER(Model), c_int)
-    function(byref(model), torch.get_num_threads())
+    _kernels().decode_step(byref(model), torch.get_num_threads())
 
 
 def multiply(matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
     """`inputs [m, k]`, float32 and contiguous, times a matrix transposed: `[m, n]`."""
     m = inputs.shape[0]
     found, scratch = torch.empty(m, matrix.n), torch.empty(m * (matrix.k + 1) + 128)
-    function = _library().multiply_once
-    function.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p, c_int)
-    function(byref(matrix), m, inputs.data_ptr(), found.data_ptr(), scratch.data_ptr(), torch.get_num_threads())
+    _kernels().multiply_once(
+        byref(matrix), m, inputs.data_ptr(), found.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
+    )
     return found
 
 
 def unpack(matrix: Matrix) -> torch.Tensor:
     """A whole matrix as float32 `[n, k]`."""
     found = torch.empty(matrix.n, matrix.k)
-    function = _library().unpack
-    function.argtypes = (POINTER(Matrix), c_void_p, c_int)
-    function(byref(matrix), found.data_ptr(), torch.get_num_threads())
-    return found
-
-
-def _library() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "asked for kernels that are not there"
+    _kernels().unpack(byref(matrix), found.data_ptr(), torch.get_num_threads())
     return found

@@ -73,8 +73,8 @@ class LanguageModel(nn.Module):
         end, most = start + ids.shape[1], self.config.max_length
         if most is not None and end > most:
             raise DataError(f"a sequence of {end} tokens, but the model has positions for {most}")
-        positions: Tensor = self.position_embedding(end)
-        return x + positions[start:]
+        positions: Tensor = self.position_embedding(end, start)
+        return x + positions
 
     def scores(self, x: Tensor) -> Tensor:
         """Last hidden state `[..., d]` → logits `[..., V]` in the head's own order, which `columns` tells."""
