@@ -25,7 +25,7 @@ from search.gradient import GradientEffect, gradient_effects, gradient_evaluatio
 from search.probe import WIDEST, Probe, open_end, run_probes
 from search.spec import load_spec
 from search.workspace import Workspace, open_workspace
-from ssm_mp.evaluate import advance, divergence, evaluate, finish, start
+from ssm_mp.evaluate import advance, evaluate, finish, finish_against, start
 
 DEPTHS = (4, 24, 48, 64)
 _REPEATS = 3
@@ -33,13 +33,13 @@ _REPEATS = 3
 
 @dataclass(frozen=True)
 class StageSeconds:
-    """Seconds for all search windows: embedding, one layer, head, divergence of two heads; the whole evaluation, the
-    whole gradient pass."""
+    """Seconds for all search windows: embedding, one layer, one head, two heads with their divergence; the whole
+    evaluation, the whole gradient pass."""
 
     embed: float
     layer: float
     head: float
-    divergence: float
+    both_heads: float
     evaluation: float
     gradient: float
 
@@ -89,7 +89,7 @@ def measure_stages(workspace: Workspace) -> tuple[StageSeconds, dict[str, dict[s
         embed=_least(lambda: start(model, windows)),
         layer=_least(lambda: advance(model, first, layers)) / layers,
         head=_least(lambda: finish(model, final, windows)),
-        divergence=_least(lambda: divergence(model, final, model, final)),
+        both_heads=_least(lambda: finish_against(model, final, model, final, windows)),
         evaluation=_least(lambda: evaluate(model, windows)),
         gradient=gradient,
     ), effects
@@ -107,7 +107,7 @@ def _least(run: Callable[[], object]) -> float:
 def costs(workspace: Workspace, stages: StageSeconds) -> list[dict[str, float]]:
     """For each depth, the costs of probes and gradients in evaluations of a model so deep.
 
-    A probe at layer i of n runs n − i layers, the head and the divergence; the prefixes before them are run through
+    A probe at layer i of n runs n − i layers and both heads; the prefixes before them are run through
     once an end, and so is the end itself.
     """
     space = workspace.space
@@ -117,8 +117,8 @@ def costs(workspace: Workspace, stages: StageSeconds) -> list[dict[str, float]]:
     rows = []
     for n in DEPTHS:
         evaluation = stages.embed + n * stages.layer + stages.head
-        full = evaluation + stages.divergence
-        from_layers = inside * sum((n - i) * stages.layer + stages.head + stages.divergence for i in range(n))
+        full = evaluation - stages.head + stages.both_heads
+        from_layers = inside * sum((n - i) * stages.layer + stages.both_heads for i in range(n))
         one_end = 2 * evaluation + outside * full + from_layers
         rows.append(
             {

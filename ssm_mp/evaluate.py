@@ -181,24 +181,6 @@ def finish_against(
     return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
 
 
-def divergence(reference: LanguageModel, expected: Prefix, model: LanguageModel, found: Prefix) -> float:
-    """Kullback–Leibler divergence KL(reference ‖ model), nats a token, from both models' last hidden states."""
-    scorers = _scorer(reference), _scorer(model)
-
-    def total(pair: tuple[Tensor, Tensor]) -> float:
-        """Over all predicted tokens of some windows `[b, L, d]`."""
-        chunks = (hidden[:, :-1].flatten(0, 1).split(model.head_tokens) for hidden in pair)
-        divergences = []
-        for ours, theirs in zip(*chunks, strict=True):
-            target, logs = (score(x).log_softmax(dim=-1) for score, x in zip(scorers, (ours, theirs), strict=True))
-            divergences.append(F.kl_div(logs, target, reduction="sum", log_target=True).double().item())
-        return sum(divergences)
-
-    pairs = list(zip(shards(expected.hidden), shards(found.hidden), strict=True))
-    tokens = expected.hidden.shape[0] * (expected.hidden.shape[1] - 1)
-    return max(0.0, sum(in_parallel(total, pairs)) / tokens)  # rounding can leave it a hair below zero
-
-
 def require_better_than_guessing(baseline: Evaluation, vocabulary: int) -> None:
     """Raise EvaluationError where a baseline predicts no better than uniform guessing over the vocabulary."""
     if baseline.perplexity >= vocabulary:

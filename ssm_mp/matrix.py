@@ -35,7 +35,7 @@ class Matrix:
         levels: int | None = None
         if isinstance(weight, Int8Tensor):
             scales = self._at(weight.scale.float())
-            sums = self._at(weight.q.sum(dim=1, dtype=torch.int32))
+            sums = self._at(decoding.row_sums(weight.q.contiguous()))
         elif isinstance(weight, GroupedTensor):
             scales = self._at(weight.scale.float())
             book = weight.book.values

@@ -67,6 +67,7 @@ def _kernels() -> ctypes.CDLL:
     found.decode_scratch.argtypes, found.decode_scratch.restype = (POINTER(Model),), c_int64
     found.decode_step.argtypes = (POINTER(Model), c_int)
     found.multiply_once.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p, c_int)
+    found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
     found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     return found
 
@@ -89,6 +90,14 @@ def multiply(matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
         byref(matrix), m, inputs.data_ptr(), found.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
     )
     return found
+
+
+def row_sums(values: torch.Tensor) -> torch.Tensor:
+    """Sums of the rows of int8 `values [n, k]`, contiguous: int32 `[n]`. Torch would hold all values as int32."""
+    n, k = values.shape
+    sums = torch.empty(n, dtype=torch.int32)
+    _kernels().row_sums(n, k, values.data_ptr(), sums.data_ptr())
+    return sums
 
 
 def unpack(matrix: Matrix) -> torch.Tensor:

@@ -178,6 +178,15 @@ static void unpack_codes(const Matrix *matrix, int64_t first, float *y) {
     }
 }
 
+/* The sum of each row of int8 values [n, k]. */
+void row_sums(int64_t n, int64_t k, const int8_t *values, int32_t *sums) {
+    for (int64_t row = 0; row < n; row++) {
+        int32_t sum = 0;
+        for (int64_t c = 0; c < k; c++) sum += values[row * k + c];
+        sums[row] = sum;
+    }
+}
+
 /* The whole matrix as float32, y [n, k]. */
 void unpack(const Matrix *w, float *y, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)

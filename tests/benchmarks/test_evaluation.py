@@ -9,7 +9,7 @@ from benchmarks.speed_limit import Limit
 
 
 def timed(ours: float, racing: float, windows: int, plain: float | None = None) -> Timed:
-    return Timed(ours, racing, Limit(0.1, 0.05, 0.05), windows, 10.0, plain, None if plain is None else 10.1)
+    return Timed(ours, 2 * ours, racing, Limit(0.1, 0.05, 0.05), windows, 10.0, plain, None if plain is None else 10.1)
 
 
 def test_racing_counts_each_rung_as_often_as_maps_were_left_there() -> None:
@@ -23,7 +23,8 @@ def test_candidates_an_hour_and_ratios_are_of_the_medians() -> None:
     assert found["ours"] == pytest.approx(3600 / 0.5)
     assert found["ratio"] == pytest.approx(10)
     assert found["ratio_racing"] == pytest.approx(20)
-    assert found["limit_fraction"] == pytest.approx(0.2 / 0.5)
+    assert found["limit_fraction"] == pytest.approx(0.2 / 1.0)
+    assert found["limit_fraction_sharing"] == pytest.approx(0.2 / 0.5)
     assert found["tokens_per_second"]["ours"] == pytest.approx(128 * 100 / 0.5)
     assert found["tokens_per_second"]["ours_racing"] == pytest.approx(64 * 100 / 0.25)
     assert found["largest_relative_difference_of_perplexity"] == pytest.approx(0.01)

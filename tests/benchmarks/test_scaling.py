@@ -13,7 +13,7 @@ from ssm_mp.checkpoint import Checkpoint
 from ssm_mp.evaluate import evaluate
 from tests.tiny import HUGGING_FACE
 
-STAGES = Stages(embed=1.0, layer=10.0, head=100.0, divergence=1000.0)
+STAGES = Stages(embed=1.0, layer=10.0, head=100.0, both_heads=1100.0)
 
 
 def tiny_checkpoint() -> Checkpoint:
