@@ -24,6 +24,7 @@ from ssm_mp.data import Splits, Windows, cut, draw, load_tokenizer, read_tokens,
 from ssm_mp.embedding_blocks import split_embedding
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.layers import BlockedEmbedding
+from ssm_mp.memory import keep_freed_memory
 from ssm_mp.models import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 
@@ -81,6 +82,7 @@ class Workspace:
 
 def open_workspace(spec: StudySpec, say: Callable[[str], None] = lambda line: None) -> Workspace:
     """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit."""
+    keep_freed_memory()
     device = check_device(spec.search.device)
     checkpoint = load_checkpoint(spec.checkpoint_path)
     for note in checkpoint.notes:

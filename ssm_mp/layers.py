@@ -10,6 +10,7 @@ input quantisers differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
@@ -102,7 +103,10 @@ class _Multiplier(nn.Module):
         self.weight = weight
         self.bias = bias
         self.inputs = inputs
-        self._matrix: Matrix | None = None
+        self._matrix: tuple[object, Matrix] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": None}  # addresses cannot be copied
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
@@ -119,13 +123,15 @@ class _Multiplier(nn.Module):
 
     def matrix(self) -> Matrix:
         """The weight as the kernels of a CPU read it, made once."""
-        if self._matrix is None:
+        stamp = (self.weight.stamp, None if self.bias is None else self.bias.stamp)
+        if self._matrix is None or self._matrix[0] != stamp:
             how: Inputs = "none" if self.inputs is None else "dynamic"
             if isinstance(self.inputs, StaticInput):
-                self._matrix = Matrix(self.weight, self.bias, "static", self.inputs.scale.item())
+                made = Matrix(self.weight, self.bias, "static", self.inputs.scale.item())
             else:
-                self._matrix = Matrix(self.weight, self.bias, how)
-        return self._matrix
+                made = Matrix(self.weight, self.bias, how)
+            self._matrix = (stamp, made)
+        return self._matrix[1]
 
     def projection(self) -> Product:
         """`multiply` for many calls: the weight is unpacked once."""
@@ -237,6 +243,23 @@ class Norm(nn.Module):
         return F.layer_norm(x, weight.shape, weight, self.bias.tensor(), self.eps)
 
 
+class Unpacked:
+    """A small tensor as it is computed with, unpacked once: what does not change need not be unpacked at every call."""
+
+    def __init__(self, stored: Stored, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """`make`: of the float32 tensor, what is computed with."""
+        self._stored, self._make = stored, make
+        self._held: tuple[object, Tensor] | None = None
+
+    def __call__(self) -> Tensor:
+        if self._stored.is_trained:
+            return self._make(self._stored.tensor())
+        stamp = self._stored.stamp
+        if self._held is None or self._held[0] != stamp:
+            self._held = (stamp, self._make(self._stored.tensor()))
+        return self._held[1]
+
+
 class DepthwiseConv(nn.Module):
     """Causal depthwise convolution along the length, then SiLU; weight-only in every precision."""
 
@@ -244,15 +267,18 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = bias
+        self._taps = Unpacked(weight, lambda tensor: tensor[:, 0, :].t().contiguous().t())  # as the kernels read them
+        self._offsets = None if bias is None else Unpacked(bias)
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`x [b, l, I]`, and the inputs `[b, K−1, I]` before it (None: zeros) → `[b, l, I]`, and its last inputs."""
-        weight = self.weight.tensor()[:, 0, :]  # [I, K]
-        bias = None if self.bias is None else self.bias.tensor()
+        weight = self._taps()  # [I, K]
+        bias = None if self._offsets is None else self._offsets()
         width = weight.shape[1] - 1
         if before is None:
             before = x.new_zeros(x.shape[0], width, x.shape[2])
-        last = torch.cat((before, x[:, -width:]), dim=1)[:, -width:] if width else before
+        # copied, or the whole of what `x` is a part of would live on with it
+        last = x[:, -width:].clone() if x.shape[1] >= width > 0 else torch.cat((before, x), dim=1)[:, x.shape[1] :]
         kernels = kernels_for(x, weight, before)
         if kernels is not None:
             return kernels.conv_silu(x, weight, bias, before), last

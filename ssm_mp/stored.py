@@ -36,6 +36,17 @@ class Stored(nn.Module, ABC):
         """Where it is held."""
         return next(iter(self.arrays().values())).device
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether gradients are asked for, so that it will change."""
+        return False
+
+    @property
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever what is held does: place and version of each array."""
+        held = (*self._parameters.values(), *self._buffers.values())
+        return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held if t is not None)
+
     @abstractmethod
     def tensor(self) -> Tensor:
         """The whole tensor, float32, to compute with."""
@@ -55,6 +66,10 @@ class FloatTensor(Stored):
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         self.value = nn.Parameter(value, requires_grad=False)
+
+    @property
+    def is_trained(self) -> bool:
+        return self.value.requires_grad
 
     def tensor(self) -> Tensor:
         return self.value.float()

@@ -42,8 +42,13 @@ INLINE void store_part(float *p, v16 x, int count) {
 
 INLINE v16 select16(v16i where, v16 yes, v16 no) { return (v16)((where & (v16i)yes) | (~where & (v16i)no)); }
 /* NaN stays NaN: it compares false, and the first operand is what is kept then. */
+#if defined(__AVX512F__)
+INLINE v16 at_least(v16 x, float bound) { return (v16)_mm512_max_ps((__m512)splat(bound), (__m512)x); }
+INLINE v16 at_most(v16 x, float bound) { return (v16)_mm512_min_ps((__m512)splat(bound), (__m512)x); }
+#else
 INLINE v16 at_least(v16 x, float bound) { return select16(x < splat(bound), splat(bound), x); }
 INLINE v16 at_most(v16 x, float bound) { return select16(x > splat(bound), splat(bound), x); }
+#endif
 INLINE v16 magnitude(v16 x) { return (v16)((v16i)x & 0x7fffffff); }
 
 /* The first `count` of sixteen numbers that fit int8. */

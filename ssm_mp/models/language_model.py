@@ -16,7 +16,7 @@ from ssm_mp.groups import unpack_reference
 from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.stored import Stored
 
-_LOGIT_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
+_LOGIT_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Logits held at once: what a core's own cache holds, so that they are read back from there; on a GPU, enough to fill
 it."""
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
+from ssm_mp.layers import Unpacked
 from ssm_mp.models.language_model import LayerState, Parts
 from ssm_mp.models.scan import Scan, selective_scan
 
@@ -28,15 +29,16 @@ class MambaMixer(nn.Module):
         self.A_log = parts.value("A_log")
         self.D = parts.value("D")
         self.out_proj = parts["out_proj"]
+        self._A = Unpacked(self.A_log, lambda tensor: -torch.exp(tensor).t().contiguous().t())  # [I, N]
+        self._skip = Unpacked(self.D)  # [I]
 
     def forward(self, x: Tensor, before: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual, and the state after its last token."""
         a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # [b, l, I] each
         a, inputs = self.conv1d(a, None if before is None else before.conv)
         dt, B, C = self.x_proj(a).split(self.sizes, dim=-1)  # [b, l, R], [b, l, N], [b, l, N]  # noqa: N806
-        A = -torch.exp(self.A_log.tensor())  # [I, N]  # noqa: N806
         state = None if before is None else before.scan
-        y, last = self.scan(a, self.dt_proj(dt), A, B, C, self.D.tensor(), z, state)
+        y, last = self.scan(a, self.dt_proj(dt), self._A(), B, C, self._skip(), z, state)
         return self.out_proj(y), LayerState(inputs, last)
 
 

@@ -45,7 +45,8 @@ def test_every_component_is_timed_at_every_precision_that_it_can_take(name: str)
     table = measure_latency(converter, choices, some_windows().ids[:2], checks=3, rounds=2)
     assert {c: tuple(times) for c, times in table.seconds.items()} == choices
     assert (table.batch, table.length, table.rounds, len(table.checks)) == (2, 16, 2, 3)
-    reached = [c.name for c in converter.components if "experts" not in c.name]  # an expert may get no token
+    # an expert may get no token, and bare values and convolutions are unpacked before the rounds
+    reached = [c.name for c in converter.components if c.multiplies_inputs and "experts" not in c.name]
     assert all(seconds > 0 for c in reached for seconds in table.seconds[c].values())
     assert table.fp32 > 0
 

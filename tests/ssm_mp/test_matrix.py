@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_mp.layers import DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
+from ssm_mp.layers import DepthwiseConv, DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
 from ssm_mp.matrix import FEW_ROWS, Matrix
 from ssm_mp.precision import PRECISIONS
 from ssm_mp.scheme import ActivationScheme, ScaleRule
@@ -51,6 +53,29 @@ def test_modules_give_the_same_with_few_rows_as_with_many(precision: str, rows: 
     weight, x = PRECISIONS[precision].store(torch.randn(30, 70), "weight", ScaleRule()), torch.randn(2 * FEW_ROWS, 70)
     for multiply in (Linear(weight), Embedding(weight).project):
         torch.testing.assert_close(multiply(x[None, :rows])[0], multiply(x)[:rows], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
+def test_a_weight_that_was_loaded_anew_is_the_one_that_multiplies(precision: str) -> None:
+    one, other = (Linear(PRECISIONS[precision].store(torch.randn(3, 64), "weight", ScaleRule())) for _ in range(2))
+    x = torch.randn(1, 64)
+    assert not torch.equal(one(x), other(x))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x), other(x))
+
+
+def test_a_convolution_that_was_loaded_anew_is_the_one_that_is_computed() -> None:
+    one, other = (DepthwiseConv(FloatTensor(torch.randn(5, 1, 3)), FloatTensor(torch.randn(5))) for _ in range(2))
+    x = torch.randn(1, 4, 5)
+    assert not torch.equal(one(x)[0], other(x)[0])
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x)[0], other(x)[0])
+
+
+def test_a_module_can_be_copied_after_its_weight_was_read() -> None:
+    module = Linear(PRECISIONS["int8"].store(torch.randn(3, 40), "weight", ScaleRule()))
+    x = torch.randn(1, 40)
+    assert torch.equal(module(x), copy.deepcopy(module)(x))
 
 
 def test_nothing_of_the_weight_is_copied() -> None:
