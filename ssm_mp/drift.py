@@ -21,7 +21,7 @@ from torch import Tensor
 from ssm_mp.config import Config
 from ssm_mp.data import Windows
 from ssm_mp.errors import DataError, EvaluationError
-from ssm_mp.evaluate import Evaluation, Increase, paired_increase, shards, token_nll
+from ssm_mp.evaluate import Evaluation, Increase, paired_increase, shards
 from ssm_mp.models import LanguageModel
 from ssm_mp.parallel import in_parallel
 
@@ -129,7 +129,7 @@ def token_losses(model: LanguageModel, windows: Windows) -> Losses:
         """Of windows `ids [b, L]`: `[b, L − 1]`; the logits are never held whole."""
         states = model.hidden(ids)[:, :-1].flatten(0, 1).split(model.head_tokens)  # [m, d] each
         targets = model.columns(ids[:, 1:]).flatten().split(model.head_tokens)
-        nll = torch.cat([token_nll(score(x), wanted) for x, wanted in zip(states, targets, strict=True)])
+        nll = torch.cat([score.nll(x, wanted) for x, wanted in zip(states, targets, strict=True)])
         found: Losses = nll.reshape(ids.shape[0], -1).cpu().numpy()
         return found
 

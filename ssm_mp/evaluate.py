@@ -11,19 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
-from ssm_mp.kernels import calls
-from ssm_mp.kernels.chosen import kernels_for
+from ssm_mp.likelihood import token_divergence
 from ssm_mp.models import LanguageModel
+from ssm_mp.models.language_model import Scorer
 from ssm_mp.parallel import in_parallel
 from ssm_mp.prefix_cache import Prefixes
 
-_SHARD_TOKENS = 1024
-"""Tokens that one thread takes at a time: their activations then stay near its core."""
+_SHARD_TOKENS, _MANY_TOKENS = 1024, 8192
+"""Tokens that one thread takes at a time, so that their activations stay near its core; twice as many where there are
+enough of them, so that the interpreter, which threads share, has less to do."""
 _GPU_WINDOWS = 32
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -219,42 +219,27 @@ def _device(model: LanguageModel) -> torch.device:
 
 def shards(values: Tensor) -> Sequence[Tensor]:
     """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
-    size = _GPU_WINDOWS if values.is_cuda else max(1, _SHARD_TOKENS // values.shape[1])
-    return list(values.split(size))
+    if values.is_cuda:
+        return list(values.split(_GPU_WINDOWS))
+    many = values.shape[0] * values.shape[1] >= _MANY_TOKENS
+    return list(values.split(max(1, (1 + many) * _SHARD_TOKENS // values.shape[1])))
 
 
-def _scorer(model: LanguageModel) -> Callable[[Tensor], Tensor]:
+def _scorer(model: LanguageModel) -> Scorer:
     with torch.inference_mode():
         return model.scorer()
 
 
-def window_nll(model: LanguageModel, score: Callable[[Tensor], Tensor], hidden: Tensor, ids: Tensor) -> FloatArray:
+def window_nll(model: LanguageModel, score: Scorer, hidden: Tensor, ids: Tensor) -> FloatArray:
     """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`.
 
     score: the model's `scorer`. Logits are made in chunks of tokens and never held whole.
     """
     states = hidden[:, :-1].flatten(0, 1).split(model.head_tokens)
     targets = model.columns(ids[:, 1:]).flatten().split(model.head_tokens)
-    nll = torch.cat([token_nll(score(x), wanted) for x, wanted in zip(states, targets, strict=True)])
+    nll = torch.cat([score.nll(x, wanted) for x, wanted in zip(states, targets, strict=True)])
     result: FloatArray = nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy()
     return result
-
-
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of `targets [m]` under `logits [m, V]`: float64 `[m]`."""
-    kernels = kernels_for(logits)
-    if kernels is not None:
-        return kernels.negative_log_likelihood(logits, targets)
-    return F.cross_entropy(logits, targets, reduction="none").double()
-
-
-def token_divergence(logits: Tensor, expected: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_nll`, and KL(expected ‖ logits) of each token: float64 `[m]` each, of logits `[m, V]`."""
-    if calls.usable(logits, expected):
-        return calls.divergence(logits, expected, targets)
-    logs, target = logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)
-    kl = F.kl_div(logs, target, reduction="none", log_target=True).sum(dim=-1, dtype=torch.float64)
-    return token_nll(logits, targets), kl
 
 
 def require_finite(evaluation: Evaluation) -> Evaluation:

@@ -10,6 +10,7 @@ input quantisers differ.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from ssm_mp.config import Config
 from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
+from ssm_mp.likelihood import token_nll
 from ssm_mp.matrix import FEW_ROWS, Inputs, Matrix
 from ssm_mp.quantize import INT8_LIMIT, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
@@ -63,8 +65,6 @@ class DynamicInput(nn.Module):
 
 
 InputQuantizer = StaticInput | DynamicInput
-Product = Callable[[Tensor], Tensor]
-"""`x [..., k]` → `[..., n]`."""
 
 
 def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
@@ -93,6 +93,27 @@ def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -
         return kernels.rescale(sums, columns, rows, bias)
     product = sums.float().mul_(columns).mul_(rows)
     return product if bias is None else product.add_(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Products with the same inputs side by side, each `(weight, bias, input quantiser)`, ready for many calls."""
+
+    parts: Sequence[tuple[Stored, Stored | None, InputQuantizer | None]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → `[..., n]`, one part after another."""
+        found = [linear(x, *part) for part in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def nll(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Negative log-likelihood of `columns [m]` where the products of `x [m, k]` are logits: float64 `[m]`."""
+        weight, bias, inputs = self.parts[0]
+        if len(self.parts) == 1 and inputs is not None and bias is None and calls.usable(x):
+            assert isinstance(weight, Int8Tensor)
+            quantized, rows = inputs(x)
+            return calls.scaled_nll(weight.product(quantized), weight.scale.float(), rows, columns)
+        return token_nll(self(x), columns)
 
 
 class _Multiplier(nn.Module):
@@ -133,10 +154,9 @@ class _Multiplier(nn.Module):
             self._matrix = (stamp, made)
         return self._matrix[1]
 
-    def projection(self) -> Product:
+    def projection(self) -> Projection:
         """`multiply` for many calls: the weight is unpacked once."""
-        weight = self._to_multiply()
-        return lambda x: linear(x, weight, self.bias, self.inputs)
+        return Projection([(self._to_multiply(), self.bias, self.inputs)])
 
     @property
     def _is_float32(self) -> bool:
@@ -208,10 +228,9 @@ class BlockedEmbedding(nn.Module):
         """The tied head block after block: `x [..., d]` → logits `[..., V]`, token `i` in `column_of[i]`."""
         return torch.cat([block.project(x) for block in self.blocks], dim=-1)  # type: ignore[operator]
 
-    def projection(self) -> Product:
+    def projection(self) -> Projection:
         """`project` for many calls: each block's rows are unpacked once."""
-        products = [block.projection() for block in self.blocks]  # type: ignore[operator]
-        return lambda x: torch.cat([product(x) for product in products], dim=-1)
+        return Projection([part for block in self.blocks for part in block.projection().parts])  # type: ignore[operator]
 
 
 class PositionEmbedding(nn.Module):

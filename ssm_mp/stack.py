@@ -26,6 +26,7 @@ from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
 from ssm_mp.evaluate import Evaluation, require_finite, window_nll
 from ssm_mp.models import LanguageModel, assemble
+from ssm_mp.models.language_model import Scorer
 from ssm_mp.parallel import in_parallel
 from ssm_mp.precision_map import PrecisionMap
 
@@ -116,7 +117,7 @@ class Head:
     """Norm and head of the maps that agree in both: one of their models, its `scorer`, their numbers and rows."""
 
     model: LanguageModel
-    score: Callable[[Tensor], Tensor]
+    score: Scorer
     maps: list[int]
     rows: slice | Tensor
 

@@ -40,6 +40,7 @@ _ARGUMENTS = {
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "negative_log_likelihood": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
+    "scaled_nll": (c_int64, c_int64, *[c_void_p] * 5, c_int),
     "divergence": (c_int64, c_int64, *[c_void_p] * 5, c_int),
 }
 
@@ -155,6 +156,18 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     _library().negative_log_likelihood(
         m, vocabulary, logits.data_ptr(), targets.data_ptr(), nll.data_ptr(), torch.get_num_threads()
     )
+    return nll
+
+
+def scaled_nll(sums: Tensor, columns: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """`negative_log_likelihood` under logits int32 `sums [m, V]` · `columns [V]` · `rows [m, 1]`; `sums` is spoilt."""
+    targets = targets.contiguous()
+    m, vocabulary = sums.shape
+    nll = torch.empty(m, dtype=torch.float64)
+    _library().scaled_nll(
+        m, vocabulary, sums.data_ptr(), columns.data_ptr(), rows.data_ptr(), targets.data_ptr(), nll.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
     return nll
 
 

@@ -66,18 +66,22 @@ void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float sm
     }
 }
 
-/* int32 sums [m, n] → float32 in their place: sum · column scale [n] · row scale [m] + bias [n] (or none). */
+/* One row of int32 sums → float32 in their place: sum · column scale [n] · scale + bias [n] (or none). */
+INLINE void rescale_row(int64_t n, int32_t *sums, const float *column, float scale, const float *bias) {
+    for (int64_t c = 0; c < n; c += LANES) {
+        const int count = n - c < LANES ? (int)(n - c) : LANES;
+        float *at = (float *)(sums + c);
+        const v16i sum = (v16i)load_part(at, count);
+        v16 value = __builtin_convertvector(sum, v16) * load_part(column + c, count) * splat(scale);
+        if (bias) value = value + load_part(bias + c, count);
+        store_part(at, value, count);
+    }
+}
+
+/* The same of sums [m, n], each row with its own scale [m]. */
 void rescale(int64_t m, int64_t n, int32_t *sums, const float *column, const float *row, const float *bias, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < m; i++)
-        for (int64_t c = 0; c < n; c += LANES) {
-            const int count = n - c < LANES ? (int)(n - c) : LANES;
-            float *at = (float *)(sums + i * n + c);
-            const v16i sum = (v16i)load_part(at, count);
-            v16 value = __builtin_convertvector(sum, v16) * load_part(column + c, count) * splat(row[i]);
-            if (bias) value = value + load_part(bias + c, count);
-            store_part(at, value, count);
-        }
+    for (int64_t i = 0; i < m; i++) rescale_row(n, sums + i * n, column, row[i], bias);
 }
 
 #define FEW_TERMS (64 * LANES) /* so many that float32 adds them well; their sums are added in float64 */
@@ -118,15 +122,27 @@ INLINE double exponential_sum(const float *x, float top, const float *other, int
     return total;
 }
 
-/* Negative log-likelihood of targets [m] under logits [m, V], summed in float64. */
+/* Negative log-likelihood of one target under logits [V], summed in float64. */
+INLINE double row_nll(int64_t V, const float *x, int64_t target) {
+    double poison = 0;
+    const float top = largest_of(x, V, &poison);
+    return log(exponential_sum(x, top, NULL, V, NULL)) + (double)top - (double)x[target] + poison;
+}
+
+/* That of targets [m] under logits [m, V]. */
 void negative_log_likelihood(int64_t m, int64_t V, const float *logits, const int64_t *targets, double *nll,
                              int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++) nll[i] = row_nll(V, logits + i * V, targets[i]);
+}
+
+/* The same under logits that are int32 sums still to be scaled: done row by row, while a row is near. */
+void scaled_nll(int64_t m, int64_t V, int32_t *sums, const float *column, const float *row, const int64_t *targets,
+                double *nll, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
-        const float *x = logits + i * V;
-        double poison = 0;
-        const float top = largest_of(x, V, &poison);
-        nll[i] = log(exponential_sum(x, top, NULL, V, NULL)) + (double)top - (double)x[targets[i]] + poison;
+        rescale_row(V, sums + i * V, column, row[i], NULL);
+        nll[i] = row_nll(V, (const float *)(sums + i * V), targets[i]);
     }
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssm_mp.config import Config, index_bits
 from ssm_mp.errors import DataError
 from ssm_mp.groups import unpack_reference
-from ssm_mp.layers import BlockedEmbedding
+from ssm_mp.layers import BlockedEmbedding, Projection
 from ssm_mp.stored import Stored
 
 _LOGIT_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
@@ -50,6 +50,22 @@ class LayerState:
     scan: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """Final norm and head, for many calls."""
+
+    norm: nn.Module
+    head: Projection
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As `LanguageModel.scores`."""
+        return self.head(self.norm(x))
+
+    def nll(self, x: Tensor, columns: Tensor) -> Tensor:
+        """Negative log-likelihood of the tokens in `columns [m]` of the scores of `x [m, d]`: float64 `[m]`."""
+        return self.head.nll(self.norm(x), columns)
+
+
 class LanguageModel(nn.Module):
     """Token ids `[b, l]` → logits `[b, l, V]`, in three stages that can be run apart: embed, layers, head."""
 
@@ -83,10 +99,10 @@ class LanguageModel(nn.Module):
         logits: Tensor = head(normed)  # type: ignore[operator]  # nn.Module attributes are untyped
         return logits
 
-    def scorer(self) -> Callable[[Tensor], Tensor]:
+    def scorer(self) -> Scorer:
         """`scores` for many calls: the head's weights are unpacked once."""
-        head = (self.embedding if self.lm_head is None else self.lm_head).projection()  # type: ignore[operator]
-        return lambda x: head(self.norm(x))
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return Scorer(self.norm, head.projection())  # type: ignore[operator]
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of tokens stand in `scores`; anywhere but in a tied head of blocks, at their ids."""

@@ -21,9 +21,8 @@ from ssm_mp.evaluate import (
     paired_increase,
     require_better_than_guessing,
     start,
-    token_divergence,
-    token_nll,
 )
+from ssm_mp.likelihood import token_divergence, token_nll
 from ssm_mp.models import build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme

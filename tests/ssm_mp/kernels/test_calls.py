@@ -70,6 +70,14 @@ def test_rescaling_equals_torch(n: int, bias: bool) -> None:
     torch.testing.assert_close(rescaled(sums, columns, rows, held).double(), expected, rtol=1e-6, atol=1e-2)
 
 
+@pytest.mark.parametrize("vocabulary", [3, 16, 50])
+def test_likelihoods_of_sums_are_those_of_the_rescaled_logits(vocabulary: int) -> None:
+    sums = torch.randint(-3000, 3000, (4, vocabulary), dtype=torch.int32)
+    columns, rows, targets = torch.rand(vocabulary) * 1e-2, torch.rand(4, 1), torch.randint(vocabulary, (4,))
+    expected = calls.negative_log_likelihood(calls.rescale(sums.clone(), columns, rows, None), targets)
+    assert torch.equal(calls.scaled_nll(sums.clone(), columns, rows, targets), expected)
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     x, targets, before = torch.randn(70, 90), torch.randint(90, (70,)), torch.get_num_threads()
     found = []
