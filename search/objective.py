@@ -115,7 +115,7 @@ class Objective:
         components, held = self._workspace.space.components, precision_map.to_json()
         before = [
             tuple(held[component.name] for component in components if component.stage <= layer)
-            for layer in range(self._workspace.model.config.n_layers)
+            for layer in range(1, self._workspace.model.config.n_layers)
         ]
         return Prefixes(self._shared, before)
 

@@ -104,7 +104,7 @@ class SearchSection(_Section):
     racing: bool = True
     racing_error: float = Field(default=0.01, gt=0, lt=0.5)
     stacked: int | str = "auto"
-    shared_mib: int = Field(default=256, ge=0, le=1 << 20)
+    shared_mib: int = Field(default=512, ge=0, le=1 << 20)
     seeds: int = Field(default=12, ge=0, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)

@@ -113,16 +113,16 @@ def _continued(
     model: LanguageModel, ids: Tensor, before_layer: Callable[[], None] | None, prefixes: Prefixes
 ) -> Tensor:
     """`model.hidden` of windows `ids [b, L]`, from the deepest layer whose input is known: `[b, L, d]`."""
-    keys = prefixes.keys(ids)
+    keys = prefixes.keys(ids)  # of the inputs of layers 1, 2, …
     found = prefixes.cache.deepest(keys)
-    place, x = found if found is not None else (0, model.embed(ids))
-    new = [] if found is not None else [(keys[0], x)]
-    for i in range(place, len(model.layers)):
+    first, x = (0, model.embed(ids)) if found is None else (found[0] + 1, found[1])
+    new = []
+    for i in range(first, len(model.layers)):
         if before_layer is not None:
             before_layer()
         x = model.layers[i](x)
-        if i + 1 < len(keys):
-            new.append((keys[i + 1], x))
+        if i < len(keys):
+            new.append((keys[i], x))
     prefixes.cache.keep(new)
     return x
 

@@ -79,8 +79,8 @@ class PrefixCache:
 class Prefixes:
     """One model's part in a cache.
 
-    before: for each layer whose input may be kept, the first at place 0, all that this input depends on besides the
-    windows: what the model holds in the components before it.
+    before: for each layer from the second on (the first one's input is only looked up), all that its input depends on
+    besides the windows: what the model holds in the components before it.
     """
 
     cache: PrefixCache

@@ -31,7 +31,7 @@ def test_evaluations_are_the_same_with_any_cache(family: str, capacity: int) -> 
         held = base.changed(dict(zip(free, choice, strict=False)))
         precisions = held.to_json()
         before = [
-            tuple(precisions[c.name] for c in components if c.stage <= layer) for layer in range(len(model.layers))
+            tuple(precisions[c.name] for c in components if c.stage <= layer) for layer in range(1, len(model.layers))
         ]
         converted = converter.convert(held)
         shared = evaluate(converted, windows, prefixes=Prefixes(cache, before))
