@@ -7,9 +7,8 @@ from the largest magnitude, as a plain script takes them). First a search of tha
 with racing: its maps, in its order, are the candidates, so that racing sees the maps and the rivals that it sees in
 use. Then all ways evaluate the same maps in turn, the plain way a few of them, spread over the search.
 
-A way's candidates an hour are from the median of its times; with racing, from the median at each number of windows
-after which a map was left, weighted by how many were. What is made once a study (calibration, each component at each
-precision) is outside of the times, for the plain way its input scales as well. `limit_fraction` is the median, map by
+A way's candidates an hour are its candidates over the sum of their times. What is made once a study (calibration, each
+component at each precision) is outside of the times, for the plain way its input scales as well. `limit_fraction` is the median, map by
 map, of the limit's time over ours where every map computes all of its layers; `limit_fraction_sharing` where it may
 take layers that a map before has computed, as in a search, which is how `ours` is measured. `least_seconds` are the
 shortest times, the ones that other load disturbed least.
@@ -188,9 +187,9 @@ def _timed(run: Callable[[], T]) -> tuple[float, T]:
 
 def summarise(timed: Sequence[Timed], windows: int, length: int) -> dict[str, Any]:
     """The figures of the run; `length` tokens a window."""
-    plain = statistics.median(t.plain for t in timed if t.plain is not None)
-    ours, unshared = statistics.median(t.ours for t in timed), statistics.median(t.unshared for t in timed)
-    racing = racing_seconds(timed)
+    plain = statistics.mean(t.plain for t in timed if t.plain is not None)
+    ours, unshared = statistics.mean(t.ours for t in timed), statistics.mean(t.unshared for t in timed)
+    racing = statistics.mean(t.racing for t in timed)
     raced = statistics.mean(t.windows_raced for t in timed)
     differences = [
         abs(t.plain_perplexity / t.perplexity - 1) for t in timed if t.plain_perplexity is not None
@@ -201,7 +200,7 @@ def summarise(timed: Sequence[Timed], windows: int, length: int) -> dict[str, An
         "ours_racing": 3600 / racing,
         "ratio": plain / ours,
         "ratio_racing": plain / racing,
-        "limit": 3600 / statistics.median(t.limit.seconds for t in timed),
+        "limit": 3600 / statistics.mean(t.limit.seconds for t in timed),
         "limit_fraction": statistics.median(t.limit.seconds / t.unshared for t in timed),
         "limit_fraction_sharing": statistics.median(t.limit.seconds / t.ours for t in timed),
         "ours_unshared": 3600 / unshared,
@@ -232,15 +231,6 @@ def summarise(timed: Sequence[Timed], windows: int, length: int) -> dict[str, An
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
     }
-
-
-def racing_seconds(timed: Sequence[Timed]) -> float:
-    """Mean seconds of a candidate that races: the median of those left at the same rung, over all rungs."""
-    total = 0.0
-    for rung in _rungs(timed):
-        seconds = [t.racing for t in timed if t.windows_raced == rung]
-        total += len(seconds) * statistics.median(seconds)
-    return total / len(timed)
 
 
 def _rungs(timed: Iterable[Timed]) -> set[int]:

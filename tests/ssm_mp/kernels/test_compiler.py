@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -50,6 +51,12 @@ def test_without_a_compiler_results_agree_and_it_is_said_once(tmp_path: Path, co
     assert expected.stderr == ""
     assert [line.split()[0] for line in expected.stdout.splitlines()] == ["True", "True"]
     assert found.stdout == expected.stdout.replace("True", "False")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
+def test_kernels_for_narrower_vectors_give_the_same(tmp_path: Path) -> None:
+    assert _run(tmp_path, CC="cc -mno-avx512f").stdout == _run(tmp_path).stdout
 
 
 @pytest.mark.slow
