@@ -8,10 +8,10 @@ with racing: its maps, in its order, are the candidates, so that racing sees the
 use. Then all ways evaluate the same maps in turn, the plain way a few of them, spread over the search.
 
 A way's candidates an hour are its candidates over the sum of their times. What is made once a study (calibration, each
-component at each precision) is outside of the times, for the plain way its input scales as well. `limit_fraction` is the median, map by
-map, of the limit's time over ours where every map computes all of its layers; `limit_fraction_sharing` where it may
-take layers that a map before has computed, as in a search, which is how `ours` is measured. `least_seconds` are the
-shortest times, the ones that other load disturbed least.
+component at each precision) is outside of the times, for the plain way its input scales as well. `limit_fraction` is
+the median, map by map, of the limit's time over ours where every map computes all of its layers;
+`limit_fraction_sharing` where it may take layers that a map before has computed, as in a search, which is how `ours` is
+measured. `least_seconds` are the shortest times, the ones that other load disturbed least.
 
 The sampler `front` proposes maps so near to the front that few can be left before their last window; `windows_raced`
 counts them. Other samplers (`--sampler`) try more that are far from it.

@@ -265,17 +265,19 @@ class Norm(nn.Module):
 class Unpacked:
     """A small tensor as it is computed with, unpacked once: what does not change need not be unpacked at every call."""
 
-    def __init__(self, stored: Stored, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+    def __init__(self, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """`make`: of the float32 tensor, what is computed with."""
-        self._stored, self._make = stored, make
-        self._held: tuple[object, Tensor] | None = None
+        self._make = make
+        self._held: tuple[object, Tensor, object] | None = None
 
-    def __call__(self) -> Tensor:
-        if self._stored.is_trained:
-            return self._make(self._stored.tensor())
-        stamp = self._stored.stamp
+    def __call__(self, stored: Stored) -> Tensor:
+        """What is computed with in place of `stored`."""
+        if stored.is_trained:
+            return self._make(stored.tensor())
+        stamp = stored.stamp
         if self._held is None or self._held[0] != stamp:
-            self._held = (stamp, self._make(self._stored.tensor()))
+            # what was unpacked is held too: another tensor in its place would have its stamp
+            self._held = (stamp, self._make(stored.tensor()), stored.arrays())
         return self._held[1]
 
 
@@ -286,13 +288,13 @@ class DepthwiseConv(nn.Module):
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self._taps = Unpacked(weight, lambda tensor: tensor[:, 0, :].t().contiguous().t())  # as the kernels read them
-        self._offsets = None if bias is None else Unpacked(bias)
+        self._taps = Unpacked(lambda tensor: tensor[:, 0, :].t().contiguous().t())  # as the kernels read them
+        self._offsets = Unpacked()
 
     def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`x [b, l, I]`, and the inputs `[b, K−1, I]` before it (None: zeros) → `[b, l, I]`, and its last inputs."""
-        weight = self._taps()  # [I, K]
-        bias = None if self._offsets is None else self._offsets()
+        weight = self._taps(self.weight)  # [I, K]
+        bias = None if self.bias is None else self._offsets(self.bias)
         width = weight.shape[1] - 1
         if before is None:
             before = x.new_zeros(x.shape[0], width, x.shape[2])

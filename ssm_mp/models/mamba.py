@@ -29,8 +29,8 @@ class MambaMixer(nn.Module):
         self.A_log = parts.value("A_log")
         self.D = parts.value("D")
         self.out_proj = parts["out_proj"]
-        self._A = Unpacked(self.A_log, lambda tensor: -torch.exp(tensor).t().contiguous().t())  # [I, N]
-        self._skip = Unpacked(self.D)  # [I]
+        self._A = Unpacked(lambda tensor: -torch.exp(tensor).t().contiguous().t())  # [I, N]
+        self._skip = Unpacked()  # [I]
 
     def forward(self, x: Tensor, before: LayerState | None = None) -> tuple[Tensor, LayerState]:
         """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual, and the state after its last token."""
@@ -38,7 +38,7 @@ class MambaMixer(nn.Module):
         a, inputs = self.conv1d(a, None if before is None else before.conv)
         dt, B, C = self.x_proj(a).split(self.sizes, dim=-1)  # [b, l, R], [b, l, N], [b, l, N]  # noqa: N806
         state = None if before is None else before.scan
-        y, last = self.scan(a, self.dt_proj(dt), self._A(), B, C, self._skip(), z, state)
+        y, last = self.scan(a, self.dt_proj(dt), self._A(self.A_log), B, C, self._skip(self.D), z, state)
         return self.out_proj(y), LayerState(inputs, last)
 
 
