@@ -14,8 +14,7 @@ def keep_freed_memory() -> bool:
     """Let the C library keep what is freed, in place of giving it back to the system; whether it can be told so.
 
     Activations and logits are allocated and freed thousands of times; each time the system would hand out the same
-    pages anew, zeroed: a tenth of an evaluation. For processes of our own only: a program that merely uses the library
-    decides for itself.
+    pages anew, zeroed. For processes of our own only: a program that merely uses the library decides for itself.
     """
     with suppress(OSError, AttributeError):  # another system, or another C library
         mallopt = ctypes.CDLL(None).mallopt

@@ -17,8 +17,8 @@ from ssm_mp.layers import BlockedEmbedding, Projection
 from ssm_mp.stored import Stored
 
 _LOGIT_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
-"""Logits held at once: what a core's own cache holds, so that they are read back from there; on a GPU, enough to fill
-it."""
+"""Logits held at once: few enough to stay near a core, and enough that the interpreter is no burden; on a GPU, enough
+to fill it."""
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ SEEDS_ONLY = 41
 
 
 def write_long_study(
-    folder: Path, *, windows: int = 4096, trials: int = SEEDS_ONLY, search: str = "", extra: str = ""
+    folder: Path, *, windows: int = 12288, trials: int = SEEDS_ONLY, search: str = "", extra: str = ""
 ) -> Path:
-    """A study whose trials last 2 ms for every 32 windows, and that has more than 41 seeds; returns its file.
+    """A study whose trials last long enough to be interrupted, and that has more than 41 seeds; returns its file.
 
     search: more lines of its table `[search]`; extra: more tables.
     """
