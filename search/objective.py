@@ -86,10 +86,8 @@ class Objective:
         error: chance allowed to stop a map that all windows would have left on the front.
         """
         windows = self._workspace.splits.search
-        budget = self._workspace.spec.search.budget_percent
         model, prefixes = self._converted(precision_map), self._prefixes(precision_map)
-        size = precision_map.bytes(self._workspace.space.components, self._workspace.spec.precision.activations)
-        rival = best_rival(size, finished)
+        rival = best_rival(self._size(precision_map), finished)
         nll = np.full(len(windows), np.nan)
         began = 0
         for count in rungs(len(windows)):
@@ -97,13 +95,26 @@ class Objective:
             part = Windows(windows.ids[torch.from_numpy(new)])
             nll[new] = evaluate(model, part, self._before_layer, prefixes).nll
             began = count
-            if count == len(windows):
-                break
-            measured = self._measured(precision_map, nll[seen], seen)
-            stop = judge(measured.differences, len(windows), budget, None if rival is None else rival[seen], error)
-            if stop is not None:
-                return replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
+            stopped = self._stopped(precision_map, nll[seen], seen, None if rival is None else rival[seen], error)
+            if stopped is not None:
+                return stopped
         return self._measured(precision_map, nll, np.arange(len(windows)))
+
+    def _stopped(
+        self, precision_map: PrecisionMap, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float
+    ) -> Measured | None:
+        """What a map measured so far, on the windows with numbers `seen [n]`, if it is to be stopped."""
+        windows = len(self._workspace.splits.search)
+        if seen.size == windows:
+            return None
+        measured = self._measured(precision_map, nll, seen)
+        budget = self._workspace.spec.search.budget_percent
+        stop = judge(measured.differences, windows, budget, rival, error)
+        return None if stop is None else replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
+
+    def _size(self, precision_map: PrecisionMap) -> int:
+        """Stored bytes of a map."""
+        return precision_map.bytes(self._workspace.space.components, self._workspace.spec.precision.activations)
 
     @property
     def reuse(self) -> Reuse:
@@ -124,9 +135,9 @@ class Objective:
 
     def _measured(self, precision_map: PrecisionMap, nll: np.ndarray, at: np.ndarray) -> Measured:
         """From the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
-        workspace, full = self._workspace, self._baseline.evaluation
+        full = self._baseline.evaluation
         seen, reference = Evaluation(nll, full.predicted), Evaluation(full.nll[at], full.predicted)
-        size = precision_map.bytes(workspace.space.components, workspace.spec.precision.activations)
+        size = self._size(precision_map)
         return Measured(
             bytes=size,
             compression=self._baseline.bytes / size,

@@ -256,6 +256,4 @@ def seeds(prepared: Prepared) -> list[Seed]:
         part = count // 4
         shares = [(catalogue, count - 2 * part), (catalogue.by_latency, part), (catalogue.blended(0.5), part)]
     predicted = [params for axis, n in shares for params in predicted_front(prepared.surrogate, axis, n, budget)]
-    # maps that agree from the embedding on stand together: what they share is then still held (ssm_mp.prefix_cache)
-    predicted.sort(key=lambda params: [space.choices[c.name].index(params[c.name]) for c in space.free])
     return named + [Seed(params, "predicted front") for params in predicted]

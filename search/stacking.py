@@ -8,13 +8,12 @@ The reference is `Objective`, one map at a time.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
 
 from search.objective import Finished, Measured, Objective
-from search.racing import best_rival, judge, rungs
+from search.racing import best_rival, rungs
 from search.workspace import Workspace, window_length
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
@@ -83,22 +82,6 @@ class StackedObjective(Objective):
             began = count
         every = np.arange(len(windows))
         return [found[m] if m in found else self._measured(maps[m], nll[m], every) for m in range(len(maps))]
-
-    def _stopped(
-        self, precision_map: PrecisionMap, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float
-    ) -> Measured | None:
-        """What a map measured so far, on the windows with numbers `seen [n]`, if it is to be stopped."""
-        windows = len(self._workspace.splits.search)
-        if seen.size == windows:
-            return None
-        measured = self._measured(precision_map, nll, seen)
-        budget = self._workspace.spec.search.budget_percent
-        stop = judge(measured.differences, windows, budget, rival, error)
-        return None if stop is None else replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
-
-    def _size(self, precision_map: PrecisionMap) -> int:
-        workspace = self._workspace
-        return precision_map.bytes(workspace.space.components, workspace.spec.precision.activations)
 
     def _stacked(self, maps: Sequence[PrecisionMap], windows: Windows) -> list[Outcome]:
         return evaluate_stacked(self._workspace.converter, maps, windows, self._before_layer)

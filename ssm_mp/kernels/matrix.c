@@ -34,32 +34,6 @@ INLINE v16 looked_up(v16 levels, v16i codes) {
 #endif
 }
 
-static float dot_float32(const float *w, const float *x, int64_t k) {
-    v16 sum[4] = {splat(0), splat(0), splat(0), splat(0)};
-    int64_t c = 0;
-    for (; c + 4 * LANES <= k; c += 4 * LANES)
-        for (int j = 0; j < 4; j++) sum[j] = sum[j] + load(w + c + j * LANES) * load(x + c + j * LANES);
-    for (; c < k; c += LANES) {
-        const int count = k - c < LANES ? (int)(k - c) : LANES;
-        sum[0] = sum[0] + load_part(w + c, count) * load_part(x + c, count);
-    }
-    return sum16((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-static float dot_float16(const uint16_t *w, const float *x, int64_t k) {
-    v16 sum[4] = {splat(0), splat(0), splat(0), splat(0)};
-    int64_t c = 0;
-    for (; c + 4 * LANES <= k; c += 4 * LANES)
-        for (int j = 0; j < 4; j++) sum[j] = sum[j] + from_half(w + c + j * LANES) * load(x + c + j * LANES);
-    for (; c < k; c += LANES) {
-        const int count = k - c < LANES ? (int)(k - c) : LANES;
-        uint16_t held[LANES] = {0};
-        memcpy(held, w + c, count * sizeof(uint16_t));
-        sum[0] = sum[0] + from_half(held) * load_part(x + c, count);
-    }
-    return sum16((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 /* Sixteen int8 numbers as float32. */
 INLINE v16 from_int8(const int8_t *p) {
 #if defined(__AVX512F__)
@@ -69,20 +43,33 @@ INLINE v16 from_int8(const int8_t *p) {
 #endif
 }
 
-/* int8 weights with inputs that are not quantised. */
-static float dot_weight_only(const int8_t *w, const float *x, int64_t k) {
-    v16 sum[2] = {splat(0), splat(0)};
+/* Sixteen stored values from place `at` on, without their scale. */
+INLINE v16 stored16(int64_t kind, const void *values, int64_t at) {
+    if (kind == FLOAT16) return from_half((const uint16_t *)values + at);
+    if (kind == INT8) return from_int8((const int8_t *)values + at);
+    return load((const float *)values + at);
+}
+
+/* The first `count` of them; the others are zero. */
+INLINE v16 stored_part(int64_t kind, const void *values, int64_t at, int count) {
+    static const int bytes[] = {4, 2, 1};
+    if (count == LANES) return stored16(kind, values, at);
+    float held[LANES] = {0};
+    memcpy(held, (const char *)values + at * bytes[kind], (size_t)(count * bytes[kind]));
+    return stored16(kind, held, 0);
+}
+
+/* A row's values from place `at` on, times inputs; with a constant kind the compiler leaves one loop. */
+INLINE float dot_stored(int64_t kind, const void *values, int64_t at, const float *x, int64_t k) {
+    v16 sum[4] = {splat(0), splat(0), splat(0), splat(0)};
     int64_t c = 0;
-    for (; c + 2 * LANES <= k; c += 2 * LANES)
-        for (int j = 0; j < 2; j++)
-            sum[j] = sum[j] + from_int8(w + c + j * LANES) * load(x + c + j * LANES);
+    for (; c + 4 * LANES <= k; c += 4 * LANES)
+        for (int j = 0; j < 4; j++) sum[j] = sum[j] + stored16(kind, values, at + c + j * LANES) * load(x + c + j * LANES);
     for (; c < k; c += LANES) {
         const int count = k - c < LANES ? (int)(k - c) : LANES;
-        int8_t held[LANES] = {0};
-        memcpy(held, w + c, count);
-        sum[0] = sum[0] + from_int8(held) * load_part(x + c, count);
+        sum[0] = sum[0] + stored_part(kind, values, at + c, count) * load_part(x + c, count);
     }
-    return sum16(sum[0] + sum[1]);
+    return sum16((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 /* Integer product of a row and inputs. `row_sum` is the sum of the row's values. */
@@ -196,23 +183,10 @@ void unpack(const Matrix *w, float *y, int threads) {
             unpack_codes(w, at, y + at);
             continue;
         }
+        const v16 scale = splat(w->kind == INT8 ? w->scales[row] : 1.0f);
         for (int64_t c = 0; c < w->k; c += LANES) {
             const int count = w->k - c < LANES ? (int)(w->k - c) : LANES;
-            v16 value;
-            if (w->kind == FLOAT16) {
-                uint16_t held[LANES] = {0};
-                const uint16_t *from = (const uint16_t *)w->values + at + c;
-                if (count < LANES) memcpy(held, from, count * sizeof(uint16_t));
-                value = from_half(count < LANES ? held : from);
-            } else if (w->kind == INT8) {
-                int8_t held[LANES] = {0};
-                const int8_t *from = (const int8_t *)w->values + at + c;
-                if (count < LANES) memcpy(held, from, count);
-                value = from_int8(count < LANES ? held : from) * splat(w->scales[row]);
-            } else {
-                value = load_part((const float *)w->values + at + c, count);
-            }
-            store_part(y + at + c, value, count);
+            store_part(y + at + c, stored_part(w->kind, w->values, at + c, count) * scale, count);
         }
     }
 }
@@ -220,11 +194,11 @@ void unpack(const Matrix *w, float *y, int threads) {
 INLINE float product(const Matrix *w, int64_t row, const float *x, const int8_t *q, float input_scale) {
     const int64_t at = row * w->k;
     switch (w->kind) {
-    case FLOAT32: return dot_float32((const float *)w->values + at, x, w->k);
-    case FLOAT16: return dot_float16((const uint16_t *)w->values + at, x, w->k);
+    case FLOAT32: return dot_stored(FLOAT32, w->values, at, x, w->k);
+    case FLOAT16: return dot_stored(FLOAT16, w->values, at, x, w->k);
     case INT8:
         if (w->inputs == INPUTS_AS_THEY_ARE)
-            return dot_weight_only((const int8_t *)w->values + at, x, w->k) * w->scales[row];
+            return dot_stored(INT8, w->values, at, x, w->k) * w->scales[row];
         return (float)dot_int8((const int8_t *)w->values + at, q, w->k, w->sums[row]) * w->scales[row] * input_scale;
     default: return dot_codes(w, at, x);
     }

@@ -29,7 +29,7 @@ from search.spec import load_spec
 from search.stop import Stop
 from search.storage import OpenStudy
 from search.study import begin, open_study
-from search.worker import Ending, Evaluate, Task, Worker
+from search.worker import Ending, Evaluate, Task, Together, Worker
 from ssm_mp.evaluate import Increase
 
 SPACE = {f"c{i}": ("fp16", "int8") for i in range(7)}
@@ -115,6 +115,7 @@ class Bench:
         owner: Owner | None = None,
         said: Callable[[str], None] = lambda line: None,
         stop: Stop | None = None,
+        together: Together | None = None,
     ) -> Ending:
         """What one worker process does, from its start to its end."""
         owner = owner or this_process()
@@ -124,7 +125,7 @@ class Bench:
             return Worker(
                 opened=opened, run=self.run, space=SPACE, owner=owner, asked=asked, budget_percent=BUDGET,
                 sampler=self.overrides[-1].partition("=")[2], evaluate=evaluate, after=lambda finished: None,
-                say=said, stop=Stop() if stop is None else stop,
+                say=said, stop=Stop() if stop is None else stop, together=together,
             ).work()  # fmt: skip
 
     def work_together(self, workers: int, asked: int, queued: Sequence[Seed] = ()) -> None:

@@ -14,15 +14,12 @@ import pytest
 
 from search.errors import StudyError
 from search.objective import Measured, Objective, measure_baseline
-from search.owner import LEASES, Owner, lease, this_process
 from search.sampler import map_key
 from search.spec import load_spec
 from search.stacking import StackedObjective, trials_at_once
 from search.stop import Stop, WorkInterruptedError
-from search.storage import OpenStudy
-from search.study import begin
 from search.trials import counts
-from search.worker import Ending, Evaluate, Task, Together, Worker
+from search.worker import Ending, Task, Together
 from search.workspace import Workspace, open_workspace
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
@@ -31,7 +28,7 @@ from ssm_mp.stack import evaluate_stacked
 from tests.cluster import studying
 from tests.cluster.studying import SEEDS_ONLY, STUDY, front_of, measurements, require_exact, ssm_mp
 from tests.search import claiming
-from tests.search.claiming import BUDGET, SPACE, Bench, evaluated, measured, seeds
+from tests.search.claiming import SPACE, Bench, measured, seeds
 from tests.tiny import write_study
 
 TABLES = """
@@ -182,22 +179,10 @@ class StackedBench(Bench):
         *,
         together: Together_ = evaluated_together,
         most: int = 3,
-        opened: OpenStudy | None = None,
-        evaluate: Evaluate = evaluated,
-        owner: Owner | None = None,
-        said: Callable[[str], None] = lambda line: None,
-        stop: Stop | None = None,
+        **options: Any,
     ) -> Ending:
         """As `work`, with another way to evaluate several trials."""
-        owner = owner or this_process()
-        opened = opened or self.opened(owner.lease)
-        with lease(self.run / LEASES, owner):
-            opened.patiently(lambda: begin(opened, queued, SPACE, asked, BUDGET))
-            return Worker(
-                opened=opened, run=self.run, space=SPACE, owner=owner, asked=asked, budget_percent=BUDGET,
-                sampler=self.overrides[-1].partition("=")[2], evaluate=evaluate, after=lambda finished: None,
-                say=said, stop=Stop() if stop is None else stop, together=Together(most, together),
-            ).work()  # fmt: skip
+        return super().work(asked, list(queued), together=Together(most, together), **options)
 
 
 def stacked_bench(folder: Path, sampler: str = "random") -> StackedBench:
