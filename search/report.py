@@ -218,6 +218,10 @@ def _winner(result: Result) -> str:
         (f"tokens/s, prefill, batch {p.batch}", p.tokens_per_second, p.fp32_tokens_per_second, p.speedup)
         for p in figures.prefill
     ]
+    pairs += [
+        (f"tokens/s, decode, batch {d.batch}", d.tokens_per_second, d.fp32_tokens_per_second, d.speedup)
+        for d in figures.decode
+    ]
     rows = [(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ratio:.3f}") for name, ours, theirs, ratio in pairs]
     return text + "\n\n" + _table(("", "winner", "FP32", "ratio"), rows)
 
