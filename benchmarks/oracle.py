@@ -52,7 +52,8 @@ class Oracle:
     """A subspace of which everything is known. A map is a tuple of choices, one index a component.
 
     log_increase, log_stderr: `[k, …, k]`, one axis a component; sizes `[components, k]` bytes; `fixed` bytes of all
-    others; gradient `[components, k]`: estimate of each effect over the widest, without evaluating any map.
+    others; gradient `[components, k]`: estimate of each effect over the widest, without evaluating any map;
+    windows_digest: of the windows that it was measured on, which another Python's library does not have.
     """
 
     components: tuple[str, ...]
@@ -63,6 +64,7 @@ class Oracle:
     fixed: int
     fp32_bytes: int
     gradient: np.ndarray
+    windows_digest: str
 
     def bytes(self, chosen: Sequence[int]) -> int:
         """Stored bytes of a map."""
@@ -84,6 +86,7 @@ def load_oracle(name: str) -> Oracle:
             components=tuple(said["components"]), precisions=tuple(said["precisions"]),
             log_increase=file["log_increase"], log_stderr=file["log_stderr"], sizes=file["sizes"],
             fixed=said["fixed"], fp32_bytes=said["fp32_bytes"], gradient=file["gradient"],
+            windows_digest=said["windows_digest"],
         )  # fmt: skip
 
 
@@ -162,6 +165,7 @@ def make(name: str, workers: int, parts: Path) -> Oracle:
         fixed,
         fp32_bytes(space.components),
         over_fp32 - over_fp32[:, :1],
+        _task(name).windows.digest,
     )
 
 
@@ -170,6 +174,7 @@ def save(name: str, oracle: Oracle) -> None:
     said = {
         "components": oracle.components, "precisions": oracle.precisions, "fixed": oracle.fixed,
         "fp32_bytes": oracle.fp32_bytes, "windows": WINDOWS[name], "study": STUDY.name,
+        "windows_digest": oracle.windows_digest,
     }  # fmt: skip
     FOLDER.mkdir(exist_ok=True)
     np.savez_compressed(

@@ -21,22 +21,25 @@ NAMES = sorted(SUBSPACES)
 
 
 @pytest.mark.slow
-def test_stored_increases_and_bytes_are_those_of_real_maps() -> None:
-    workspace = open_workspace(load_spec(STUDY))
-    space, rng = workspace.space, np.random.default_rng(0)
-    for name in NAMES:
-        oracle = load_oracle(name)
-        windows = Windows(workspace.splits.search.ids[: WINDOWS[name]])
-        baseline = evaluate(workspace.model, windows)
-        base = {component.name: "int8" for component in space.free}
-        for _ in range(2):
-            chosen = tuple(int(k) for k in rng.integers(0, len(oracle.precisions), len(oracle.components)))
-            changes = dict(zip(oracle.components, (oracle.precisions[k] for k in chosen), strict=True))
-            precision_map = space.map({**base, **changes})
-            found = paired_increase(evaluate(workspace.converter.convert(precision_map), windows), baseline)
-            # another processor may round a few activations the other way
-            assert oracle.log_increase[chosen] == pytest.approx(found.log_mean, abs=2e-4)
-            assert oracle.bytes(chosen) == precision_map.bytes(space.components, "static")
+@pytest.mark.parametrize("name", NAMES)
+def test_stored_increases_and_bytes_are_those_of_real_maps(name: str) -> None:
+    workspace, oracle, rng = open_workspace(load_spec(STUDY)), load_oracle(name), np.random.default_rng(0)
+    space, windows = workspace.space, Windows(workspace.splits.search.ids[: WINDOWS[name]])
+    base = {component.name: "int8" for component in space.free}
+    increases = []
+    for _ in range(2):
+        chosen = tuple(int(k) for k in rng.integers(0, len(oracle.precisions), len(oracle.components)))
+        changes = dict(zip(oracle.components, (oracle.precisions[k] for k in chosen), strict=True))
+        precision_map = space.map({**base, **changes})
+        assert oracle.bytes(chosen) == precision_map.bytes(space.components, "static")
+        increases.append((oracle.log_increase[chosen], precision_map))
+    if windows.digest != oracle.windows_digest:
+        pytest.skip("the oracle was measured on the library of another Python, whose text differs")
+    baseline = evaluate(workspace.model, windows)
+    for stored, precision_map in increases:
+        found = paired_increase(evaluate(workspace.converter.convert(precision_map), windows), baseline)
+        # another processor may round a few activations the other way
+        assert stored == pytest.approx(found.log_mean, abs=2e-4)
 
 
 @pytest.mark.parametrize("name", NAMES)
