@@ -2,7 +2,7 @@
 
 The C files are compiled at first use with the compiler that is found, for the very CPU that runs it, and kept in the
 user's cache folder under a name that depends on the sources, the compiler and the CPU. Where there is no compiler,
-torch computes everything, several times slower, and that is said once.
+torch computes everything, slower, and that is said once.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def library() -> ctypes.CDLL | None:
         return _load()
     except _NotCompiledError as error:
         reason = str(error)
-    logging.getLogger("ssm_mp").warning("note: computing without compiled kernels, several times slower: %s", reason)
+    logging.getLogger("ssm_mp").warning("note: computing without compiled kernels, slower: %s", reason)
     return None
 
 
