@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -181,3 +184,13 @@ def test_an_exhausted_space_of_three_objectives_is_said_to_be() -> None:
     found = [sampler.propose(study) for _ in range(5)]
     assert len({tuple(proposal.params.values()) for proposal in found if proposal is not None}) == 4
     assert found[4] is None
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_the_samplers_algebra_runs_in_one_thread_unless_the_user_says_otherwise(own: str | None) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    environment |= {} if own is None else {"OPENBLAS_NUM_THREADS": own}
+    # what the command line imports first must not have loaded numpy by then
+    script = "import sys, os, search; assert 'numpy' not in sys.modules; print(os.environ['OPENBLAS_NUM_THREADS'])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == f"{own or 1}\n"
