@@ -1,9 +1,11 @@
-"""Settings of all tests: one thread each, so that parallel tests do not fight over the cores."""
+"""Settings of all tests: one thread each, so that parallel tests do not fight over the cores; one seed each."""
 
 from __future__ import annotations
 
 import signal
 
+import numpy as np
+import pytest
 import torch
 from hypothesis import settings
 
@@ -14,3 +16,10 @@ settings.load_profile("project")
 # a shell's background jobs ignore interrupts, and would hand that down to the commands that tests interrupt
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The numbers that a test draws do not depend on the tests that its process ran before."""
+    torch.manual_seed(1)
+    np.random.seed(1)
