@@ -126,10 +126,8 @@ def token_losses(model: LanguageModel, windows: Windows) -> Losses:
         score = model.scorer()
 
     def losses(ids: Tensor) -> Losses:
-        """Of windows `ids [b, L]`: `[b, L − 1]`; the logits are never held whole."""
-        states = model.hidden(ids)[:, :-1].flatten(0, 1).split(model.head_tokens)  # [m, d] each
-        targets = model.columns(ids[:, 1:]).flatten().split(model.head_tokens)
-        nll = torch.cat([score.nll(x, wanted) for x, wanted in zip(states, targets, strict=True)])
+        """Of windows `ids [b, L]`: `[b, L − 1]`."""
+        nll = score.nll(model.hidden(ids)[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten())
         found: Losses = nll.reshape(ids.shape[0], -1).cpu().numpy()
         return found
 

@@ -233,11 +233,9 @@ def _scorer(model: LanguageModel) -> Scorer:
 def window_nll(model: LanguageModel, score: Scorer, hidden: Tensor, ids: Tensor) -> FloatArray:
     """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`.
 
-    score: the model's `scorer`. Logits are made in chunks of tokens and never held whole.
+    score: the model's `scorer`.
     """
-    states = hidden[:, :-1].flatten(0, 1).split(model.head_tokens)
-    targets = model.columns(ids[:, 1:]).flatten().split(model.head_tokens)
-    nll = torch.cat([score.nll(x, wanted) for x, wanted in zip(states, targets, strict=True)])
+    nll = score.nll(hidden[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten())
     result: FloatArray = nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy()
     return result
 

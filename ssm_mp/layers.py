@@ -97,17 +97,31 @@ def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -
 
 @dataclass(frozen=True, eq=False)
 class Projection:
-    """Products with the same inputs side by side, each `(weight, bias, input quantiser)`, ready for many calls."""
+    """Products with the same inputs side by side, each `(weight, bias, input quantiser)`, ready for many calls.
+
+    matrix: of a single product, where kernels take it straight from its inputs to likelihoods.
+    """
 
     parts: Sequence[tuple[Stored, Stored | None, InputQuantizer | None]]
+    matrix: Matrix | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`, one part after another."""
+        if self.matrix is not None and calls.usable(x):
+            return self.matrix.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         found = [linear(x, *part) for part in self.parts]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
-    def nll(self, x: Tensor, columns: Tensor) -> Tensor:
-        """Negative log-likelihood of `columns [m]` where the products of `x [m, k]` are logits: float64 `[m]`."""
+    def nll(self, x: Tensor, columns: Tensor, held: int) -> Tensor:
+        """Negative log-likelihood of `columns [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
+
+        held: for how many tokens at most there may be logits in memory.
+        """
+        if self.matrix is not None and calls.usable(x):
+            return self.matrix.nll(x, columns)
+        return torch.cat([self._nll(*part) for part in zip(x.split(held), columns.split(held), strict=True)])
+
+    def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]
         if len(self.parts) == 1 and inputs is not None and bias is None and calls.usable(x):
             assert isinstance(weight, Int8Tensor)
@@ -132,8 +146,11 @@ class _Multiplier(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
         rows = x.numel() // x.shape[-1]
-        if rows <= FEW_ROWS and not self._is_float32 and calls.usable(x):
-            return self.matrix().product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        few = rows <= FEW_ROWS and not self._is_float32
+        if (few or self.inputs is not None) and calls.usable(x):
+            matrix = self.matrix()
+            if few or matrix.takes_many:
+                return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return linear(x, self._to_multiply(), self.bias, self.inputs)
 
     def _to_multiply(self) -> Stored:
@@ -156,7 +173,10 @@ class _Multiplier(nn.Module):
 
     def projection(self) -> Projection:
         """`multiply` for many calls: the weight is unpacked once."""
-        return Projection([(self._to_multiply(), self.bias, self.inputs)])
+        fused = self.inputs is not None and self.weight.device.type == "cpu" and calls.compiled()
+        matrix = self.matrix() if fused else None
+        held = matrix if matrix is not None and matrix.takes_many else None
+        return Projection([(self._to_multiply(), self.bias, self.inputs)], held)
 
     @property
     def _is_float32(self) -> bool:

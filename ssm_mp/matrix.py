@@ -1,4 +1,5 @@
-"""A stored weight as the kernels read it: products of few rows, for which it is unpacked on the way and never whole.
+"""A stored weight as the kernels read it: products of few rows, for which it is unpacked on the way and never whole,
+and integer products of many.
 
 Dimensions: `m` rows, `k` inputs and `n` outputs of a product.
 """
@@ -10,15 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssm_mp.kernels import decoding
+from ssm_mp.kernels import matrices
 from ssm_mp.stored import FloatTensor, GroupedTensor, Int8Tensor, Stored
 
 FEW_ROWS = 8
 """Up to so many rows wait for the weight to be read; with more, unpacking it once for all pays."""
 
 Inputs = Literal["none", "static", "dynamic"]
-_INPUTS = {"none": decoding.AS_THEY_ARE, "static": decoding.STATIC, "dynamic": decoding.DYNAMIC}
-_FLOATS = {torch.float32: decoding.FLOAT32, torch.float16: decoding.FLOAT16}
+_INPUTS = {"none": matrices.AS_THEY_ARE, "static": matrices.STATIC, "dynamic": matrices.DYNAMIC}
+_FLOATS = {torch.float32: matrices.FLOAT32, torch.float16: matrices.FLOAT16}
 
 
 class Matrix:
@@ -35,29 +36,44 @@ class Matrix:
         levels: int | None = None
         if isinstance(weight, Int8Tensor):
             scales = self._at(weight.scale.float())
-            sums = self._at(decoding.row_sums(weight.q.contiguous()))
+            sums = self._at(matrices.row_sums(weight.q.contiguous()))
         elif isinstance(weight, GroupedTensor):
             scales = self._at(weight.scale.float())
             book = weight.book.values
             levels = self._at(torch.tensor((*book, *[0.0] * (16 - len(book)))))
         n, k = weight.shape if isinstance(weight, GroupedTensor) else values.shape
         held_bias = None if bias is None else self._at(bias.tensor())
-        self.structure = decoding.Matrix(
+        self.structure = matrices.Matrix(
             kind, _INPUTS[inputs], n, k, self._at(values), scales, sums, held_bias, levels, input_scale
         )
+        self.takes_many = matrices.takes_many(self.structure)
 
     def product(self, x: Tensor) -> Tensor:
-        """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`."""
-        return decoding.multiply(self.structure, x.contiguous())
+        """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows where
+        `takes_many`."""
+        multiply = matrices.multiply if x.shape[0] <= FEW_ROWS else matrices.multiply_many
+        return multiply(self.structure, _rows(x))
+
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of `targets [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
+
+        Only where `takes_many`, of a weight without bias.
+        """
+        return matrices.nll_many(self.structure, _rows(x), targets)
 
     def unpacked(self) -> Tensor:
         """The weight as float32 `[n, k]`, the very numbers of `Stored.tensor`."""
-        return decoding.unpack(self.structure)
+        return matrices.unpack(self.structure)
 
     def _at(self, values: Tensor) -> int:
         """Where these values lie, kept alive."""
         self._held.append(values.detach().contiguous())
         return self._held[-1].data_ptr()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """The same matrix with each row in one piece."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _values(weight: Stored) -> tuple[Tensor, int]:
@@ -66,7 +82,7 @@ def _values(weight: Stored) -> tuple[Tensor, int]:
         case FloatTensor() if weight.value.dtype in _FLOATS:
             return weight.value.data, _FLOATS[weight.value.dtype]
         case Int8Tensor():
-            return weight.q, decoding.INT8
+            return weight.q, matrices.INT8
         case GroupedTensor():
-            return weight.q, decoding.CODES4 if weight.book.bits == 4 else decoding.CODES3
+            return weight.q, matrices.CODES4 if weight.book.bits == 4 else matrices.CODES3
     raise AssertionError(f"{type(weight).__name__} is no matrix that the kernels know")

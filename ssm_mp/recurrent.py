@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
-from ssm_mp.kernels import calls, decoding
+from ssm_mp.kernels import calls, decoding, matrices
 from ssm_mp.layers import (
     BlockedEmbedding,
     DepthwiseConv,
@@ -47,7 +47,7 @@ class CompiledDecoder:
         self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
         self._structure = decoding.Model(
             batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,
-            config.n_layers, len(heads), layers, self._norm(model.norm), (decoding.Matrix * len(heads))(*heads),
+            config.n_layers, len(heads), layers, self._norm(model.norm), (matrices.Matrix * len(heads))(*heads),
             self._x.data_ptr(), self._logits.data_ptr(), None,
         )  # fmt: skip
         self._scratch = torch.empty(decoding.scratch_floats(self._structure))

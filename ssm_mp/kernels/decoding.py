@@ -1,4 +1,4 @@
-"""The structures of `matrix.h` and `decode.c`, and the two functions that take them.
+"""The structures of `decode.c`, and the functions that take them.
 
 A structure holds addresses only: whoever makes one keeps the tensors behind it alive.
 """
@@ -12,21 +12,7 @@ from functools import cache
 import torch
 
 from ssm_mp.kernels.compiler import library
-
-FLOAT32, FLOAT16, INT8, CODES4, CODES3 = range(5)
-"""How a weight is stored."""
-AS_THEY_ARE, STATIC, DYNAMIC = range(3)
-"""How its inputs are quantised."""
-
-
-class Matrix(ctypes.Structure):
-    """A weight `[n, k]` as it is stored."""
-
-    _fields_ = (
-        *((name, c_int64) for name in ("kind", "inputs", "n", "k")),
-        *((name, c_void_p) for name in ("values", "scales", "sums", "bias", "levels")),
-        ("input_scale", c_float),
-    )
+from ssm_mp.kernels.matrices import Matrix
 
 
 class Norm(ctypes.Structure):
@@ -66,9 +52,6 @@ def _kernels() -> ctypes.CDLL:
     assert found is not None, "asked for kernels that are not there"
     found.decode_scratch.argtypes, found.decode_scratch.restype = (POINTER(Model),), c_int64
     found.decode_step.argtypes = (POINTER(Model), c_int)
-    found.multiply_once.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_void_p, c_void_p, c_int)
-    found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
-    found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     return found
 
 
@@ -80,28 +63,3 @@ def scratch_floats(model: Model) -> int:
 def decode_step(model: Model) -> None:
     """One token of every sequence: from `x [b, d]` to `logits [b, V]`; states are carried in place."""
     _kernels().decode_step(byref(model), torch.get_num_threads())
-
-
-def multiply(matrix: Matrix, inputs: torch.Tensor) -> torch.Tensor:
-    """`inputs [m, k]`, float32 and contiguous, times a matrix transposed: `[m, n]`."""
-    m = inputs.shape[0]
-    found, scratch = torch.empty(m, matrix.n), torch.empty(m * (matrix.k + 1) + 128)
-    _kernels().multiply_once(
-        byref(matrix), m, inputs.data_ptr(), found.data_ptr(), scratch.data_ptr(), torch.get_num_threads()
-    )
-    return found
-
-
-def row_sums(values: torch.Tensor) -> torch.Tensor:
-    """Sums of the rows of int8 `values [n, k]`, contiguous: int32 `[n]`. Torch would hold all values as int32."""
-    n, k = values.shape
-    sums = torch.empty(n, dtype=torch.int32)
-    _kernels().row_sums(n, k, values.data_ptr(), sums.data_ptr())
-    return sums
-
-
-def unpack(matrix: Matrix) -> torch.Tensor:
-    """A whole matrix as float32 `[n, k]`."""
-    found = torch.empty(matrix.n, matrix.k)
-    _kernels().unpack(byref(matrix), found.data_ptr(), torch.get_num_threads())
-    return found

@@ -4,7 +4,7 @@
  */
 #include <math.h>
 
-#include "vector.h"
+#include "quantize.h"
 
 /* Causal depthwise convolution, then SiLU. x [b, l, I] with `ld` between tokens; weight [K, I], the newest tap last;
  * before [b, K − 1, I]: the inputs before the first; y [b, l, I]. */
@@ -26,23 +26,12 @@ void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const fl
     }
 }
 
-INLINE void quantize_row(const float *x, int64_t k, float scale, int8_t *q, v16 *poison) {
-    for (int64_t c = 0; c < k; c += LANES) {
-        const int count = k - c < LANES ? (int)(k - c) : LANES;
-        v16 value = load_part(x + c, count);
-        *poison = *poison + value * splat(0.0f);
-        value = at_most(at_least(value / splat(scale), -127.0f), 127.0f);
-        const v16i rounded = (v16i)(value + splat(ROUNDING)) - (v16i)splat(ROUNDING);
-        store_int8(q + c, rounded, count);
-    }
-}
-
 /* x [m, k], `ld` between rows, with one scale → q [m, k]; scales [m] get it, or NaN where a value is not finite. */
 void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
         v16 poison = splat(0.0f);
-        quantize_row(x + i * ld, k, scale, q + i * k, &poison);
+        quantize_row(x + i * ld, k, scale, 0, q + i * k, &poison);
         scales[i] = scale + sum16(poison);
     }
 }
@@ -53,15 +42,9 @@ void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float sm
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
         const float *row = x + i * ld;
-        v16 largest = splat(0.0f), poison = splat(0.0f);
-        for (int64_t c = 0; c < k; c += LANES) {
-            const int count = k - c < LANES ? (int)(k - c) : LANES;
-            v16 value = magnitude(load_part(row + c, count));
-            largest = select16(value > largest, value, largest);
-        }
-        float scale = max16(largest) / 127.0f;
-        scale = scale < smallest ? smallest : scale;
-        quantize_row(row, k, scale, q + i * k, &poison);
+        const float scale = scale_of_row(row, k, smallest);
+        v16 poison = splat(0.0f);
+        quantize_row(row, k, scale, 0, q + i * k, &poison);
         scales[i] = scale + sum16(poison);
     }
 }

@@ -8,6 +8,8 @@
 #include "vector.h"
 
 enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3 };        /* how a weight is stored */
+#define SMALLEST_SCALE 1e-12f /* keeps the dynamic scale of an all-zero input away from zero */
+
 enum { INPUTS_AS_THEY_ARE, STATIC_INPUTS, DYNAMIC_INPUTS }; /* how its inputs are quantised, of INT8 only */
 
 typedef struct {

@@ -86,16 +86,24 @@ INLINE float max16(v16 x) {
 
 /* 2^x for x up to 127; below −126 it is 2^−126. The polynomial is the best of degree 5 on [−½, ½]: error 1e−7. */
 INLINE v16 exp2_16(v16 x) {
+#if defined(__AVX512DQ__)
+    const v16 f = (v16)_mm512_reduce_ps((__m512)x, 8); /* what rounding to the nearest integer leaves */
+#else
     x = at_least(x, -126.0f);
     const v16 shifted = x + splat(ROUNDING);
     const v16 f = x - (shifted - splat(ROUNDING));
+#endif
     v16 p = splat(1.32646524e-3f);
     p = p * f + splat(9.67151132e-3f);
     p = p * f + splat(5.55073396e-2f);
     p = p * f + splat(2.40222421e-1f);
     p = p * f + splat(6.93146978e-1f);
     p = p * f + splat(1.0f);
+#if defined(__AVX512DQ__)
+    return (v16)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+#else
     return (v16)((v16i)p + ((v16i)shifted << 23));
+#endif
 }
 
 #define LOG2_E 1.44269504088896341f

@@ -52,10 +52,11 @@ class LayerState:
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """Final norm and head, for many calls."""
+    """Final norm and head, for many calls; `held`: for how many tokens at most there may be logits in memory."""
 
     norm: nn.Module
     head: Projection
+    held: int
 
     def __call__(self, x: Tensor) -> Tensor:
         """As `LanguageModel.scores`."""
@@ -63,7 +64,7 @@ class Scorer:
 
     def nll(self, x: Tensor, columns: Tensor) -> Tensor:
         """Negative log-likelihood of the tokens in `columns [m]` of the scores of `x [m, d]`: float64 `[m]`."""
-        return self.head.nll(self.norm(x), columns)
+        return self.head.nll(self.norm(x), columns, self.held)
 
 
 class LanguageModel(nn.Module):
@@ -102,7 +103,7 @@ class LanguageModel(nn.Module):
     def scorer(self) -> Scorer:
         """`scores` for many calls: the head's weights are unpacked once."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        return Scorer(self.norm, head.projection())  # type: ignore[operator]
+        return Scorer(self.norm, head.projection(), self.head_tokens)  # type: ignore[operator]
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of tokens stand in `scores`; anywhere but in a tied head of blocks, at their ids."""

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.layers import DepthwiseConv, DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
+from ssm_mp.likelihood import token_nll
 from ssm_mp.matrix import FEW_ROWS, Matrix
 from ssm_mp.precision import PRECISIONS
 from ssm_mp.scheme import ActivationScheme, ScaleRule
-from ssm_mp.stored import FloatTensor
+from ssm_mp.stored import FloatTensor, Int8Tensor
 
 
 @given(
@@ -40,6 +41,82 @@ def test_an_unpacked_weight_has_the_very_numbers_that_it_stands_for(n: int, k: i
     g = torch.Generator().manual_seed(seed)
     weight = PRECISIONS[precision].store(torch.randn(n, k, generator=g) * 1e-3, "weight", ScaleRule())
     assert torch.equal(Matrix(weight).unpacked(), weight.tensor())
+
+
+def integer_linear(n: int, k: int, scheme: ActivationScheme, bias: bool, g: torch.Generator) -> Linear:
+    """A linear layer whose product is one of integers; skips where this CPU's kernels take no many inputs."""
+    weight = PRECISIONS["int8"].store(torch.randn(n, k, generator=g), "weight", ScaleRule())
+    held = FloatTensor(torch.randn(n, generator=g)) if bias else None
+    inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
+    layer = Linear(weight, held, inputs)
+    if not layer.matrix().takes_many:
+        pytest.skip("this CPU has no instruction for it")
+    return layer
+
+
+@given(
+    st.integers(FEW_ROWS + 1, 60), st.integers(1, 150), st.integers(1, 140), st.booleans(),
+    st.sampled_from(["static", "dynamic"]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_of_many_integers_equals_that_of_the_operators(
+    m: int, n: int, k: int, bias: bool, scheme: ActivationScheme, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    layer = integer_linear(n, k, scheme, bias, g)
+    x = torch.randn(m, k + 2, generator=g)[:, :k]
+    expected = linear(x, layer.weight, layer.bias, layer.inputs)
+    torch.testing.assert_close(layer(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 2500), st.integers(1, 70), st.sampled_from(["static", "dynamic"]),
+    st.sampled_from([1e-3, 1.0, 40.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_likelihoods_of_an_integer_head_are_those_of_its_logits(
+    m: int, n: int, k: int, scheme: ActivationScheme, spread: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    head = integer_linear(n, k, scheme, False, g)
+    x, targets = torch.randn(m, k, generator=g) * spread, torch.randint(n, (m,), generator=g)
+    logits = linear(x, head.weight, None, head.inputs)
+    found = head.projection().nll(x, targets, held=7)
+    torch.testing.assert_close(found, token_nll(logits.double(), targets), rtol=1e-5, atol=1e-5 * max(1.0, spread))
+
+
+def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:
+    head = integer_linear(1000, 8, "static", False, torch.Generator().manual_seed(0))
+    assert isinstance(head.weight, Int8Tensor)
+    # from −406 to 406: each few dozens are far above all before them
+    head.weight.q.copy_(torch.linspace(-127, 127, 1000).round()[:, None].expand(1000, 8))
+    head.weight.scale.fill_(4.0)
+    x, targets = torch.full((20, 8), 0.1), torch.arange(20) * 50
+    logits = linear(x, head.weight, None, head.inputs)
+    assert float(logits.max() - logits.min()) > 800
+    found = head.projection().nll(x, targets, held=7)
+    torch.testing.assert_close(found, token_nll(logits.double(), targets), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_an_input_that_is_not_finite_spoils_its_row_and_no_other(value: float, scheme: ActivationScheme) -> None:
+    head = integer_linear(70, 30, scheme, False, torch.Generator().manual_seed(0))
+    x = torch.randn(30, 30)
+    x[11, 3] = value
+    finite = torch.arange(30) != 11
+    assert torch.equal(head(x).isfinite().all(dim=1), finite)
+    assert torch.equal(head.projection().nll(x, torch.zeros(30, dtype=torch.int64), held=7).isfinite(), finite)
+
+
+def test_products_of_many_do_not_depend_on_the_number_of_threads() -> None:
+    head = integer_linear(300, 64, "dynamic", False, torch.Generator().manual_seed(0))
+    x, targets, before, found = torch.randn(200, 64), torch.randint(300, (200,)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append((head(x), head.projection().nll(x, targets, held=7)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
 
 
 def test_a_float32_product_equals_torch() -> None:

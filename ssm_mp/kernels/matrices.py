@@ -1,0 +1,106 @@
+"""The structure of `matrix.h`, and the products that take it: of few inputs, and of many that are quantised.
+
+A structure holds addresses only: whoever makes one keeps the tensors behind it alive. Inputs are float32 `[m, k]`, each
+row in one piece.
+
+Dimensions: `m` inputs, `k` inner and `n` outputs of a product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ssm_mp.kernels.compiler import library
+
+FLOAT32, FLOAT16, INT8, CODES4, CODES3 = range(5)
+"""How a weight is stored."""
+AS_THEY_ARE, STATIC, DYNAMIC = range(3)
+"""How its inputs are quantised."""
+
+
+class Matrix(ctypes.Structure):
+    """A weight `[n, k]` as it is stored."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "inputs", "n", "k")),
+        *((name, c_void_p) for name in ("values", "scales", "sums", "bias", "levels")),
+        ("input_scale", c_float),
+    )
+
+
+@cache
+def _kernels() -> ctypes.CDLL:
+    """The library with these functions' arguments declared."""
+    found = library()
+    assert found is not None, "asked for kernels that are not there"
+    found.multiply_once.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+    found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
+    found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
+    found.takes_many.argtypes, found.takes_many.restype = (POINTER(Matrix),), c_int
+    found.many_scratch_bytes.argtypes, found.many_scratch_bytes.restype = (POINTER(Matrix),), c_int64
+    if hasattr(found, "multiply_many"):  # else this CPU lacks the instruction
+        found.multiply_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+        found.nll_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
+    return found
+
+
+def multiply(matrix: Matrix, inputs: Tensor) -> Tensor:
+    """`inputs [m, k]` times the matrix transposed, plus bias: `[m, n]`; for few inputs."""
+    m = inputs.shape[0]
+    found, scratch = torch.empty(m, matrix.n), torch.empty(m * (matrix.k + 1) + 128)
+    _kernels().multiply_once(
+        byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def takes_many(matrix: Matrix) -> bool:
+    """Whether `multiply_many` and `nll_many` take this matrix on this CPU."""
+    return bool(_kernels().takes_many(byref(matrix)))
+
+
+def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
+    """`multiply` for many inputs, which are quantised as the matrix says."""
+    m, found, scratch = inputs.shape[0], torch.empty(inputs.shape[0], matrix.n), _scratch(matrix)
+    _kernels().multiply_many(
+        byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of `targets [m]`, int64, where those products are logits, never held: float64 `[m]`."""
+    m, targets, scratch = inputs.shape[0], targets.contiguous(), _scratch(matrix)
+    nll = torch.empty(m, dtype=torch.float64)
+    _kernels().nll_many(
+        byref(matrix), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(), scratch.data_ptr(),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return nll
+
+
+def _scratch(matrix: Matrix) -> Tensor:
+    """Memory in which the functions for many inputs lay out the weights."""
+    return torch.empty(_kernels().many_scratch_bytes(byref(matrix)), dtype=torch.int8)
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Sums of the rows of int8 `values [n, k]`, contiguous: int32 `[n]`. Torch would hold all values as int32."""
+    n, k = values.shape
+    sums = torch.empty(n, dtype=torch.int32)
+    _kernels().row_sums(n, k, values.data_ptr(), sums.data_ptr())
+    return sums
+
+
+def unpack(matrix: Matrix) -> Tensor:
+    """A whole matrix as float32 `[n, k]`."""
+    found = torch.empty(matrix.n, matrix.k)
+    _kernels().unpack(byref(matrix), found.data_ptr(), torch.get_num_threads())
+    return found
