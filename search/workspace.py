@@ -23,6 +23,7 @@ from ssm_mp.corpus import Part, stdlib_documents
 from ssm_mp.data import Splits, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
 from ssm_mp.embedding_blocks import split_embedding
 from ssm_mp.kernels.calls import compiled
+from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.layers import BlockedEmbedding
 from ssm_mp.memory import keep_freed_memory
 from ssm_mp.models import LanguageModel, build
@@ -132,7 +133,9 @@ def _compute_type(device: str) -> str:
     """
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)} float32"
-    by = " kernels" if compiled() else ""
+    by = ""
+    if compiled():
+        by = " kernels amx" if multiplies_by_amx() else " kernels"
     return f"cpu {torch.backends.cpu.get_cpu_capability()} float32{by}"
 
 

@@ -146,10 +146,9 @@ class _Multiplier(nn.Module):
     def multiply(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
         rows = x.numel() // x.shape[-1]
-        few = rows <= FEW_ROWS and not self._is_float32
-        if (few or self.inputs is not None) and calls.usable(x):
+        if not self._is_float32 and calls.usable(x):
             matrix = self.matrix()
-            if few or matrix.takes_many:
+            if rows <= FEW_ROWS or matrix.takes_many:
                 return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return linear(x, self._to_multiply(), self.bias, self.inputs)
 
@@ -173,10 +172,11 @@ class _Multiplier(nn.Module):
 
     def projection(self) -> Projection:
         """`multiply` for many calls: the weight is unpacked once."""
-        fused = self.inputs is not None and self.weight.device.type == "cpu" and calls.compiled()
-        matrix = self.matrix() if fused else None
-        held = matrix if matrix is not None and matrix.takes_many else None
-        return Projection([(self._to_multiply(), self.bias, self.inputs)], held)
+        if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
+            matrix = self.matrix()
+            if matrix.takes_many:
+                return Projection([(self.weight, self.bias, self.inputs)], matrix)
+        return Projection([(self._to_multiply(), self.bias, self.inputs)])
 
     @property
     def _is_float32(self) -> bool:

@@ -1,5 +1,5 @@
 """A stored weight as the kernels read it: products of few rows, for which it is unpacked on the way and never whole,
-and integer products of many.
+and products of many rows where the CPU has instructions for them.
 
 Dimensions: `m` rows, `k` inputs and `n` outputs of a product.
 """

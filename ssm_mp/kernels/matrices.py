@@ -1,4 +1,4 @@
-"""The structure of `matrix.h`, and the products that take it: of few inputs, and of many that are quantised.
+"""The structure of `matrix.h`, and the products that take it, of few inputs and of many.
 
 A structure holds addresses only: whoever makes one keeps the tensors behind it alive. Inputs are float32 `[m, k]`, each
 row in one piece.
@@ -42,8 +42,8 @@ def _kernels() -> ctypes.CDLL:
     found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
     found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     found.takes_many.argtypes, found.takes_many.restype = (POINTER(Matrix),), c_int
-    found.many_scratch_bytes.argtypes, found.many_scratch_bytes.restype = (POINTER(Matrix),), c_int64
-    if hasattr(found, "multiply_many"):  # else this CPU lacks the instruction
+    if hasattr(found, "multiply_many"):  # else this CPU lacks the instructions
+        found.many_scratch_bytes.argtypes, found.many_scratch_bytes.restype = (POINTER(Matrix), c_int, c_int), c_int64
         found.multiply_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
         found.nll_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
     return found
@@ -65,9 +65,14 @@ def takes_many(matrix: Matrix) -> bool:
     return bool(_kernels().takes_many(byref(matrix)))
 
 
+def multiplies_by_amx() -> bool:
+    """Whether float16 weights are multiplied by AMX, whose rounding is another than torch's."""
+    return bool(_kernels().multiplies_by_amx())
+
+
 def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
-    """`multiply` for many inputs, which are quantised as the matrix says."""
-    m, found, scratch = inputs.shape[0], torch.empty(inputs.shape[0], matrix.n), _scratch(matrix)
+    """`multiply` for many inputs."""
+    m, found, scratch = inputs.shape[0], torch.empty(inputs.shape[0], matrix.n), _scratch(matrix, whole=False)
     _kernels().multiply_many(
         byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
         torch.get_num_threads(),
@@ -77,7 +82,7 @@ def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
 
 def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of `targets [m]`, int64, where those products are logits, never held: float64 `[m]`."""
-    m, targets, scratch = inputs.shape[0], targets.contiguous(), _scratch(matrix)
+    m, targets, scratch = inputs.shape[0], targets.contiguous(), _scratch(matrix, whole=True)
     nll = torch.empty(m, dtype=torch.float64)
     _kernels().nll_many(
         byref(matrix), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(), scratch.data_ptr(),
@@ -86,9 +91,10 @@ def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
     return nll
 
 
-def _scratch(matrix: Matrix) -> Tensor:
-    """Memory in which the functions for many inputs lay out the weights."""
-    return torch.empty(_kernels().many_scratch_bytes(byref(matrix)), dtype=torch.int8)
+def _scratch(matrix: Matrix, whole: bool) -> Tensor:
+    """Memory in which the functions for many inputs lay out weights, all of them or some at a time, and inputs."""
+    size = _kernels().many_scratch_bytes(byref(matrix), whole, torch.get_num_threads())
+    return torch.empty(size, dtype=torch.int8)
 
 
 def row_sums(values: Tensor) -> Tensor:

@@ -83,6 +83,51 @@ def test_likelihoods_of_an_integer_head_are_those_of_its_logits(
     torch.testing.assert_close(found, token_nll(logits.double(), targets), rtol=1e-5, atol=1e-5 * max(1.0, spread))
 
 
+def float16_linear(n: int, k: int, g: torch.Generator, bias: bool = False) -> Linear:
+    """A linear layer of float16 weights of many magnitudes; skips where this CPU's kernels take no many inputs."""
+    weight = torch.randn(n, k, generator=g) * 10 ** torch.randint(-7, 3, (n, 1), generator=g)
+    layer = Linear(FloatTensor(weight.half()), FloatTensor(torch.randn(n, generator=g)) if bias else None)
+    if not layer.matrix().takes_many:
+        pytest.skip("this CPU has no instruction for it")
+    return layer
+
+
+@given(
+    st.integers(FEW_ROWS + 1, 250), st.integers(1, 150), st.integers(1, 200), st.booleans(),
+    st.sampled_from([1e-30, 1.0, 1e30]), st.integers(0, 99),
+)  # fmt: skip
+def test_products_with_float16_weights_are_as_exact_as_those_of_float32(
+    m: int, n: int, k: int, bias: bool, size: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    layer = float16_linear(n, k, g, bias)
+    x = torch.randn(m, k + 2, generator=g)[:, :k] * size
+    weight, held = layer.weight.tensor().double(), 0 if layer.bias is None else layer.bias.tensor().double()
+    # what float32 may be off by: its rounding of each product and of the sums
+    rounding = 2**-23 * (k**0.5 + 2) * (x.double().abs() @ weight.abs().t() + (0 if layer.bias is None else held.abs()))
+    assert ((layer(x).double() - (x.double() @ weight.t() + held)).abs() <= rounding + 1e-37).all()
+
+
+@given(st.integers(1, 250), st.integers(1, 2500), st.integers(1, 70), st.integers(0, 99))
+def test_likelihoods_of_a_float16_head_are_those_of_its_logits(m: int, n: int, k: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    head = Embedding(FloatTensor(torch.randn(n, k, generator=g).half()))
+    x, targets = torch.randn(m, k, generator=g), torch.randint(n, (m,), generator=g)
+    found = head.projection().nll(x, targets, held=7)
+    torch.testing.assert_close(
+        found, token_nll(x.double() @ head.weight.tensor().double().t(), targets), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
+def test_an_input_that_float16_products_cannot_hold_spoils_its_row_and_no_other(value: float) -> None:
+    layer = float16_linear(70, 30, torch.Generator().manual_seed(0))
+    layer.weight.value.data.fill_(2.0)  # type: ignore[operator]
+    x = torch.randn(40, 30)
+    x[11, 3] = value
+    assert torch.equal(layer(x).isfinite().all(dim=1), torch.arange(40) != 11)
+
+
 def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:
     head = integer_linear(1000, 8, "static", False, torch.Generator().manual_seed(0))
     assert isinstance(head.weight, Int8Tensor)

@@ -1,0 +1,234 @@
+/* Products of many inputs with a weight, the passes before and after them inside: inputs are quantised or split block by
+ * block, sums are scaled (or, of a head, enter the log-sum-exp) while they are near, and are never stored.
+ *
+ * Dimensions: m inputs, k inner and n outputs of a product; a panel is 64 outputs, a block up to 192 inputs.
+ */
+#include <math.h>
+#include <omp.h>
+
+#include "tiles.h"
+
+/* Whether these functions take this matrix. */
+int takes_many(const Matrix *w) {
+#ifdef HAS_VNNI
+    return (w->kind == INT8 && w->inputs != INPUTS_AS_THEY_ARE) || (w->kind == FLOAT16 && amx_allowed());
+#else
+    (void)w;
+    return 0;
+#endif
+}
+
+/* Whether float16 weights are multiplied by AMX. */
+int multiplies_by_amx(void) {
+#ifdef HAS_VNNI
+    return amx_allowed();
+#else
+    return 0;
+#endif
+}
+
+#ifdef HAS_VNNI
+
+enum { BLOCK = 192, GROUP_BYTES = 1 << 22 };
+
+/* Packed panels, then for each thread a block of inputs. */
+typedef struct {
+    Plan plan;
+    int64_t first, panels; /* those that are packed */
+    int8_t *packed, *inputs;
+    int64_t block;         /* inputs that a thread takes at a time */
+} Work;
+
+INLINE int64_t panels_of(const Matrix *w) { return (w->n + PANEL - 1) / PANEL; }
+INLINE int64_t block_bytes(const Plan *plan) { return BLOCK * plan->input_pieces * input_bytes(plan); }
+
+/* Panels that are packed at once. */
+INLINE int64_t group_of(const Plan *plan, int whole) {
+    const int64_t all = panels_of(plan->of), some = GROUP_BYTES / panel_bytes(plan);
+    return whole || all <= some ? all : some > 0 ? some : 1;
+}
+
+/* Bytes of scratch, aligned to 64; `whole`: for `nll_many`. */
+int64_t many_scratch_bytes(const Matrix *w, int whole, int threads) {
+    const Plan plan = plan_of(w);
+    return group_of(&plan, whole) * panel_bytes(&plan) + threads * block_bytes(&plan);
+}
+
+static Work make_work(const Matrix *w, int whole, int64_t m, void *scratch, int threads) {
+    const Plan plan = plan_of(w);
+    const int64_t panels = group_of(&plan, whole), share = (m + threads - 1) / threads;
+    const int64_t tiles = (share + plan.tall - 1) / plan.tall, most = BLOCK / plan.tall;
+    return (Work){plan, 0, panels, scratch, (int8_t *)scratch + panels * panel_bytes(&plan),
+                  (tiles < most ? tiles : most) * plan.tall};
+}
+
+static void pack(const Work *work, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t p = 0; p < work->panels; p++)
+        pack_panel(&work->plan, work->first + p, work->packed + p * panel_bytes(&work->plan));
+}
+
+/* Lanes of vector `v` of a panel that are outputs. */
+INLINE int lanes_of(const Matrix *w, int64_t panel, int v) {
+    const int64_t left = w->n - panel * PANEL - v * LANES;
+    return left >= LANES ? LANES : left > 0 ? (int)left : 0;
+}
+
+/* Sixteen sums as float32, without their scales. */
+INLINE v16 as_floats(const Matrix *w, const int32_t *sums) {
+    if (w->kind == FLOAT16) return load((const float *)sums);
+    return (v16)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums));
+}
+
+static void linear_block(const Work *work, const float *x, int64_t ld, int64_t rows, float *y) {
+    const Plan *plan = &work->plan;
+    const Matrix *w = plan->of;
+    int8_t *a = work->inputs + omp_get_thread_num() * block_bytes(plan);
+    float scales[BLOCK];
+    int32_t sums[TALL * PANEL] __attribute__((aligned(64)));
+    TileConfig before;
+    lay_inputs(plan, x, ld, rows, BLOCK, a, scales);
+    open_tiles(plan, &before);
+    for (int64_t p = 0; p < work->panels && work->first + p < panels_of(w); p++)
+        for (int64_t from = 0; from < rows; from += plan->tall) {
+            const int64_t panel = work->first + p, until = rows - from < plan->tall ? rows - from : plan->tall;
+            multiply_tile(plan, panel, work->packed + p * panel_bytes(plan), a + from * input_bytes(plan), BLOCK, sums);
+            for (int v = 0; v < WIDE; v++) {
+                const int64_t column = panel * PANEL + v * LANES;
+                const int count = lanes_of(w, panel, v);
+                if (count == 0) break;
+                const v16 scale = w->kind == INT8 ? load_part(w->scales + column, count) : splat(1.0f);
+                const v16 bias = w->bias ? load_part(w->bias + column, count) : splat(0.0f);
+                for (int64_t i = 0; i < until; i++) {
+                    v16 value = as_floats(w, sums + i * PANEL + v * LANES);
+                    if (w->kind == INT8) value = value * scale * splat(scales[from + i]);
+                    store_part(y + (from + i) * w->n + column, value + bias, count);
+                }
+            }
+        }
+    close_tiles(plan, &before);
+}
+
+/* One row's sum of 2^(score − top) over the panels so far; scores are logits · log2 e. */
+typedef struct {
+    float top;
+    v16 recent; /* of the panels since it was last added to the others */
+    __m512d total[2];
+} LogSum;
+
+enum { RECENT = 16 };  /* panels that float32 adds well */
+#define HEADROOM 64.0f /* how far above `top` a score may be */
+
+INLINE void add_recent(LogSum *sum) {
+    sum->total[0] = _mm512_add_pd(sum->total[0], _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)sum->recent)));
+    sum->total[1] = _mm512_add_pd(sum->total[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)sum->recent, 1)));
+    sum->recent = splat(0.0f);
+}
+
+/* Measure from `higher` above the old top. */
+static void raise_top(LogSum *sum, float higher) {
+    const __m512d factor = _mm512_set1_pd(exp2(-(double)higher));
+    add_recent(sum);
+    for (int half = 0; half < 2; half++) sum->total[half] = _mm512_mul_pd(sum->total[half], factor);
+    sum->top += higher;
+}
+
+/* Add a panel's scores, given above the row's top. */
+INLINE void add_scores(LogSum *sum, v16 above[WIDE], int first) {
+    const __m512 largest = _mm512_max_ps(_mm512_max_ps((__m512)above[0], (__m512)above[1]),
+                                         _mm512_max_ps((__m512)above[2], (__m512)above[3]));
+    if (__builtin_expect(first || _mm512_cmp_ps_mask(largest, (__m512)splat(HEADROOM), _CMP_GT_OQ), 0)) {
+        const float higher = _mm512_reduce_max_ps(largest);
+        raise_top(sum, higher);
+        for (int v = 0; v < WIDE; v++) above[v] = above[v] - splat(higher);
+    }
+    sum->recent = sum->recent + ((exp2_16(above[0]) + exp2_16(above[1])) + (exp2_16(above[2]) + exp2_16(above[3])));
+}
+
+/* A panel's sums of one row enter its log-sum-exp. */
+INLINE void score_row(const Matrix *w, int64_t panel, const int32_t *sums, const v16 scale[WIDE], float factor, LogSum *sum) {
+    v16 above[WIDE];
+    for (int v = 0; v < WIDE; v++) {
+        v16 value = as_floats(w, sums + v * LANES);
+        if (w->kind == INT8) value = value * scale[v];
+        above[v] = value * splat(factor) - splat(sum->top);
+        for (int j = lanes_of(w, panel, v); j < LANES; j++) above[v][j] = -INFINITY;
+    }
+    add_scores(sum, above, panel == 0);
+}
+
+/* Float16 weights times inputs, summed as float64. */
+static double dot_half(const uint16_t *weights, const float *x, int64_t k) {
+    double sum = 0;
+    for (int64_t c = 0; c < k; c++) sum += (double)_cvtsh_ss(weights[c]) * x[c];
+    return sum;
+}
+
+/* A row's logit of one output. */
+INLINE double logit(const Plan *plan, const int8_t *a, const float *x, float scale, int64_t target) {
+    const Matrix *w = plan->of;
+    if (w->kind == FLOAT16) return dot_half((const uint16_t *)w->values + target * w->k, x, w->k);
+    const int8_t *row = (const int8_t *)w->values + target * w->k;
+    int32_t sum = 0, dot = 0;
+    if (plan->amx)
+        for (int64_t c = 0; c < w->k; c++) sum += (int32_t)a[c] * row[c];
+    else
+        for (int64_t c = 0; c < w->k; c++) dot += (int32_t)(uint8_t)a[c] * row[c];
+    return (double)(plan->amx ? sum : dot - 128 * w->sums[target]) * w->scales[target] * scale;
+}
+
+static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows, const int64_t *targets, double *nll) {
+    const Plan *plan = &work->plan;
+    const Matrix *w = plan->of;
+    int8_t *a = work->inputs + omp_get_thread_num() * block_bytes(plan);
+    float scales[BLOCK];
+    LogSum of_row[BLOCK];
+    int32_t sums[TALL * PANEL] __attribute__((aligned(64)));
+    TileConfig before;
+    for (int64_t i = 0; i < rows; i++) of_row[i] = (LogSum){0}, scales[i] = 1.0f;
+    lay_inputs(plan, x, ld, rows, BLOCK, a, scales);
+    open_tiles(plan, &before);
+    for (int64_t p = 0; p < work->panels; p++) {
+        v16 scale[WIDE];
+        for (int v = 0; v < WIDE && w->kind == INT8; v++)
+            scale[v] = load_part(w->scales + p * PANEL + v * LANES, lanes_of(w, p, v));
+        for (int64_t from = 0; from < rows; from += plan->tall) {
+            const int64_t until = rows - from < plan->tall ? rows - from : plan->tall;
+            multiply_tile(plan, p, work->packed + p * panel_bytes(plan), a + from * input_bytes(plan), BLOCK, sums);
+            for (int64_t i = 0; i < until; i++)
+                score_row(w, p, sums + i * PANEL, scale, scales[from + i] * LOG2_E, &of_row[from + i]);
+        }
+        if (p % RECENT == RECENT - 1)
+            for (int64_t i = 0; i < rows; i++) add_recent(&of_row[i]);
+    }
+    close_tiles(plan, &before);
+    for (int64_t i = 0; i < rows; i++) {
+        LogSum *sum = &of_row[i];
+        add_recent(sum);
+        const double total = _mm512_reduce_add_pd(_mm512_add_pd(sum->total[0], sum->total[1]));
+        nll[i] = log(total) + sum->top * M_LN2 - logit(plan, a + i * input_bytes(plan), x + i * ld, scales[i], targets[i]);
+    }
+}
+
+/* y [m, n] = x [m, k] (`ld` between rows), quantised if the matrix says so, times the matrix transposed, plus bias. */
+void multiply_many(const Matrix *w, int64_t m, const float *x, int64_t ld, float *y, void *scratch, int threads) {
+    Work work = make_work(w, 0, m, scratch, threads);
+    for (; work.first < panels_of(w); work.first += work.panels) {
+        pack(&work, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+        for (int64_t from = 0; from < m; from += work.block)
+            linear_block(&work, x + from * ld, ld, m - from < work.block ? m - from : work.block, y + from * w->n);
+    }
+}
+
+/* Negative log-likelihoods [m] of targets [m] where those products, without bias, are logits. */
+void nll_many(const Matrix *w, int64_t m, const float *x, int64_t ld, const int64_t *targets, double *nll, void *scratch,
+              int threads) {
+    const Work work = make_work(w, 1, m, scratch, threads);
+    pack(&work, threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t from = 0; from < m; from += work.block)
+        nll_block(&work, x + from * ld, ld, m - from < work.block ? m - from : work.block, targets + from, nll + from);
+}
+
+#endif

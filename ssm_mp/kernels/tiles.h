@@ -1,0 +1,265 @@
+/* A tile of the product of many inputs with a weight: up to 32 inputs by a panel of 64 outputs.
+ *
+ * Integers are multiplied by VNNI or AMX, exactly. Float16 weights are multiplied by AMX in bfloat16 pieces: a float32
+ * number is the sum of three of them, a float16 number of two, and of the six products the one that is left out is
+ * smaller than float32's own rounding.
+ *
+ * Values of one output lie in words of four bytes, the same word of 64 outputs side by side: four int8 values, or two
+ * bfloat16 ones. Inputs lie row after row.
+ */
+#ifndef SSM_MP_TILES_H
+#define SSM_MP_TILES_H
+
+#include "matrix.h"
+#include "quantize.h"
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#define HAS_VNNI 1
+#endif
+#if defined(HAS_VNNI) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#define HAS_AMX 1
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifdef HAS_VNNI
+
+enum { WIDE = 4, PANEL = WIDE * LANES, TALL = 32, FEW_TALL = 6, AMX_WORDS = 16 };
+
+/* Whether the system lets this process use AMX's registers, which it has to ask for (Linux, Documentation/x86/xstate). */
+static int amx_allowed(void) {
+#ifdef HAS_AMX
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    static int known; /* 0: not asked yet; threads that ask at once get the same answer */
+    if (known == 0) known = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0 ? 1 : -1;
+    return known > 0;
+#else
+    return 0;
+#endif
+}
+
+/* How a matrix is multiplied. */
+typedef struct {
+    const Matrix *of;
+    int amx;
+    int64_t words;          /* of a row, padded */
+    int input_pieces, weight_pieces;
+    int tall;               /* inputs of a tile */
+} Plan;
+
+static Plan plan_of(const Matrix *w) {
+    const int amx = amx_allowed(), floats = w->kind == FLOAT16;
+    const int64_t words = floats ? (w->k + 1) / 2 : (w->k + 3) / 4;
+    const int64_t padded = amx ? (words + AMX_WORDS - 1) / AMX_WORDS * AMX_WORDS : words;
+    return (Plan){w, amx, padded, floats ? 3 : 1, floats ? 2 : 1, amx ? TALL : FEW_TALL};
+}
+
+INLINE int64_t panel_bytes(const Plan *plan) { return plan->words * PANEL * 4 * plan->weight_pieces; }
+INLINE int64_t input_bytes(const Plan *plan) { return plan->words * 4; } /* of one piece of one input */
+
+/* The word of each of sixteen rows from `row` on that holds the values from column `c` on; zeros beyond the matrix. */
+INLINE __m512i words_of_rows(const Matrix *w, int64_t row, int64_t c) {
+    const int size = w->kind == FLOAT16 ? 2 : 1, per_word = 4 / size;
+    const int8_t *values = (const int8_t *)w->values + (row * w->k + c) * size;
+    if (row + LANES <= w->n && c + per_word <= w->k) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_i32gather_epi32(_mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)w->k * size)), values, 1);
+    }
+    int8_t held[LANES][4] = {{0}};
+    const int64_t left = (w->k - c) * size;
+    if (left > 0)
+        for (int i = 0; i < LANES && row + i < w->n; i++) memcpy(held[i], values + i * w->k * size, left < 4 ? left : 4);
+    return _mm512_loadu_si512(held);
+}
+
+/* Pairs of float16 numbers → pairs of the bfloat16 numbers that are their first bits, and of the rest. */
+INLINE void split_halves(__m512i pairs, __m512i *first, __m512i *rest) {
+    const __m512i top = _mm512_set1_epi32((int)0xffff0000);
+    const __m512i low = (__m512i)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(pairs));
+    const __m512i high = (__m512i)_mm512_cvtph_ps(_mm512_cvtepi32_epi16(_mm512_srli_epi32(pairs, 16)));
+    const __m512i low_first = _mm512_and_si512(low, top), high_first = _mm512_and_si512(high, top);
+    const __m512i low_rest = (__m512i)_mm512_sub_ps((__m512)low, (__m512)low_first);
+    const __m512i high_rest = (__m512i)_mm512_sub_ps((__m512)high, (__m512)high_first);
+    *first = _mm512_or_si512(_mm512_srli_epi32(low_first, 16), high_first);
+    *rest = _mm512_or_si512(_mm512_srli_epi32(low_rest, 16), _mm512_and_si512(high_rest, top));
+}
+
+/* One panel of weights as the products read it: each piece [words][64] words. */
+static void pack_panel(const Plan *plan, int64_t panel, int8_t *to) {
+    const Matrix *w = plan->of;
+    const int per_word = w->kind == FLOAT16 ? 2 : 4;
+    for (int64_t word = 0; word < plan->words; word++)
+        for (int v = 0; v < WIDE; v++) {
+            int8_t *at = to + (word * WIDE + v) * 64;
+            const __m512i held = words_of_rows(w, panel * PANEL + v * LANES, word * per_word);
+            if (w->kind == INT8) {
+                _mm512_storeu_si512(at, held);
+                continue;
+            }
+            __m512i first, rest;
+            split_halves(held, &first, &rest);
+            _mm512_storeu_si512(at, first);
+            _mm512_storeu_si512(at + plan->words * PANEL * 4, rest);
+        }
+}
+
+/* Float32 numbers x [k] → three bfloat16 pieces, whose sum is the number; zeros up to the padded length. */
+static void split_input(const Plan *plan, const float *x, int8_t *to, int64_t to_next) {
+    const __m512i top = _mm512_set1_epi32((int)0xffff0000);
+    for (int64_t c = 0; c < plan->words * 2; c += LANES) {
+        const int64_t left = plan->of->k - c;
+        const __mmask16 there = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1 << left) - 1) : 0;
+        __m512 rest = _mm512_maskz_loadu_ps(there, x + c);
+        for (int piece = 0; piece < 3; piece++) {
+            const __m512 part = (__m512)_mm512_and_si512((__m512i)rest, top);
+            const __mmask16 fits = plan->words * 2 - c >= LANES ? 0xffff : (__mmask16)((1 << (plan->words * 2 - c)) - 1);
+            _mm256_mask_storeu_epi16(to + piece * to_next + c * 2, fits,
+                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)part, 16)));
+            rest = _mm512_sub_ps(rest, part);
+        }
+    }
+}
+
+/* `rows` inputs as the products read them, each piece [room][k] one after another; `scales` of each row: NaN where an
+ * input that is quantised is not finite. VNNI multiplies unsigned inputs: theirs are 128 higher. */
+static void lay_inputs(const Plan *plan, const float *x, int64_t ld, int64_t rows, int64_t room, int8_t *to, float *scales) {
+    const Matrix *w = plan->of;
+    for (int64_t i = 0; i < rows; i++, x += ld, to += input_bytes(plan)) {
+        if (w->kind == FLOAT16) {
+            split_input(plan, x, to, room * input_bytes(plan));
+            continue;
+        }
+        v16 poison = splat(0.0f);
+        const float scale = w->inputs == DYNAMIC_INPUTS ? scale_of_row(x, w->k, SMALLEST_SCALE) : w->input_scale;
+        quantize_row(x, w->k, scale, plan->amx ? 0 : 128, to, &poison);
+        scales[i] = scale + sum16(poison);
+    }
+}
+
+#ifdef HAS_AMX
+
+typedef struct {
+    uint8_t palette, start_row, none[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+} TileConfig;
+
+/* Eight tiles of sixteen rows of 64 bytes; what the thread had before is kept, since others configure tiles as well. */
+INLINE void open_tiles(const Plan *plan, TileConfig *before) {
+    if (!plan->amx) return;
+    TileConfig whole = {.palette = 1};
+    for (int i = 0; i < 8; i++) whole.row_bytes[i] = 64, whole.rows[i] = 16;
+    _tile_storeconfig(before);
+    _tile_loadconfig(&whole);
+}
+
+INLINE void close_tiles(const Plan *plan, const TileConfig *before) {
+    if (plan->amx) _tile_loadconfig(before);
+}
+
+/* Tiles 0 … 3 += inputs (4, 5) times weights (6, 7). */
+#define TWO_BY_TWO(product)                                                                                            \
+    do {                                                                                                               \
+        product(0, 4, 6);                                                                                              \
+        product(1, 4, 7);                                                                                              \
+        product(2, 5, 6);                                                                                              \
+        product(3, 5, 7);                                                                                              \
+    } while (0)
+
+INLINE void load_inputs(const int8_t *a, int64_t row) {
+    _tile_loadd(4, a, row);
+    _tile_loadd(5, a + 16 * row, row);
+}
+
+INLINE void load_weights(const int8_t *b) {
+    _tile_loadd(6, b, PANEL * 4);
+    _tile_loadd(7, b + 64, PANEL * 4);
+}
+
+static void amx_tile(const Plan *plan, const int8_t *b, const int8_t *a, int64_t room, void *sums) {
+    const int64_t row = input_bytes(plan), a_piece = room * row, b_piece = plan->words * PANEL * 4;
+    for (int half = 0; half < 2; half++) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int64_t word = 0; word < plan->words; word += AMX_WORDS) {
+            const int8_t *inputs = a + word * 4, *weights = b + word * PANEL * 4 + half * 128;
+            load_weights(weights);
+            load_inputs(inputs, row);
+            if (plan->of->kind == INT8) {
+                TWO_BY_TWO(_tile_dpbssd);
+                continue;
+            }
+            TWO_BY_TWO(_tile_dpbf16ps);
+            for (int piece = 1; piece < 3; piece++) {
+                load_inputs(inputs + piece * a_piece, row);
+                TWO_BY_TWO(_tile_dpbf16ps);
+            }
+            load_weights(weights + b_piece);
+            for (int piece = 0; piece < 2; piece++) {
+                load_inputs(inputs + piece * a_piece, row);
+                TWO_BY_TWO(_tile_dpbf16ps);
+            }
+        }
+        int32_t *to = (int32_t *)sums + half * 2 * LANES;
+        _tile_stored(0, to, PANEL * 4);
+        _tile_stored(1, to + LANES, PANEL * 4);
+        _tile_stored(2, to + LANES * PANEL, PANEL * 4);
+        _tile_stored(3, to + LANES * PANEL + LANES, PANEL * 4);
+    }
+}
+
+#else
+
+typedef int TileConfig;
+INLINE void open_tiles(const Plan *plan, TileConfig *before) { (void)plan, *before = 0; }
+INLINE void close_tiles(const Plan *plan, const TileConfig *before) { (void)plan, (void)before; }
+
+#endif
+
+/* Six inputs by a panel; 128 · the sum of each row of weights is taken away again. */
+static __attribute__((noinline)) void vnni_tile(const Plan *plan, int64_t panel, const int8_t *b, const int8_t *a, int32_t *to) {
+    const int64_t row = input_bytes(plan), column = panel * PANEL, left = plan->of->n - column;
+    __m512i sums[FEW_TALL][WIDE];
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE; v++) {
+        const int64_t lanes = left - v * LANES;
+        const __mmask16 there = lanes >= LANES ? 0xffff : lanes > 0 ? (__mmask16)((1 << lanes) - 1) : 0;
+        const __m512i weights = _mm512_maskz_loadu_epi32(there, plan->of->sums + column + v * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < FEW_TALL; i++) sums[i][v] = _mm512_mullo_epi32(weights, _mm512_set1_epi32(-128));
+    }
+    for (int64_t word = 0; word < plan->words; word++, a += 4, b += PANEL * 4) {
+        __m512i weights[WIDE];
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; v++) weights[v] = _mm512_loadu_si512(b + v * 64);
+#pragma GCC unroll 6
+        for (int i = 0; i < FEW_TALL; i++) {
+            int32_t four;
+            memcpy(&four, a + i * row, 4);
+            const __m512i input = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+            for (int v = 0; v < WIDE; v++) sums[i][v] = _mm512_dpbusd_epi32(sums[i][v], input, weights[v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < FEW_TALL; i++)
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; v++) _mm512_storeu_si512(to + i * PANEL + v * LANES, sums[i][v]);
+}
+
+/* The sums of `plan->tall` inputs with a panel of weights, int32 or float32: [tall][64]. `room`: rows of a piece. */
+INLINE void multiply_tile(const Plan *plan, int64_t panel, const int8_t *b, const int8_t *a, int64_t room, void *sums) {
+#ifdef HAS_AMX
+    if (plan->amx) {
+        amx_tile(plan, b, a, room, sums);
+        return;
+    }
+#endif
+    (void)room;
+    vnni_tile(plan, panel, b, a, sums);
+}
+
+#endif
+#endif
