@@ -160,19 +160,15 @@ def finish_against(
     reference: LanguageModel, expected: Prefix, model: LanguageModel, final: Prefix, windows: Windows
 ) -> tuple[Evaluation, float]:
     """`finish`, and the Kullback–Leibler divergence KL(reference ‖ model) in nats a token."""
-    scorers = _scorer(model), _scorer(reference)
+    score, score_reference = _scorer(model), _scorer(reference)
 
     def compared(part: tuple[Tensor, Tensor, Tensor]) -> tuple[FloatArray, float]:
         """Of windows `ids [b, L]` with hidden states `[b, L, d]`: likelihoods `[b]`, and the divergences' sum."""
         *hidden, ids = part
-        targets = model.columns(ids[:, 1:]).flatten()
-        chunks = (x.split(model.head_tokens) for x in (*(h[:, :-1].flatten(0, 1) for h in hidden), targets))
-        found = [
-            token_divergence(scorers[0](ours), scorers[1](theirs), wanted)
-            for ours, theirs, wanted in zip(*chunks, strict=True)
-        ]
-        nll, kl = (torch.cat(values) for values in zip(*found, strict=True))
-        return nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy(), kl.sum().item()
+        chunks = (h[:, :-1].flatten(0, 1).split(score.held) for h in hidden)
+        kl = [token_divergence(score(ours), score_reference(theirs)) for ours, theirs in zip(*chunks, strict=True)]
+        # likelihoods by the way of `finish`, so that they are the very same numbers
+        return window_nll(model, score, hidden[0], ids), torch.cat(kl).sum().item()
 
     ids = windows.ids.to(final.hidden.device)
     parts = list(zip(shards(final.hidden), shards(expected.hidden), shards(ids), strict=True))

@@ -21,10 +21,9 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits, targets, reduction="none").double()
 
 
-def token_divergence(logits: Tensor, expected: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`token_nll`, and KL(expected ‖ logits) of each token: float64 `[m]` each, of logits `[m, V]`."""
+def token_divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected ‖ logits) of each token, of logits `[m, V]`: float64 `[m]`."""
     if calls.usable(logits, expected):
-        return calls.divergence(logits, expected, targets)
+        return calls.divergence(logits, expected)
     logs, target = logits.log_softmax(dim=-1), expected.log_softmax(dim=-1)
-    kl = F.kl_div(logs, target, reduction="none", log_target=True).sum(dim=-1, dtype=torch.float64)
-    return token_nll(logits, targets), kl
+    return F.kl_div(logs, target, reduction="none", log_target=True).sum(dim=-1, dtype=torch.float64)

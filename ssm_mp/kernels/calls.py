@@ -41,7 +41,7 @@ _ARGUMENTS = {
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "negative_log_likelihood": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
     "scaled_nll": (c_int64, c_int64, *[c_void_p] * 5, c_int),
-    "divergence": (c_int64, c_int64, *[c_void_p] * 5, c_int),
+    "divergence": (c_int64, c_int64, *[c_void_p] * 3, c_int),
 }
 
 
@@ -171,16 +171,15 @@ def scaled_nll(sums: Tensor, columns: Tensor, rows: Tensor, targets: Tensor) -> 
     return nll
 
 
-def divergence(logits: Tensor, expected: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of `targets [m]` under `logits [m, V]`, and KL(expected ‖ logits): float64 `[m]` each."""
-    logits, expected, targets = logits.contiguous(), expected.contiguous(), targets.contiguous()
+def divergence(logits: Tensor, expected: Tensor) -> Tensor:
+    """KL(expected ‖ logits) of each row of logits `[m, V]`: float64 `[m]`."""
+    logits, expected = logits.contiguous(), expected.contiguous()
     m, vocabulary = logits.shape
-    nll, kl = torch.empty(m, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
+    kl = torch.empty(m, dtype=torch.float64)
     _library().divergence(
-        m, vocabulary, logits.data_ptr(), expected.data_ptr(), targets.data_ptr(), nll.data_ptr(), kl.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return nll, kl
+        m, vocabulary, logits.data_ptr(), expected.data_ptr(), kl.data_ptr(), torch.get_num_threads()
+    )
+    return kl
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

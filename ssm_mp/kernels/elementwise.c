@@ -129,10 +129,9 @@ void scaled_nll(int64_t m, int64_t V, int32_t *sums, const float *column, const 
     }
 }
 
-/* The same, and the Kullback–Leibler divergence of logits [m, V] from the expected ones:
+/* Kullback–Leibler divergence of logits [m, V] from the expected ones:
  * Σ p (log p − log q) = Σ p (x − y) − log Σ e^x + log Σ e^y, with p and x expected. */
-void divergence(int64_t m, int64_t V, const float *logits, const float *expected, const int64_t *targets, double *nll,
-                double *kl, int threads) {
+void divergence(int64_t m, int64_t V, const float *logits, const float *expected, double *kl, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
         const float *y = logits + i * V, *x = expected + i * V;
@@ -140,7 +139,6 @@ void divergence(int64_t m, int64_t V, const float *logits, const float *expected
         const float top_y = largest_of(y, V, &poison), top_x = largest_of(x, V, &poison);
         const double log_y = log(exponential_sum(y, top_y, NULL, V, NULL)) + (double)top_y;
         const double sum_x = exponential_sum(x, top_x, y, V, &weighted);
-        nll[i] = log_y - (double)y[targets[i]] + poison;
         kl[i] = weighted / sum_x - (log(sum_x) + (double)top_x) + log_y + poison;
     }
 }

@@ -102,9 +102,10 @@ def test_products_with_float16_weights_are_as_exact_as_those_of_float32(
     g = torch.Generator().manual_seed(seed)
     layer = float16_linear(n, k, g, bias)
     x = torch.randn(m, k + 2, generator=g)[:, :k] * size
-    weight, held = layer.weight.tensor().double(), 0 if layer.bias is None else layer.bias.tensor().double()
+    weight = layer.weight.tensor().double()
+    held = torch.zeros(n, dtype=torch.float64) if layer.bias is None else layer.bias.tensor().double()
     # what float32 may be off by: its rounding of each product and of the sums
-    rounding = 2**-23 * (k**0.5 + 2) * (x.double().abs() @ weight.abs().t() + (0 if layer.bias is None else held.abs()))
+    rounding = 2**-23 * (k**0.5 + 2) * (x.double().abs() @ weight.abs().t() + held.abs())
     assert ((layer(x).double() - (x.double() @ weight.t() + held)).abs() <= rounding + 1e-37).all()
 
 
