@@ -107,7 +107,7 @@ class Projection:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`, one part after another."""
-        if self.matrix is not None and calls.usable(x):
+        if self.matrix is not None and self.matrix.suits_many and calls.usable(x):
             return self.matrix.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         found = [linear(x, *part) for part in self.parts]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
@@ -148,7 +148,7 @@ class _Multiplier(nn.Module):
         rows = x.numel() // x.shape[-1]
         if not self._is_float32 and calls.usable(x):
             matrix = self.matrix()
-            if rows <= FEW_ROWS or matrix.takes_many:
+            if rows <= FEW_ROWS or matrix.suits_many:
                 return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return linear(x, self._to_multiply(), self.bias, self.inputs)
 
@@ -265,23 +265,6 @@ class PositionEmbedding(nn.Module):
         return self.weight.rows(torch.arange(start, length, device=self.weight.device))
 
 
-class Norm(nn.Module):
-    """LayerNorm (with bias) or RMSNorm (without) over the last dimension."""
-
-    def __init__(self, weight: Stored, bias: Stored | None, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [..., d]` → `[..., d]`."""
-        weight = self.weight.tensor()
-        if self.bias is None:
-            return F.rms_norm(x, weight.shape, weight, self.eps)
-        return F.layer_norm(x, weight.shape, weight, self.bias.tensor(), self.eps)
-
-
 class Unpacked:
     """A small tensor as it is computed with, unpacked once: what does not change need not be unpacked at every call."""
 
@@ -299,6 +282,27 @@ class Unpacked:
             # what was unpacked is held too: another tensor in its place would have its stamp
             self._held = (stamp, self._make(stored.tensor()), stored.arrays())
         return self._held[1]
+
+
+class Norm(nn.Module):
+    """LayerNorm (with bias) or RMSNorm (without) over the last dimension."""
+
+    def __init__(self, weight: Stored, bias: Stored | None, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.eps = eps
+        self._factors, self._offsets = Unpacked(), Unpacked()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., d]` → `[..., d]`."""
+        weight = self._factors(self.weight)
+        bias = None if self.bias is None else self._offsets(self.bias)
+        if calls.usable(x, weight):
+            return calls.normalise(x, weight, bias, self.eps)
+        if bias is None:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class DepthwiseConv(nn.Module):

@@ -47,10 +47,11 @@ class Matrix:
             kind, _INPUTS[inputs], n, k, self._at(values), scales, sums, held_bias, levels, input_scale
         )
         self.takes_many = matrices.takes_many(self.structure)
+        self.suits_many = self.takes_many and _is_faster(kind, n, k)
 
     def product(self, x: Tensor) -> Tensor:
-        """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows where
-        `takes_many`."""
+        """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows only
+        where `takes_many`, and best where `suits_many`."""
         multiply = matrices.multiply if x.shape[0] <= FEW_ROWS else matrices.multiply_many
         return multiply(self.structure, _rows(x))
 
@@ -69,6 +70,14 @@ class Matrix:
         """Where these values lie, kept alive."""
         self._held.append(values.detach().contiguous())
         return self._held[-1].data_ptr()
+
+
+def _is_faster(kind: int, n: int, k: int) -> bool:
+    """Whether these products of many rows are faster here than in torch, measured with AMX.
+
+    Large integer products are oneDNN's best, and small ones of floats not worth the splitting of their inputs.
+    """
+    return n * k <= 1 << 18 if kind == matrices.INT8 else n >= 256 and k >= 64
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ _ARGUMENTS = {
     "selective_scan": (POINTER(_Scan), c_int),
     "shared_step_recurrence": (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
+    "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
     "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
@@ -119,6 +120,16 @@ def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) ->
     return y
 
 
+def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm of `x [..., d]` over its last dimension, or RMSNorm where there is no bias."""
+    x, d = x.contiguous(), x.shape[-1]
+    y = torch.empty_like(x)
+    _library().normalise_rows(
+        x.numel() // d, d, x.data_ptr(), weight.data_ptr(), _pointer(bias), eps, y.data_ptr(), torch.get_num_threads()
+    )
+    return y
+
+
 def quantize_static(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`x [m, k]` with one scale: int8 `[m, k]`, and the scale of each row `[m, 1]`, NaN where one is not finite."""
     return _quantized("quantize_static", x, scale)
@@ -176,9 +187,7 @@ def divergence(logits: Tensor, expected: Tensor) -> Tensor:
     logits, expected = logits.contiguous(), expected.contiguous()
     m, vocabulary = logits.shape
     kl = torch.empty(m, dtype=torch.float64)
-    _library().divergence(
-        m, vocabulary, logits.data_ptr(), expected.data_ptr(), kl.data_ptr(), torch.get_num_threads()
-    )
+    _library().divergence(m, vocabulary, logits.data_ptr(), expected.data_ptr(), kl.data_ptr(), torch.get_num_threads())
     return kl
 
 

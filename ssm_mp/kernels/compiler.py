@@ -89,8 +89,9 @@ def _run(command: list[str], doing: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _NotCompiledError(f"{doing} failed ({error})") from None
     if done.returncode != 0:
-        last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise _NotCompiledError(f"{doing} failed with code {done.returncode}: {last}")
+        lines = (done.stderr.strip() or "no message").splitlines()
+        reason = next((line for line in lines if "error" in line.lower()), lines[-1])
+        raise _NotCompiledError(f"{doing} failed with code {done.returncode}: {reason}")
     return done.stdout + done.stderr
 
 

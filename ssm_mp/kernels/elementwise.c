@@ -26,6 +26,36 @@ void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const fl
     }
 }
 
+/* Σ (x − mean)^power of x [d], power 1 or 2. */
+INLINE float moment(const float *x, int64_t d, float mean, int power) {
+    v16 sum[2] = {splat(0.0f), splat(0.0f)};
+    for (int64_t c = 0; c < d; c += LANES) {
+        const int count = d - c < LANES ? (int)(d - c) : LANES;
+        v16 value = load_part(x + c, count) - splat(mean);
+        for (int j = count; j < LANES; j++) value[j] = 0;
+        if (power == 2) value = value * value;
+        sum[c / LANES % 2] = sum[c / LANES % 2] + value;
+    }
+    return sum16(sum[0] + sum[1]);
+}
+
+/* LayerNorm of rows x [m, d], or RMSNorm where there is no bias. */
+void normalise_rows(int64_t m, int64_t d, const float *x, const float *weight, const float *bias, float eps, float *y,
+                    int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t i = 0; i < m; i++) {
+        const float *row = x + i * d;
+        const float mean = bias ? moment(row, d, 0.0f, 1) / d : 0.0f;
+        const float factor = 1.0f / sqrtf(moment(row, d, mean, 2) / d + eps);
+        for (int64_t c = 0; c < d; c += LANES) {
+            const int count = d - c < LANES ? (int)(d - c) : LANES;
+            v16 value = (load_part(row + c, count) - splat(mean)) * splat(factor) * load_part(weight + c, count);
+            if (bias) value = value + load_part(bias + c, count);
+            store_part(y + i * d + c, value, count);
+        }
+    }
+}
+
 /* x [m, k], `ld` between rows, with one scale → q [m, k]; scales [m] get it, or NaN where a value is not finite. */
 void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)

@@ -1,7 +1,7 @@
 /* Products of many inputs with a weight, the passes before and after them inside: inputs are quantised or split block by
  * block, sums are scaled (or, of a head, enter the log-sum-exp) while they are near, and are never stored.
  *
- * Dimensions: m inputs, k inner and n outputs of a product; a panel is 64 outputs, a block up to 192 inputs.
+ * Dimensions: m inputs, k inner and n outputs of a product; a panel is 64 outputs, a block some dozens of inputs.
  */
 #include <math.h>
 #include <omp.h>
@@ -29,7 +29,9 @@ int multiplies_by_amx(void) {
 
 #ifdef HAS_VNNI
 
-enum { BLOCK = 192, GROUP_BYTES = 1 << 22 };
+/* Inputs of a block at most: with floats as many as weights are worth fetching for; with integers, whose products are soon
+ * done, as few as leave their sums near the core. */
+enum { BLOCK = 192, INTEGERS = 96, SCORED_INTEGERS = 32, GROUP_BYTES = 1 << 24 };
 
 /* Packed panels, then for each thread a block of inputs. */
 typedef struct {
@@ -57,9 +59,10 @@ int64_t many_scratch_bytes(const Matrix *w, int whole, int threads) {
 static Work make_work(const Matrix *w, int whole, int64_t m, void *scratch, int threads) {
     const Plan plan = plan_of(w);
     const int64_t panels = group_of(&plan, whole), share = (m + threads - 1) / threads;
-    const int64_t tiles = (share + plan.tall - 1) / plan.tall, most = BLOCK / plan.tall;
+    const int64_t most = w->kind == FLOAT16 ? BLOCK : whole ? SCORED_INTEGERS : INTEGERS;
+    const int64_t blocks = (share + most - 1) / most, even = (share + blocks - 1) / blocks;
     return (Work){plan, 0, panels, scratch, (int8_t *)scratch + panels * panel_bytes(&plan),
-                  (tiles < most ? tiles : most) * plan.tall};
+                  (even + plan.tall - 1) / plan.tall * plan.tall};
 }
 
 static void pack(const Work *work, int threads) {
@@ -85,27 +88,26 @@ static void linear_block(const Work *work, const float *x, int64_t ld, int64_t r
     const Matrix *w = plan->of;
     int8_t *a = work->inputs + omp_get_thread_num() * block_bytes(plan);
     float scales[BLOCK];
-    int32_t sums[TALL * PANEL] __attribute__((aligned(64)));
+    int32_t sums[BLOCK * PANEL] __attribute__((aligned(64)));
     TileConfig before;
     lay_inputs(plan, x, ld, rows, BLOCK, a, scales);
     open_tiles(plan, &before);
-    for (int64_t p = 0; p < work->panels && work->first + p < panels_of(w); p++)
-        for (int64_t from = 0; from < rows; from += plan->tall) {
-            const int64_t panel = work->first + p, until = rows - from < plan->tall ? rows - from : plan->tall;
-            multiply_tile(plan, panel, work->packed + p * panel_bytes(plan), a + from * input_bytes(plan), BLOCK, sums);
-            for (int v = 0; v < WIDE; v++) {
-                const int64_t column = panel * PANEL + v * LANES;
-                const int count = lanes_of(w, panel, v);
-                if (count == 0) break;
-                const v16 scale = w->kind == INT8 ? load_part(w->scales + column, count) : splat(1.0f);
-                const v16 bias = w->bias ? load_part(w->bias + column, count) : splat(0.0f);
-                for (int64_t i = 0; i < until; i++) {
-                    v16 value = as_floats(w, sums + i * PANEL + v * LANES);
-                    if (w->kind == INT8) value = value * scale * splat(scales[from + i]);
-                    store_part(y + (from + i) * w->n + column, value + bias, count);
-                }
+    for (int64_t p = 0; p < work->panels && work->first + p < panels_of(w); p++) {
+        const int64_t panel = work->first + p;
+        multiply_panel(plan, panel, work->packed + p * panel_bytes(plan), a, rows, BLOCK, sums);
+        for (int v = 0; v < WIDE; v++) {
+            const int64_t column = panel * PANEL + v * LANES;
+            const int count = lanes_of(w, panel, v);
+            if (count == 0) break;
+            const v16 scale = w->kind == INT8 ? load_part(w->scales + column, count) : splat(1.0f);
+            const v16 bias = w->bias ? load_part(w->bias + column, count) : splat(0.0f);
+            for (int64_t i = 0; i < rows; i++) {
+                v16 value = as_floats(w, sums + i * PANEL + v * LANES);
+                if (w->kind == INT8) value = value * scale * splat(scales[i]);
+                store_part(y + i * w->n + column, value + bias, count);
             }
         }
+    }
     close_tiles(plan, &before);
 }
 
@@ -183,7 +185,7 @@ static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows
     int8_t *a = work->inputs + omp_get_thread_num() * block_bytes(plan);
     float scales[BLOCK];
     LogSum of_row[BLOCK];
-    int32_t sums[TALL * PANEL] __attribute__((aligned(64)));
+    int32_t sums[BLOCK * PANEL] __attribute__((aligned(64)));
     TileConfig before;
     for (int64_t i = 0; i < rows; i++) of_row[i] = (LogSum){0}, scales[i] = 1.0f;
     lay_inputs(plan, x, ld, rows, BLOCK, a, scales);
@@ -192,12 +194,9 @@ static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows
         v16 scale[WIDE];
         for (int v = 0; v < WIDE && w->kind == INT8; v++)
             scale[v] = load_part(w->scales + p * PANEL + v * LANES, lanes_of(w, p, v));
-        for (int64_t from = 0; from < rows; from += plan->tall) {
-            const int64_t until = rows - from < plan->tall ? rows - from : plan->tall;
-            multiply_tile(plan, p, work->packed + p * panel_bytes(plan), a + from * input_bytes(plan), BLOCK, sums);
-            for (int64_t i = 0; i < until; i++)
-                score_row(w, p, sums + i * PANEL, scale, scales[from + i] * LOG2_E, &of_row[from + i]);
-        }
+        multiply_panel(plan, p, work->packed + p * panel_bytes(plan), a, rows, BLOCK, sums);
+        for (int64_t i = 0; i < rows; i++)
+            score_row(w, p, sums + i * PANEL, scale, scales[i] * LOG2_E, &of_row[i]);
         if (p % RECENT == RECENT - 1)
             for (int64_t i = 0; i < rows; i++) add_recent(&of_row[i]);
     }

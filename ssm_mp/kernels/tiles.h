@@ -176,38 +176,58 @@ INLINE void load_weights(const int8_t *b) {
     _tile_loadd(7, b + 64, PANEL * 4);
 }
 
-static void amx_tile(const Plan *plan, const int8_t *b, const int8_t *a, int64_t room, void *sums) {
+/* Bytes of a block's inputs and of half a panel that stay near the core together, as words of a row. */
+enum { NEAR_WORDS = 64 };
+
+/* 32 inputs by half a panel, words `from` … `until`, added to the sums so far (none before word 0). */
+static void amx_tile(const Plan *plan, const int8_t *b, const int8_t *a, int64_t room, int64_t from, int64_t until,
+                     int32_t *sums) {
     const int64_t row = input_bytes(plan), a_piece = room * row, b_piece = plan->words * PANEL * 4;
-    for (int half = 0; half < 2; half++) {
+    int32_t *low = sums + LANES * PANEL;
+    if (from == 0) {
         _tile_zero(0);
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        for (int64_t word = 0; word < plan->words; word += AMX_WORDS) {
-            const int8_t *inputs = a + word * 4, *weights = b + word * PANEL * 4 + half * 128;
-            load_weights(weights);
-            load_inputs(inputs, row);
-            if (plan->of->kind == INT8) {
-                TWO_BY_TWO(_tile_dpbssd);
-                continue;
-            }
-            TWO_BY_TWO(_tile_dpbf16ps);
-            for (int piece = 1; piece < 3; piece++) {
-                load_inputs(inputs + piece * a_piece, row);
-                TWO_BY_TWO(_tile_dpbf16ps);
-            }
-            load_weights(weights + b_piece);
-            for (int piece = 0; piece < 2; piece++) {
-                load_inputs(inputs + piece * a_piece, row);
-                TWO_BY_TWO(_tile_dpbf16ps);
-            }
-        }
-        int32_t *to = (int32_t *)sums + half * 2 * LANES;
-        _tile_stored(0, to, PANEL * 4);
-        _tile_stored(1, to + LANES, PANEL * 4);
-        _tile_stored(2, to + LANES * PANEL, PANEL * 4);
-        _tile_stored(3, to + LANES * PANEL + LANES, PANEL * 4);
+    } else {
+        _tile_loadd(0, sums, PANEL * 4);
+        _tile_loadd(1, sums + LANES, PANEL * 4);
+        _tile_loadd(2, low, PANEL * 4);
+        _tile_loadd(3, low + LANES, PANEL * 4);
     }
+    for (int64_t word = from; word < until; word += AMX_WORDS) {
+        const int8_t *inputs = a + word * 4, *weights = b + word * PANEL * 4;
+        load_weights(weights);
+        load_inputs(inputs, row);
+        if (plan->of->kind == INT8) {
+            TWO_BY_TWO(_tile_dpbssd);
+            continue;
+        }
+        /* of three pieces of inputs and two of weights, each step changes one */
+        TWO_BY_TWO(_tile_dpbf16ps);
+        load_weights(weights + b_piece);
+        TWO_BY_TWO(_tile_dpbf16ps);
+        load_inputs(inputs + a_piece, row);
+        TWO_BY_TWO(_tile_dpbf16ps);
+        load_weights(weights);
+        TWO_BY_TWO(_tile_dpbf16ps);
+        load_inputs(inputs + 2 * a_piece, row);
+        TWO_BY_TWO(_tile_dpbf16ps);
+    }
+    _tile_stored(0, sums, PANEL * 4);
+    _tile_stored(1, sums + LANES, PANEL * 4);
+    _tile_stored(2, low, PANEL * 4);
+    _tile_stored(3, low + LANES, PANEL * 4);
+}
+
+/* A block of inputs by a panel: the weights of a few words are multiplied with all inputs before the next ones. */
+static void amx_panel(const Plan *plan, const int8_t *b, const int8_t *a, int64_t rows, int64_t room, int32_t *sums) {
+    for (int half = 0; half < 2; half++)
+        for (int64_t from = 0; from < plan->words; from += NEAR_WORDS) {
+            const int64_t until = plan->words - from < NEAR_WORDS ? plan->words : from + NEAR_WORDS;
+            for (int64_t i = 0; i < rows; i += TALL)
+                amx_tile(plan, b + half * 128, a + i * input_bytes(plan), room, from, until, sums + i * PANEL + half * 2 * LANES);
+        }
 }
 
 #else
@@ -249,16 +269,18 @@ static __attribute__((noinline)) void vnni_tile(const Plan *plan, int64_t panel,
         for (int v = 0; v < WIDE; v++) _mm512_storeu_si512(to + i * PANEL + v * LANES, sums[i][v]);
 }
 
-/* The sums of `plan->tall` inputs with a panel of weights, int32 or float32: [tall][64]. `room`: rows of a piece. */
-INLINE void multiply_tile(const Plan *plan, int64_t panel, const int8_t *b, const int8_t *a, int64_t room, void *sums) {
+/* The sums of a block of inputs with a panel of weights, int32 or float32: [rows, up to a whole tile][64]. `room`: rows
+ * of a piece. */
+INLINE void multiply_panel(const Plan *plan, int64_t panel, const int8_t *b, const int8_t *a, int64_t rows, int64_t room,
+                           int32_t *sums) {
 #ifdef HAS_AMX
     if (plan->amx) {
-        amx_tile(plan, b, a, room, sums);
+        amx_panel(plan, b, a, rows, room, sums);
         return;
     }
 #endif
     (void)room;
-    vnni_tile(plan, panel, b, a, sums);
+    for (int64_t i = 0; i < rows; i += FEW_TALL) vnni_tile(plan, panel, b, a + i * input_bytes(plan), sums + i * PANEL);
 }
 
 #endif

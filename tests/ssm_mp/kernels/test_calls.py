@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.kernels import calls
-from ssm_mp.layers import DepthwiseConv, DynamicInput, StaticInput, conv_silu_reference, rescaled
+from ssm_mp.layers import DepthwiseConv, DynamicInput, Norm, StaticInput, conv_silu_reference, rescaled
 from ssm_mp.quantize import INT8_LIMIT, quantize_tensor
 from ssm_mp.stored import FloatTensor
 
@@ -30,6 +30,28 @@ def test_the_convolution_equals_conv1d(kernel: int, length: int, inner: int, bia
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(last, whole[:, whole.shape[1] - kernel + 1 :])
     torch.testing.assert_close(module(x)[0], module(x, torch.zeros_like(before))[0])
+
+
+@given(st.integers(1, 5), st.integers(1, 200), st.booleans(), st.floats(-100, 100), st.integers(0, 99))
+def test_norms_are_those_of_float64(m: int, d: int, bias: bool, mean: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    x, weight, held = torch.randn(m, d, generator=g) + mean, torch.randn(d, generator=g), torch.randn(d, generator=g)
+    if bias:
+        expected = F.layer_norm(x.double(), [d], weight.double(), held.double(), 1e-5)
+    else:
+        expected = F.rms_norm(x.double(), [d], weight.double(), 1e-5)
+    found = Norm(FloatTensor(weight), FloatTensor(held) if bias else None, 1e-5)(x)
+    # a mean far from zero costs digits: as many as it is larger than the deviations
+    assert (found - expected).abs().max() <= 1e-5 * max(1.0, abs(mean)) * max(1.0, float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_norm_of_what_is_not_finite_is_not_finite(value: float, bias: bool) -> None:
+    x = torch.randn(3, 40)
+    x[1, 17] = value
+    norm = Norm(FloatTensor(torch.ones(40)), FloatTensor(torch.ones(40)) if bias else None, 1e-5)
+    assert norm(x)[:, 17].isfinite().tolist() == [True, False, True]
 
 
 @given(st.integers(1, 5), st.integers(1, 70), st.floats(1e-3, 10), st.integers(0, 99))
