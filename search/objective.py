@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from search.racing import Reason, best_rival, judge, rungs
+from search.racing import Reason, best_rival, judge, next_rung, rungs
 from search.workspace import Workspace
 from ssm_mp.components import fp32_bytes
 from ssm_mp.data import Windows
@@ -89,16 +89,18 @@ class Objective:
         model, prefixes = self._converted(precision_map), self._prefixes(precision_map)
         rival = best_rival(self._size(precision_map), finished)
         nll = np.full(len(windows), np.nan)
-        began = 0
-        for count in rungs(len(windows)):
+        began, count = 0, rungs(len(windows))[0]
+        while True:
             new, seen = self._order[began:count], self._order[:count]
             part = Windows(windows.ids[torch.from_numpy(new)])
             nll[new] = evaluate(model, part, self._before_layer, prefixes).nll
-            began = count
-            stopped = self._stopped(precision_map, nll[seen], seen, None if rival is None else rival[seen], error)
+            if count == len(windows):
+                return self._measured(precision_map, nll, np.arange(len(windows)))
+            against = None if rival is None else rival[seen]
+            stopped = self._stopped(precision_map, nll[seen], seen, against, error)
             if stopped is not None:
                 return stopped
-        return self._measured(precision_map, nll, np.arange(len(windows)))
+            began, count = count, self._next_rung(nll[seen], seen, against, error)
 
     def _stopped(
         self, precision_map: PrecisionMap, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float
@@ -111,6 +113,17 @@ class Objective:
         budget = self._workspace.spec.search.budget_percent
         stop = judge(measured.differences, windows, budget, rival, error)
         return None if stop is None else replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
+
+    def _next_rung(self, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float) -> int:
+        """How many windows a map that was not stopped on those with numbers `seen [n]` is to see next."""
+        budget = self._workspace.spec.search.budget_percent
+        return next_rung(self._differences(nll, seen), len(self._workspace.splits.search), budget, rival, error)
+
+    def _differences(self, nll: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Log-increases over FP32 from the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
+        full = self._baseline.evaluation
+        found: np.ndarray = (nll - full.nll[at]) / full.predicted
+        return found
 
     def _size(self, precision_map: PrecisionMap) -> int:
         """Stored bytes of a map."""
@@ -143,6 +156,6 @@ class Objective:
             compression=self._baseline.bytes / size,
             perplexity=seen.perplexity,
             increase=paired_increase(seen, reference),
-            differences=(seen.nll - reference.nll) / seen.predicted,
+            differences=self._differences(nll, at),
             of_windows=full.windows,
         )

@@ -78,6 +78,27 @@ def judge(
     return None
 
 
+def next_rung(
+    differences: np.ndarray, windows: int, budget_percent: float, rival: np.ndarray | None, error: float
+) -> int:
+    """The next of `rungs` at which a map that has not been stopped may well be; all windows where there is none.
+
+    Arguments as in `judge`.
+    """
+    n, all_rungs = differences.size, rungs(windows)
+    share = error / (2 * (len(all_rungs) - 1))
+    questions = [(differences, math.log1p(budget_percent / 100))]
+    if rival is not None:
+        questions.append((differences - rival, 0.0))
+    for count in (c for c in all_rungs if n < c < windows):
+        for values, limit in questions:
+            deviation = float(values.std(ddof=1))
+            hoped = float(values.mean()) + deviation * math.sqrt((1 - n / windows) / n)
+            if hoped - reach(1 - share, 0.0, count) * deviation * math.sqrt((1 - count / windows) / count) > limit:
+                return count
+    return windows
+
+
 def best_rival(bytes_: int, finished: Sequence[tuple[int, np.ndarray]]) -> np.ndarray | None:
     """Of maps with all windows (bytes, log-increases `[w]`), the best that is no larger than `bytes_`."""
     smaller = [differences for size, differences in finished if size <= bytes_]

@@ -65,21 +65,25 @@ class StackedObjective(Objective):
         rivals = [best_rival(self._size(one), finished) for one, finished in entries]
         nll = np.full((len(maps), len(windows)), np.nan)
         found: dict[int, Raced] = {}
-        began = 0
-        for count in rungs(len(windows)):
+        began, count = 0, rungs(len(windows))[0]
+        while began < len(windows) and len(found) < len(maps):
             new, seen = self._order[began:count], self._order[:count]
             racing = [m for m in range(len(maps)) if m not in found]
             part = Windows(windows.ids[torch.from_numpy(new)])
+            following = len(windows)
             for m, outcome in zip(racing, self._stacked([maps[m] for m in racing], part), strict=True):
                 if isinstance(outcome, Exception):
                     found[m] = outcome
                     continue
                 nll[m, new] = outcome.nll
-                rival = rivals[m]
-                stopped = self._stopped(maps[m], nll[m, seen], seen, None if rival is None else rival[seen], error)
+                whole = rivals[m]
+                rival = None if whole is None else whole[seen]
+                stopped = self._stopped(maps[m], nll[m, seen], seen, rival, error)
                 if stopped is not None:
                     found[m] = stopped
-            began = count
+                elif count < len(windows):
+                    following = min(following, self._next_rung(nll[m, seen], seen, rival, error))
+            began, count = count, following
         every = np.arange(len(windows))
         return [found[m] if m in found else self._measured(maps[m], nll[m], every) for m in range(len(maps))]
 

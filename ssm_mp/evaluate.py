@@ -217,8 +217,10 @@ def shards(values: Tensor) -> Sequence[Tensor]:
     """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
     if values.is_cuda:
         return list(values.split(_GPU_WINDOWS))
-    many = values.shape[0] * values.shape[1] >= _MANY_TOKENS
-    return list(values.split(max(1, (1 + many) * _SHARD_TOKENS // values.shape[1])))
+    tokens = values.shape[0] * values.shape[1]
+    parts = math.ceil(tokens / (_SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)))
+    even = parts + parts % 2  # two threads have as much to do
+    return list(values.tensor_split(max(1, min(even, values.shape[0]))))
 
 
 def _scorer(model: LanguageModel) -> Scorer:

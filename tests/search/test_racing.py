@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.racing import best_rival, judge, lower_bound, rungs
+from search.racing import best_rival, judge, lower_bound, next_rung, rungs
 
 
 def test_rungs_double_and_end_with_all_windows() -> None:
@@ -38,6 +38,34 @@ def test_pairing_with_the_rival_sees_what_the_mean_alone_cannot() -> None:
     assert stop.reason == "dominated"
     assert judge(worse, 128, 5.0, None, 0.01) is None
     assert judge(rival[:32] - 0.001, 128, 5.0, rival[:32], 0.01) is None
+
+
+def test_a_map_that_shows_no_sign_of_being_stopped_is_looked_at_no_more() -> None:
+    alternating = np.tile([-1.0, 1.0], 8)
+    near, far = 0.01 + 0.03 * alternating, 0.052 + 0.02 * alternating
+    assert judge(far, 128, 5.0, None, 0.01) is None
+    assert next_rung(near, 128, 5.0, None, 0.01) == 128
+    assert next_rung(far, 128, 5.0, None, 0.01) == 64
+    assert next_rung(near, 128, 5.0, near - 0.01 - 0.01 * alternating, 0.01) == 32
+    assert next_rung(far, 20, 5.0, None, 0.01) == 20
+
+
+def test_few_maps_that_every_look_would_stop_are_missed_by_leaving_looks_out() -> None:
+    rng = np.random.default_rng(3)
+    every = left_out = looks = 0
+    for _ in range(400):
+        row = rng.normal(rng.uniform(0.03, 0.12), 0.06, 128)
+        every += raced(row, 5.0, None, 0.05)
+        n = 16
+        while n < 128:
+            looks += 1
+            if judge(row[:n], 128, 5.0, None, 0.05) is not None:
+                left_out += 1
+                break
+            n = next_rung(row[:n], 128, 5.0, None, 0.05)
+    assert every > 100
+    assert left_out >= 0.9 * every
+    assert looks < 2 * 400
 
 
 def test_the_rival_is_the_best_map_that_is_no_larger() -> None:
