@@ -219,8 +219,8 @@ def shards(values: Tensor) -> Sequence[Tensor]:
         return list(values.split(_GPU_WINDOWS))
     tokens = values.shape[0] * values.shape[1]
     parts = math.ceil(tokens / (_SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)))
-    even = parts + parts % 2  # two threads have as much to do
-    return list(values.tensor_split(max(1, min(even, values.shape[0]))))
+    even = parts + parts % 2 if parts > 1 else 1  # two threads have as much to do
+    return list(values.tensor_split(min(even, values.shape[0])))
 
 
 def _scorer(model: LanguageModel) -> Scorer:

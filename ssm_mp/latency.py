@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from ssm_mp.convert import Converter
 from ssm_mp.models import LanguageModel, assemble
+from ssm_mp.models.mamba import MambaLayer
 from ssm_mp.precision_map import PrecisionMap
 
 Choices = Mapping[str, Sequence[str]]
@@ -152,6 +153,7 @@ class _Stopwatch:
         self._clock = clock
         self._intervals: list[tuple[str, Any, Any]] = []
         self._inside = False
+        self._told: dict[str, float] = defaultdict(float)
 
     def timed(self, name: str, module: nn.Module) -> nn.Module:
         """A twin of a component's module that shares its tensors and whose entrances are timed."""
@@ -176,9 +178,14 @@ class _Stopwatch:
 
         return timed
 
+    def add(self, layer: str, seconds: Mapping[str, float]) -> None:
+        """A layer that ran as one call tells the seconds spent in each of its components."""
+        for kind, spent in seconds.items():
+            self._told[layer + kind] += spent
+
     def read(self) -> dict[str, float]:
         """Seconds in each component since the last reading."""
-        spent: dict[str, float] = defaultdict(float)
+        spent, self._told = self._told, defaultdict(float)
         for name, began, ended in self._intervals:
             spent[name] += self._clock.between(began, ended)
         self._intervals = []
@@ -289,7 +296,11 @@ def _nanoseconds(spent: Sequence[float]) -> float:
 
 def _timed_model(converter: Converter, held: Mapping[str, str], watch: _Stopwatch) -> LanguageModel:
     modules = {c.name: watch.timed(c.name, converter.module(c, held[c.name])) for c in converter.components}
-    return assemble(converter.model.config, modules)
+    model = assemble(converter.model.config, modules)
+    for i, layer in enumerate(model.layers):
+        if isinstance(layer, MambaLayer):
+            layer.observer = functools.partial(watch.add, f"layers.{i}.ssm.")
+    return model
 
 
 def _extreme(choices: Choices, end: int) -> PrecisionMap:

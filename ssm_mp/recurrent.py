@@ -5,7 +5,6 @@ Dimensions: `b` batch, `d` model, `I` inner, `N` state, `K` convolution kernel, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -13,21 +12,13 @@ from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
 from ssm_mp.kernels import calls, decoding, matrices
-from ssm_mp.layers import (
-    BlockedEmbedding,
-    DepthwiseConv,
-    Embedding,
-    Linear,
-    Norm,
-)
+from ssm_mp.layers import BlockedEmbedding, Embedding, Linear
+from ssm_mp.models.compiled import Held
 from ssm_mp.models.language_model import LanguageModel, LayerState
-from ssm_mp.models.mamba import MambaLayer, MambaMixer
-from ssm_mp.stored import Stored
+from ssm_mp.models.mamba import MambaLayer
 
 MOST_SEQUENCES = 8
 """With more at a time, products of matrices are faster than rows one after another."""
-
-_LOG2_E = math.log2(math.e)
 
 
 class CompiledDecoder:
@@ -38,7 +29,7 @@ class CompiledDecoder:
         config = model.config
         assert isinstance(config, MambaConfig)
         self._model, self.position = model, position
-        self._held: list[Tensor] = []  # what the structures point to
+        self._held = Held()
         batch = states[0].conv.shape[0]
         layers = (decoding.Layer * config.n_layers)(
             *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
@@ -47,7 +38,7 @@ class CompiledDecoder:
         self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
         self._structure = decoding.Model(
             batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,
-            config.n_layers, len(heads), layers, self._norm(model.norm), (matrices.Matrix * len(heads))(*heads),
+            config.n_layers, len(heads), layers, self._held.norm(model.norm), (matrices.Matrix * len(heads))(*heads),
             self._x.data_ptr(), self._logits.data_ptr(), None,
         )  # fmt: skip
         self._scratch = torch.empty(decoding.scratch_floats(self._structure))
@@ -75,33 +66,9 @@ class CompiledDecoder:
 
     def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
         assert isinstance(layer, MambaLayer)
-        mixer: MambaMixer = layer.ssm
-        conv = mixer.conv1d
-        assert isinstance(conv, DepthwiseConv)
-        projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-        assert all(isinstance(module, Linear) for module in projections)
-        return decoding.Layer(
-            self._norm(mixer.norm),
-            *(module.matrix().structure for module in projections),  # type: ignore[operator]  # as nn.Module types it
-            self._floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
-            self._optional(conv.bias),
-            self._floats(torch.exp(mixer.A_log.tensor()) * -_LOG2_E),
-            self._floats(mixer.D.tensor()),
-            self._floats(state.conv),
-            self._floats(state.scan),
-        )
-
-    def _norm(self, norm: nn.Module) -> decoding.Norm:
-        assert isinstance(norm, Norm)
-        return decoding.Norm(self._floats(norm.weight.tensor()), self._optional(norm.bias), norm.eps)
-
-    def _floats(self, values: Tensor) -> int:
-        """Where a copy of these values lies, float32 and contiguous, for as long as the session."""
-        self._held.append(values.detach().float().clone(memory_format=torch.contiguous_format))
-        return self._held[-1].data_ptr()
-
-    def _optional(self, stored: Stored | None) -> int | None:
-        return None if stored is None else self._floats(stored.tensor())
+        found = self._held.layer(layer.ssm)
+        found.conv, found.state = self._held.floats(state.conv), self._held.floats(state.scan)
+        return found
 
 
 def _heads(model: LanguageModel) -> list[Linear | Embedding]:

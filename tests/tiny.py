@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,16 @@ ITERA = IteraConfig(
     vocabulary=VOCABULARY, d_model=16, max_length=LENGTH,
     layers=(IteraLayer(32, 4, 3, 24), IteraLayer(24, 5, 4, 20, experts=3), IteraLayer(32, 4, 3, 24, experts=1)),
 )  # fmt: skip
+
+MAMBAS = {
+    "mamba": MAMBA,
+    "huggingface": HUGGING_FACE,
+    "odd": MambaConfig(
+        vocabulary=VOCABULARY, d_model=21, d_inner=37, d_state=5, dt_rank=3, d_conv=3, n_layers=2, projection_bias=True
+    ),
+    "untied": replace(HUGGING_FACE, tied=False, d_conv=1),
+}
+"""Mambas of every kind: sizes that fill no vector, projections with biases, no convolution."""
 
 CONFIGS: dict[str, Config] = {"mamba": MAMBA, "huggingface": HUGGING_FACE, "itera": ITERA}
 

@@ -2,22 +2,7 @@
  *
  * Dimensions: b batch, d model, I inner, N state, R step rank, K convolution kernel, V vocabulary.
  */
-#include <math.h>
-
-#include "matrix.h"
-
-typedef struct {
-    const float *weight, *bias; /* [d]; no bias: RMSNorm */
-    float eps;
-} Norm;
-
-typedef struct {
-    Norm norm;
-    Matrix in_proj, x_proj, dt_proj, out_proj;
-    const float *taps, *conv_bias; /* [K, I], [I] or none */
-    const float *A2, *D;           /* A · log2 e [I, N]; [I] */
-    float *conv, *state;           /* [b, K − 1, I], [b, I, N], in and out */
-} Layer;
+#include "layer.h"
 
 typedef struct {
     int64_t batch, width, inner, states, rank, kernel, vocabulary, layers, heads;
@@ -28,21 +13,6 @@ typedef struct {
     float *logits;      /* [b, V] */
     float *scratch;
 } Model;
-
-static void normalise(const Norm *norm, int64_t batch, int64_t d, const float *x, float *y) {
-    for (int64_t b = 0; b < batch; b++, x += d, y += d) {
-        double sum = 0, square = 0;
-        if (norm->bias)
-            for (int64_t i = 0; i < d; i++) sum += x[i];
-        const float mean = (float)(sum / d);
-        for (int64_t i = 0; i < d; i++) square += (double)(x[i] - mean) * (x[i] - mean);
-        const float factor = (float)(1.0 / sqrt(square / d + norm->eps));
-        for (int64_t i = 0; i < d; i++) {
-            y[i] = (x[i] - mean) * factor * norm->weight[i];
-            if (norm->bias) y[i] += norm->bias[i];
-        }
-    }
-}
 
 /* The newest input enters the convolution's window, and SiLU of the convolution goes to `a`. */
 static void convolve(const Model *m, const Layer *layer, int64_t b, int64_t from, int count, const float *input, float *a) {
@@ -89,7 +59,7 @@ static void layer_step(const Model *m, const Layer *layer, float *scratch, int t
     void *rest = (void *)(((uintptr_t)(y + b * I) + 63) / 64 * 64);
     const int64_t blocks = (I + LANES - 1) / LANES;
     const int many = threads > 1 && b * I * N > (1 << 14);
-    normalise(&layer->norm, b, d, m->x, u);
+    normalise(&layer->norm, b, d, m->x, u, 1);
     multiply(&layer->in_proj, b, u, d, xz, 2 * I, rest, threads);
     for (int64_t w = 0; w < b * blocks; w++) {
         const int64_t i = w / blocks, from = w % blocks * LANES;
@@ -125,7 +95,7 @@ void decode_step(const Model *m, int threads) {
     for (int64_t i = 0; i < m->layers; i++) layer_step(m, &m->layer[i], m->scratch, threads);
     float *u = m->scratch;
     void *rest = (void *)(((uintptr_t)(u + m->batch * m->width) + 63) / 64 * 64);
-    normalise(&m->norm, m->batch, m->width, m->x, u);
+    normalise(&m->norm, m->batch, m->width, m->x, u, 1);
     float *logits = m->logits;
     for (int64_t i = 0; i < m->heads; i++) {
         multiply(&m->head[i], m->batch, u, m->width, logits, m->vocabulary, rest, threads);

@@ -1,4 +1,4 @@
-"""The structures of `decode.c`, and the functions that take them.
+"""The structures of `layer.c` and `decode.c`, and the functions that take them.
 
 A structure holds addresses only: whoever makes one keeps the tensors behind it alive.
 """
@@ -31,6 +31,19 @@ class Layer(ctypes.Structure):
     )
 
 
+class Tokens(ctypes.Structure):
+    """Many tokens for a layer, and the memory that it works in."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "width", "inner", "states", "rank", "kernel")),
+        *((name, c_void_p) for name in ("A2t", "x", "y", "scratch", "seconds")),
+    )
+
+
+TIMED = ("norm", "in_proj", "x_proj", "dt_proj", "out_proj", "conv1d")
+"""The parts of a layer that `Tokens.seconds` has a float64 number for, in its order."""
+
+
 class Model(ctypes.Structure):
     """A whole model, and the memory that one step works in."""
 
@@ -52,7 +65,18 @@ def _kernels() -> ctypes.CDLL:
     assert found is not None, "asked for kernels that are not there"
     found.decode_scratch.argtypes, found.decode_scratch.restype = (POINTER(Model),), c_int64
     found.decode_step.argtypes = (POINTER(Model), c_int)
+    if hasattr(found, "layer_many"):  # else this CPU lacks the instructions
+        found.layer_many.argtypes = (POINTER(Layer), POINTER(Tokens), c_int)
+        found.layer_scratch.argtypes, found.layer_scratch.restype = (POINTER(Layer), POINTER(Tokens), c_int), c_int64
     return found
+
+
+def layer_many(layer: Layer, tokens: Tokens) -> None:
+    """A layer for many tokens, the states that it carries in place. Only of matrices that take many inputs."""
+    threads = torch.get_num_threads()
+    scratch = torch.empty(_kernels().layer_scratch(byref(layer), byref(tokens), threads), dtype=torch.int8)
+    tokens.scratch = scratch.data_ptr()
+    _kernels().layer_many(byref(layer), byref(tokens), threads)
 
 
 def scratch_floats(model: Model) -> int:

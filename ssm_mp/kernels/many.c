@@ -56,13 +56,21 @@ int64_t many_scratch_bytes(const Matrix *w, int whole, int threads) {
     return group_of(&plan, whole) * panel_bytes(&plan) + threads * block_bytes(&plan);
 }
 
-static Work make_work(const Matrix *w, int whole, int64_t m, void *scratch, int threads) {
+int64_t packed_bytes(const Matrix *w) {
     const Plan plan = plan_of(w);
-    const int64_t panels = group_of(&plan, whole), share = (m + threads - 1) / threads;
-    const int64_t most = w->kind == FLOAT16 ? BLOCK : whole ? SCORED_INTEGERS : INTEGERS;
-    const int64_t blocks = (share + most - 1) / most, even = (share + blocks - 1) / blocks;
-    return (Work){plan, 0, panels, scratch, (int8_t *)scratch + panels * panel_bytes(&plan),
-                  (even + plan.tall - 1) / plan.tall * plan.tall};
+    return panels_of(w) * panel_bytes(&plan);
+}
+
+int64_t inputs_bytes(const Matrix *w, int threads) {
+    const Plan plan = plan_of(w);
+    return threads * block_bytes(&plan);
+}
+
+/* `m` inputs, up to `most` of them in a block, and as many in each. */
+static Work make_work(const Matrix *w, int64_t panels, int64_t m, int64_t most, void *packed, void *inputs, int threads) {
+    const Plan plan = plan_of(w);
+    const int64_t share = (m + threads - 1) / threads, blocks = (share + most - 1) / most, even = (share + blocks - 1) / blocks;
+    return (Work){plan, 0, panels, packed, inputs, (even + plan.tall - 1) / plan.tall * plan.tall};
 }
 
 static void pack(const Work *work, int threads) {
@@ -83,7 +91,7 @@ INLINE v16 as_floats(const Matrix *w, const int32_t *sums) {
     return (v16)_mm512_cvtepi32_ps(_mm512_loadu_si512(sums));
 }
 
-static void linear_block(const Work *work, const float *x, int64_t ld, int64_t rows, float *y) {
+static void linear_block(const Work *work, const float *x, int64_t ld, int64_t rows, const float *residual, float *y) {
     const Plan *plan = &work->plan;
     const Matrix *w = plan->of;
     int8_t *a = work->inputs + omp_get_thread_num() * block_bytes(plan);
@@ -104,6 +112,7 @@ static void linear_block(const Work *work, const float *x, int64_t ld, int64_t r
             for (int64_t i = 0; i < rows; i++) {
                 v16 value = as_floats(w, sums + i * PANEL + v * LANES);
                 if (w->kind == INT8) value = value * scale * splat(scales[i]);
+                if (residual) value = value + load_part(residual + i * w->n + column, count);
                 store_part(y + i * w->n + column, value + bias, count);
             }
         }
@@ -209,21 +218,44 @@ static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows
     }
 }
 
+static void multiply_panels(const Work *work, int64_t m, const float *x, int64_t ld, const float *residual, float *y,
+                            int threads) {
+    const int64_t n = work->plan.of->n;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t from = 0; from < m; from += work->block)
+        linear_block(work, x + from * ld, ld, m - from < work->block ? m - from : work->block,
+                     residual ? residual + from * n : NULL, y + from * n);
+}
+
+INLINE int64_t most_inputs(const Matrix *w) { return w->kind == FLOAT16 ? BLOCK : INTEGERS; }
+
+void pack_many(const Matrix *w, void *packed, int threads) {
+    const Work work = make_work(w, panels_of(w), 1, 1, packed, NULL, 1);
+    pack(&work, threads);
+}
+
+void multiply_packed(const Matrix *w, void *packed, int64_t m, const float *x, int64_t ld, const float *residual, float *y,
+                     void *inputs, int threads) {
+    const Work work = make_work(w, panels_of(w), m, most_inputs(w), packed, inputs, threads);
+    multiply_panels(&work, m, x, ld, residual, y, threads);
+}
+
 /* y [m, n] = x [m, k] (`ld` between rows), quantised if the matrix says so, times the matrix transposed, plus bias. */
 void multiply_many(const Matrix *w, int64_t m, const float *x, int64_t ld, float *y, void *scratch, int threads) {
-    Work work = make_work(w, 0, m, scratch, threads);
+    const Plan plan = plan_of(w);
+    const int64_t panels = group_of(&plan, 0);
+    Work work = make_work(w, panels, m, most_inputs(w), scratch, (int8_t *)scratch + panels * panel_bytes(&plan), threads);
     for (; work.first < panels_of(w); work.first += work.panels) {
         pack(&work, threads);
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t from = 0; from < m; from += work.block)
-            linear_block(&work, x + from * ld, ld, m - from < work.block ? m - from : work.block, y + from * w->n);
+        multiply_panels(&work, m, x, ld, NULL, y, threads);
     }
 }
 
 /* Negative log-likelihoods [m] of targets [m] where those products, without bias, are logits. */
 void nll_many(const Matrix *w, int64_t m, const float *x, int64_t ld, const int64_t *targets, double *nll, void *scratch,
               int threads) {
-    const Work work = make_work(w, 1, m, scratch, threads);
+    const int64_t most = w->kind == FLOAT16 ? BLOCK : SCORED_INTEGERS;
+    const Work work = make_work(w, panels_of(w), m, most, scratch, (int8_t *)scratch + packed_bytes(w), threads);
     pack(&work, threads);
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t from = 0; from < m; from += work.block)

@@ -3,17 +3,9 @@
  * Dimensions: b batch, l length, I inner, N state. Arrays are float32, row-major; `ld` arguments are the distance
  * between neighbouring tokens of an array that is part of a wider one.
  */
-#include "vector.h"
+#include "scan.h"
 
 #define AHEAD 8 /* tokens that are asked of memory before their turn: rows are further apart than hardware looks */
-
-typedef struct {
-    int64_t batch, length, inner, states;
-    const float *a, *dt, *A2t, *B, *C, *D, *z; /* A2t [N, I]: A · log2 e, transposed */
-    int64_t ld_dt, ld_B, ld_C, ld_z;
-    float *state; /* [b, I, N], in and out */
-    float *y;     /* [b, l, I] */
-} Scan;
 
 #define NAME scan_sixteen
 #define STATES 16

@@ -13,9 +13,6 @@
 #include "matrix.h"
 #include "quantize.h"
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define HAS_VNNI 1
-#endif
 #if defined(HAS_VNNI) && defined(__AMX_TILE__) && defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_AMX 1
 #include <sys/syscall.h>

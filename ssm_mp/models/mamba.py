@@ -5,13 +5,19 @@ Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step ran
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
+from ssm_mp.kernels import calls
 from ssm_mp.layers import Unpacked
+from ssm_mp.matrix import FEW_ROWS
+from ssm_mp.models.compiled import CompiledLayer, Observer
 from ssm_mp.models.language_model import LayerState, Parts
 from ssm_mp.models.scan import Scan, selective_scan
+from ssm_mp.stored import Stored
 
 
 class MambaMixer(nn.Module):
@@ -43,14 +49,35 @@ class MambaMixer(nn.Module):
 
 
 class MambaLayer(nn.Module):
-    """One residual layer."""
+    """One residual layer; `observer` is told where a compiled call of it spends its time."""
 
     def __init__(self, config: MambaConfig, parts: Parts, scan: Scan = selective_scan) -> None:
         super().__init__()
+        self.observer: Observer | None = None
         self.ssm = MambaMixer(config, parts.within("ssm"), scan)
+        self._compiled: tuple[object, CompiledLayer | None] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # addresses cannot be copied
+
+    def compiled(self) -> CompiledLayer | None:
+        """The layer as one call, made once; None where there is no such way, or another scan is asked for."""
+        if self.ssm.scan is not selective_scan:
+            return None
+        stored = [module for module in self.modules() if isinstance(module, Stored)]
+        if any(tensor.is_trained for tensor in stored):
+            return None
+        stamp = [tensor.stamp for tensor in stored]
+        if self._compiled is None or self._compiled[0] != stamp:
+            self._compiled = (stamp, CompiledLayer.of(self.ssm))
+        return self._compiled[1]
 
     def carry(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
         """`x [b, l, d]`, and the state before it (None: the beginning) → `[b, l, d]`, and the state after it."""
+        if calls.usable(x) and x.shape[0] * x.shape[1] > FEW_ROWS:
+            compiled = self.compiled()
+            if compiled is not None:
+                return compiled(x, before, self.observer)
         mixed, state = self.ssm(x, before)
         return x + mixed, state
 

@@ -20,7 +20,7 @@ from tests.tiny import CONFIGS, random_model, some_windows
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-@pytest.mark.parametrize("capacity", [0, 20_000, 1 << 30])
+@pytest.mark.parametrize("capacity", [0, 150_000, 1 << 30])
 def test_evaluations_are_the_same_with_any_cache(family: str, capacity: int) -> None:
     model, windows = random_model(CONFIGS[family]), some_windows(70)
     components = find_components(model)

@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from ssm_mp.calibrate import calibrate
 from ssm_mp.components import find_components
-from ssm_mp.config import MambaConfig
 from ssm_mp.convert import Converter
 from ssm_mp.embedding_blocks import split_embedding
 from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.recurrent import MOST_SEQUENCES, CompiledDecoder
 from ssm_mp.scheme import ActivationScheme, Scheme
-from tests.tiny import HUGGING_FACE, ITERA, MAMBA, VOCABULARY, random_model, some_windows
-
-ODD = MambaConfig(
-    vocabulary=VOCABULARY, d_model=21, d_inner=37, d_state=5, dt_rank=3, d_conv=3, n_layers=2, projection_bias=True
-)
-CONFIGS = {
-    "mamba": MAMBA,
-    "huggingface": HUGGING_FACE,
-    "odd": ODD,
-    "untied": replace(HUGGING_FACE, tied=False, d_conv=1),
-}
+from tests.tiny import ITERA, MAMBA, MAMBAS, VOCABULARY, random_model, some_windows
 
 
 def _converted(model: LanguageModel, precision: str, scheme: ActivationScheme) -> LanguageModel:
@@ -37,7 +24,7 @@ def _converted(model: LanguageModel, precision: str, scheme: ActivationScheme) -
     return Converter(model, Scheme(activations=scheme), statistics).convert(everywhere)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", MAMBAS)
 @pytest.mark.parametrize(
     ("precision", "scheme"),
     [
@@ -51,7 +38,7 @@ def _converted(model: LanguageModel, precision: str, scheme: ActivationScheme) -
     ],
 )
 def test_compiled_steps_equal_the_layers(family: str, precision: str, scheme: ActivationScheme) -> None:
-    model = _converted(random_model(CONFIGS[family]), precision, scheme)
+    model = _converted(random_model(MAMBAS[family]), precision, scheme)
     ids = some_windows(3).ids
     with torch.inference_mode():
         _, states = model.carry(ids[:, :5])

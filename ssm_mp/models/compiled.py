@@ -1,0 +1,127 @@
+"""A layer of family `mamba` as one compiled call for many tokens, where the kernels take all of its products.
+
+Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step rank, `K` convolution kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ssm_mp.kernels import calls, decoding
+from ssm_mp.layers import DepthwiseConv, Linear, Norm
+from ssm_mp.matrix import Matrix
+from ssm_mp.models.language_model import LayerState
+from ssm_mp.stored import Stored
+
+if TYPE_CHECKING:
+    from ssm_mp.models.mamba import MambaMixer
+
+_LOG2_E = math.log2(math.e)
+_LARGEST = 1 << 18
+"""Values of a projection up to which its product inside of the call is as fast as torch's own."""
+
+
+Observer = Callable[[Mapping[str, float]], None]
+"""Takes the seconds spent in each component of a layer, by kind."""
+
+
+class Held:
+    """Copies of tensors that structures point to: they live as long as this does."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def floats(self, values: Tensor) -> int:
+        """Where a copy of these values lies, float32 and contiguous."""
+        self._tensors.append(values.detach().float().clone(memory_format=torch.contiguous_format))
+        return self._tensors[-1].data_ptr()
+
+    def optional(self, stored: Stored | None) -> int | None:
+        """The same of a tensor that may be missing."""
+        return None if stored is None else self.floats(stored.tensor())
+
+    def norm(self, norm: nn.Module) -> decoding.Norm:
+        """A norm's structure."""
+        assert isinstance(norm, Norm)
+        return decoding.Norm(self.floats(norm.weight.tensor()), self.optional(norm.bias), norm.eps)
+
+    def layer(self, mixer: MambaMixer) -> decoding.Layer:
+        """A layer's structure, as yet without states."""
+        conv = mixer.conv1d
+        assert isinstance(conv, DepthwiseConv)
+        return decoding.Layer(
+            self.norm(mixer.norm),
+            *(matrix.structure for matrix in matrices_of(mixer)),
+            self.floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
+            self.optional(conv.bias),
+            self.floats(torch.exp(mixer.A_log.tensor()) * -_LOG2_E),
+            self.floats(mixer.D.tensor()),
+        )
+
+
+def matrices_of(mixer: MambaMixer) -> list[Matrix]:
+    """The projections as the kernels read them, in the order of `decoding.Layer`."""
+    projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+    assert all(isinstance(module, Linear) for module in projections)
+    return [module.matrix() for module in projections]  # type: ignore[operator]  # as nn.Module types it
+
+
+class CompiledLayer:
+    """The whole layer, residual included."""
+
+    def __init__(self, mixer: MambaMixer) -> None:
+        """Only of what `CompiledLayer.of` would take."""
+        self._held = Held()
+        self._matrices = matrices_of(mixer)  # the structure points to what they hold
+        self._layer = self._held.layer(mixer)
+        self._A2t = self._held.floats((torch.exp(mixer.A_log.tensor()) * -_LOG2_E).t())  # [N, I]
+        self._states, self._inner = mixer.A_log.tensor().shape[1], mixer.A_log.tensor().shape[0]
+        self._rank = mixer.sizes[0]
+        conv = mixer.conv1d
+        assert isinstance(conv, DepthwiseConv)
+        self._kernel = conv.weight.tensor().shape[-1]
+
+    @classmethod
+    def of(cls, mixer: MambaMixer) -> CompiledLayer | None:
+        """None where there is no compiled way: not on a CPU, no compiler or instructions, another precision, or so
+        large that torch's products are faster."""
+        projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
+        for module in projections:
+            if not isinstance(module, Linear) or module.weight.device.type != "cpu" or not calls.compiled():
+                return None
+            matrix = module.matrix()
+            if not matrix.takes_many or matrix.structure.n * matrix.structure.k > _LARGEST:
+                return None
+        return cls(mixer)
+
+    def __call__(
+        self, x: Tensor, before: LayerState | None, observer: Observer | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """`x [b, l, d]`, float32, and the state before it (None: zeros) → `[b, l, d]`, and the state after it.
+
+        observer: is told where its time goes.
+        """
+        x = x.contiguous()
+        b, length, width = x.shape
+        if before is None:
+            conv, scan = torch.zeros(b, self._kernel - 1, self._inner), torch.zeros(b, self._inner, self._states)
+        else:
+            conv, scan = (t.clone(memory_format=torch.contiguous_format) for t in (before.conv, before.scan))
+        y = torch.empty_like(x)
+        # a structure of its own for each call: threads share this object
+        layer = decoding.Layer.from_buffer_copy(self._layer)
+        layer.conv, layer.state = conv.data_ptr(), scan.data_ptr()
+        seconds = torch.zeros(len(decoding.TIMED), dtype=torch.float64)
+        tokens = decoding.Tokens(
+            b, length, width, self._inner, self._states, self._rank, self._kernel,
+            self._A2t, x.data_ptr(), y.data_ptr(), None, None if observer is None else seconds.data_ptr(),
+        )  # fmt: skip
+        decoding.layer_many(layer, tokens)
+        if observer is not None:
+            observer(dict(zip(decoding.TIMED, seconds.tolist(), strict=True)))
+        return y, LayerState(conv, scan)
