@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
-from ssm_mp.likelihood import token_divergence
 from ssm_mp.models import LanguageModel
 from ssm_mp.models.language_model import Scorer
 from ssm_mp.parallel import in_parallel
@@ -165,10 +164,10 @@ def finish_against(
     def compared(part: tuple[Tensor, Tensor, Tensor]) -> tuple[FloatArray, float]:
         """Of windows `ids [b, L]` with hidden states `[b, L, d]`: likelihoods `[b]`, and the divergences' sum."""
         *hidden, ids = part
-        chunks = (h[:, :-1].flatten(0, 1).split(score.held) for h in hidden)
-        kl = [token_divergence(score(ours), score_reference(theirs)) for ours, theirs in zip(*chunks, strict=True)]
+        ours, theirs = (h[:, :-1].flatten(0, 1) for h in hidden)
+        kl = score.divergence(ours, score_reference, theirs)
         # likelihoods by the way of `finish`, so that they are the very same numbers
-        return window_nll(model, score, hidden[0], ids), torch.cat(kl).sum().item()
+        return window_nll(model, score, hidden[0], ids), kl.sum().item()
 
     ids = windows.ids.to(final.hidden.device)
     parts = list(zip(shards(final.hidden), shards(expected.hidden), shards(ids), strict=True))

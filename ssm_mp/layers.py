@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ssm_mp.config import Config
 from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
-from ssm_mp.likelihood import token_nll
+from ssm_mp.likelihood import token_divergence, token_nll
 from ssm_mp.matrix import FEW_ROWS, Inputs, Matrix
 from ssm_mp.quantize import INT8_LIMIT, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
@@ -120,6 +120,16 @@ class Projection:
         if self.matrix is not None and calls.usable(x):
             return self.matrix.nll(x, columns)
         return torch.cat([self._nll(*part) for part in zip(x.split(held), columns.split(held), strict=True)])
+
+    def divergence(self, x: Tensor, reference: Projection, expected: Tensor, held: int) -> Tensor:
+        """KL(reference ‖ this) of each token's logits, of `x [m, k]` here, of `expected [m, k]` there: float64 `[m]`.
+
+        held: for how many tokens at most there may be logits in memory.
+        """
+        if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
+            return self.matrix.divergence(x, reference.matrix, expected)
+        chunks = zip(x.split(held), expected.split(held), strict=True)
+        return torch.cat([token_divergence(self(ours), reference(theirs)) for ours, theirs in chunks])
 
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]

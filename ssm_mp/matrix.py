@@ -62,6 +62,13 @@ class Matrix:
         """
         return matrices.nll_many(self.structure, _rows(x), targets)
 
+    def divergence(self, x: Tensor, reference: Matrix, expected: Tensor) -> Tensor:
+        """KL(reference ‖ this) of the logits of `x [m, k]` here and of `expected [m, k]` there: float64 `[m]`.
+
+        Only where both `takes_many`, of weights without bias.
+        """
+        return matrices.divergence_many(self.structure, _rows(x), reference.structure, _rows(expected))
+
     def unpacked(self) -> Tensor:
         """The weight as float32 `[n, k]`, the very numbers of `Stored.tensor`."""
         return matrices.unpack(self.structure)

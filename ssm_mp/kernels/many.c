@@ -188,6 +188,93 @@ INLINE double logit(const Plan *plan, const int8_t *a, const float *x, float sca
     return (double)(plan->amx ? sum : dot - 128 * w->sums[target]) * w->scales[target] * scale;
 }
 
+/* Two rows of scores, x and y: their log-sum-exps, and Σ 2^(x − top of x) (x − y). */
+typedef struct {
+    LogSum x, y;
+    v16 recent;
+    __m512d total[2];
+} Divergence;
+
+INLINE void add_recent_differences(Divergence *sum) {
+    LogSum mixed = {0, sum->recent, {sum->total[0], sum->total[1]}};
+    add_recent(&mixed);
+    sum->recent = splat(0.0f);
+    for (int half = 0; half < 2; half++) sum->total[half] = mixed.total[half];
+}
+
+/* A panel's sums of one row of each enter. */
+INLINE void compare_row(const Matrix *of_x, const Matrix *of_y, int64_t panel, const int32_t *sums_x, const int32_t *sums_y,
+                        const v16 scale_x[WIDE], const v16 scale_y[WIDE], float factor_x, float factor_y, Divergence *sum) {
+    score_row(of_y, panel, sums_y, scale_y, factor_y, &sum->y);
+    const float top = sum->x.top;
+    score_row(of_x, panel, sums_x, scale_x, factor_x, &sum->x);
+    if (sum->x.top != top) { /* what is measured from the old top shrinks with it */
+        const __m512d shrunk = _mm512_set1_pd(panel ? exp2((double)top - (double)sum->x.top) : 0.0);
+        add_recent_differences(sum);
+        for (int half = 0; half < 2; half++) sum->total[half] = _mm512_mul_pd(sum->total[half], shrunk);
+    }
+    for (int v = 0; v < WIDE; v++) {
+        v16 x = as_floats(of_x, sums_x + v * LANES), y = as_floats(of_y, sums_y + v * LANES);
+        if (of_x->kind == INT8) x = x * scale_x[v];
+        if (of_y->kind == INT8) y = y * scale_y[v];
+        x = x * splat(factor_x);
+        v16 term = exp2_16(x - splat(sum->x.top)) * (x - y * splat(factor_y));
+        for (int j = lanes_of(of_x, panel, v); j < LANES; j++) term[j] = 0;
+        sum->recent = sum->recent + term;
+    }
+}
+
+INLINE double log2_total(const LogSum *sum) {
+    return log2(_mm512_reduce_add_pd(_mm512_add_pd(sum->total[0], sum->total[1]))) + (double)sum->top;
+}
+
+/* The scales of a panel's outputs. */
+INLINE void scales_of_panel(const Matrix *w, int64_t panel, v16 scale[WIDE]) {
+    for (int v = 0; v < WIDE; v++)
+        scale[v] = w->kind == INT8 ? load_part(w->scales + panel * PANEL + v * LANES, lanes_of(w, panel, v)) : splat(1.0f);
+}
+
+/* KL of rows of `work[1]` (x) from those of `work[0]` (y), in nats. */
+static void divergence_block(const Work work[2], const float *const inputs[2], const int64_t ld[2], int64_t rows, double *kl) {
+    const Matrix *of[2] = {work[0].plan.of, work[1].plan.of};
+    int8_t *a[2];
+    float scales[2][BLOCK];
+    Divergence of_row[BLOCK];
+    int32_t sums[2][BLOCK * PANEL] __attribute__((aligned(64)));
+    TileConfig before;
+    for (int64_t i = 0; i < rows; i++) of_row[i] = (Divergence){0}, scales[0][i] = scales[1][i] = 1.0f;
+    for (int which = 0; which < 2; which++) {
+        const Plan *plan = &work[which].plan;
+        a[which] = work[which].inputs + omp_get_thread_num() * block_bytes(plan);
+        lay_inputs(plan, inputs[which], ld[which], rows, BLOCK, a[which], scales[which]);
+    }
+    open_tiles(&work[0].plan, &before);
+    for (int64_t p = 0; p < work[0].panels; p++) {
+        v16 scale[2][WIDE];
+        for (int which = 0; which < 2; which++) {
+            const Plan *plan = &work[which].plan;
+            scales_of_panel(of[which], p, scale[which]);
+            multiply_panel(plan, p, work[which].packed + p * panel_bytes(plan), a[which], rows, BLOCK, sums[which]);
+        }
+        for (int64_t i = 0; i < rows; i++)
+            compare_row(of[1], of[0], p, sums[1] + i * PANEL, sums[0] + i * PANEL, scale[1], scale[0],
+                        scales[1][i] * LOG2_E, scales[0][i] * LOG2_E, &of_row[i]);
+        if (p % RECENT == RECENT - 1 || p == work[0].panels - 1)
+            for (int64_t i = 0; i < rows; i++) {
+                add_recent(&of_row[i].x);
+                add_recent(&of_row[i].y);
+                add_recent_differences(&of_row[i]);
+            }
+    }
+    close_tiles(&work[0].plan, &before);
+    for (int64_t i = 0; i < rows; i++) {
+        const Divergence *sum = &of_row[i];
+        const double mixed = _mm512_reduce_add_pd(_mm512_add_pd(sum->total[0], sum->total[1]));
+        const double total = _mm512_reduce_add_pd(_mm512_add_pd(sum->x.total[0], sum->x.total[1]));
+        kl[i] = (mixed / total - log2_total(&sum->x) + log2_total(&sum->y)) * M_LN2;
+    }
+}
+
 static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows, const int64_t *targets, double *nll) {
     const Plan *plan = &work->plan;
     const Matrix *w = plan->of;
@@ -201,8 +288,7 @@ static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows
     open_tiles(plan, &before);
     for (int64_t p = 0; p < work->panels; p++) {
         v16 scale[WIDE];
-        for (int v = 0; v < WIDE && w->kind == INT8; v++)
-            scale[v] = load_part(w->scales + p * PANEL + v * LANES, lanes_of(w, p, v));
+        scales_of_panel(w, p, scale);
         multiply_panel(plan, p, work->packed + p * panel_bytes(plan), a, rows, BLOCK, sums);
         for (int64_t i = 0; i < rows; i++)
             score_row(w, p, sums + i * PANEL, scale, scales[i] * LOG2_E, &of_row[i]);
@@ -260,6 +346,29 @@ void nll_many(const Matrix *w, int64_t m, const float *x, int64_t ld, const int6
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t from = 0; from < m; from += work.block)
         nll_block(&work, x + from * ld, ld, m - from < work.block ? m - from : work.block, targets + from, nll + from);
+}
+
+/* Kullback–Leibler divergence [m] of the logits that `w` makes of y from those that `expected` makes of x, both [m, k];
+ * neither has a bias. */
+void divergence_many(const Matrix *w, const Matrix *expected, int64_t m, const float *y, int64_t ld_y, const float *x,
+                     int64_t ld_x, double *kl, void *scratch, int threads) {
+    const Matrix *of[2] = {w, expected};
+    const float *inputs[2] = {y, x};
+    const int64_t ld[2] = {ld_y, ld_x};
+    const int64_t most = w->kind == FLOAT16 || expected->kind == FLOAT16 ? BLOCK : SCORED_INTEGERS;
+    int8_t *at = scratch;
+    Work work[2];
+    for (int which = 0; which < 2; which++) {
+        int8_t *packed = at;
+        work[which] = make_work(of[which], panels_of(w), m, most, packed, packed + packed_bytes(of[which]), threads);
+        at = packed + packed_bytes(of[which]) + inputs_bytes(of[which], threads);
+        pack(&work[which], threads);
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t from = 0; from < m; from += work[0].block) {
+        const float *const here[2] = {inputs[0] + from * ld[0], inputs[1] + from * ld[1]};
+        divergence_block(work, here, ld, m - from < work[0].block ? m - from : work[0].block, kl + from);
+    }
 }
 
 #endif

@@ -46,6 +46,9 @@ def _kernels() -> ctypes.CDLL:
         found.many_scratch_bytes.argtypes, found.many_scratch_bytes.restype = (POINTER(Matrix), c_int, c_int), c_int64
         found.multiply_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
         found.nll_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
+        found.divergence_many.argtypes = (
+            POINTER(Matrix), POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int
+        )  # fmt: skip
     return found
 
 
@@ -91,9 +94,21 @@ def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
     return nll
 
 
-def _scratch(matrix: Matrix, whole: bool) -> Tensor:
+def divergence_many(matrix: Matrix, inputs: Tensor, expected: Matrix, theirs: Tensor) -> Tensor:
+    """KL of the logits of `inputs [m, k]` from those that another matrix makes of `theirs`: float64 `[m]`."""
+    m, scratch = inputs.shape[0], _scratch(matrix, expected, whole=True)
+    kl = torch.empty(m, dtype=torch.float64)
+    _kernels().divergence_many(
+        byref(matrix), byref(expected), m, inputs.data_ptr(), inputs.stride(0), theirs.data_ptr(), theirs.stride(0),
+        kl.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return kl
+
+
+def _scratch(*matrices: Matrix, whole: bool) -> Tensor:
     """Memory in which the functions for many inputs lay out weights, all of them or some at a time, and inputs."""
-    size = _kernels().many_scratch_bytes(byref(matrix), whole, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    size = sum(_kernels().many_scratch_bytes(byref(matrix), whole, threads) for matrix in matrices)
     return torch.empty(size, dtype=torch.int8)
 
 

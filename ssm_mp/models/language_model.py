@@ -58,13 +58,13 @@ class Scorer:
     head: Projection
     held: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """As `LanguageModel.scores`."""
-        return self.head(self.norm(x))
-
     def nll(self, x: Tensor, columns: Tensor) -> Tensor:
         """Negative log-likelihood of the tokens in `columns [m]` of the scores of `x [m, d]`: float64 `[m]`."""
         return self.head.nll(self.norm(x), columns, self.held)
+
+    def divergence(self, x: Tensor, reference: Scorer, expected: Tensor) -> Tensor:
+        """KL of the reference's scores of `expected [m, d]` from these of `x [m, d]`, of each token: float64 `[m]`."""
+        return self.head.divergence(self.norm(x), reference.head, reference.norm(expected), self.held)
 
 
 class LanguageModel(nn.Module):

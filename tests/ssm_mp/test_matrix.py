@@ -108,7 +108,9 @@ def test_products_with_float16_weights_are_as_exact_as_those_of_float32(
     held = torch.zeros(n, dtype=torch.float64) if layer.bias is None else layer.bias.tensor().double()
     # what float32 may be off by: its rounding of each product and of the sums
     rounding = 2**-23 * (k**0.5 + 2) * (x.double().abs() @ weight.abs().t() + held.abs())
-    assert ((layer.matrix().product(x).double() - (x.double() @ weight.t() + held)).abs() <= rounding + 1e-37).all()
+    lost = k * 20 * 2.0**-126  # what is below the smallest normal number counts as zero
+    found = layer.matrix().product(x).double()
+    assert ((found - (x.double() @ weight.t() + held)).abs() <= rounding + lost).all()
 
 
 @given(st.integers(1, 250), st.integers(1, 2500), st.integers(1, 70), st.integers(0, 99))
@@ -120,6 +122,42 @@ def test_likelihoods_of_a_float16_head_are_those_of_its_logits(m: int, n: int, k
     torch.testing.assert_close(
         found, token_nll(x.double() @ head.weight.tensor().double().t(), targets), rtol=1e-5, atol=1e-5
     )
+
+
+@given(
+    st.integers(1, 250), st.integers(1, 2500), st.integers(1, 70), st.sampled_from(["int8", "fp16"]),
+    st.sampled_from(["int8", "fp16"]), st.sampled_from([0.3, 1.0, 5.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_divergences_of_two_heads_are_those_of_their_logits(
+    m: int, n: int, k: int, ours: str, theirs: str, spread: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values, x = torch.randn(n, k, generator=g) * spread, torch.randn(m, k, generator=g)
+    heads = [
+        Embedding(
+            PRECISIONS[precision].store(values, "weight", ScaleRule()), DynamicInput() if precision == "int8" else None
+        )
+        for precision in (ours, theirs)
+    ]
+    inputs = (x, x + 0.1 * torch.randn(m, k, generator=g))
+    q, p = (
+        linear(of, head.weight, None, head.inputs).double().log_softmax(-1)
+        for of, head in zip(inputs, heads, strict=True)
+    )
+    found = heads[0].projection().divergence(inputs[0], heads[1].projection(), inputs[1], held=7)
+    rounding = 2e-6 * max(1.0, float(p.abs().max()))
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=rounding)
+
+
+def test_a_head_does_not_diverge_from_itself_and_what_is_not_finite_spoils_its_token() -> None:
+    head = integer_linear(700, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
+    x = torch.randn(30, 30)
+    assert head.divergence(x, head, x, held=7).abs().max() < 1e-6
+    for at in (0, 1):
+        spoiled = [x, x]
+        spoiled[at] = x.clone()
+        spoiled[at][11, 3] = torch.inf
+        assert torch.equal(head.divergence(spoiled[0], head, spoiled[1], held=7).isfinite(), torch.arange(30) != 11)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
