@@ -136,9 +136,9 @@ INLINE void add_recent(LogSum *sum) {
     sum->recent = splat(0.0f);
 }
 
-/* Measure from `higher` above the old top. */
-static void raise_top(LogSum *sum, float higher) {
-    const __m512d factor = _mm512_set1_pd(exp2(-(double)higher));
+/* Measure from `higher` above the old top; what there is, none at the `first` panel, shrinks with it. */
+static void raise_top(LogSum *sum, float higher, int first) {
+    const __m512d factor = _mm512_set1_pd(first ? 0.0 : exp2(-(double)higher));
     add_recent(sum);
     for (int half = 0; half < 2; half++) sum->total[half] = _mm512_mul_pd(sum->total[half], factor);
     sum->top += higher;
@@ -150,7 +150,7 @@ INLINE void add_scores(LogSum *sum, v16 above[WIDE], int first) {
                                          _mm512_max_ps((__m512)above[2], (__m512)above[3]));
     if (__builtin_expect(first || _mm512_cmp_ps_mask(largest, (__m512)splat(HEADROOM), _CMP_GT_OQ), 0)) {
         const float higher = _mm512_reduce_max_ps(largest);
-        raise_top(sum, higher);
+        raise_top(sum, higher, first);
         for (int v = 0; v < WIDE; v++) above[v] = above[v] - splat(higher);
     }
     sum->recent = sum->recent + ((exp2_16(above[0]) + exp2_16(above[1])) + (exp2_16(above[2]) + exp2_16(above[3])));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -140,12 +141,10 @@ def test_divergences_of_two_heads_are_those_of_their_logits(
         for precision in (ours, theirs)
     ]
     inputs = (x, x + 0.1 * torch.randn(m, k, generator=g))
-    q, p = (
-        linear(of, head.weight, None, head.inputs).double().log_softmax(-1)
-        for of, head in zip(inputs, heads, strict=True)
-    )
+    logits = [linear(of, head.weight, None, head.inputs).double() for of, head in zip(inputs, heads, strict=True)]
+    q, p = (each.log_softmax(-1) for each in logits)
     found = heads[0].projection().divergence(inputs[0], heads[1].projection(), inputs[1], held=7)
-    rounding = 2e-6 * max(1.0, float(p.abs().max()))
+    rounding = 2e-6 * max(1.0, *(float(each.abs().max()) for each in logits))  # float32's, of numbers as large
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=rounding)
 
 
@@ -180,6 +179,18 @@ def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:
     assert float(logits.max() - logits.min()) > 800
     found = head.projection().nll(x, targets, held=7)
     torch.testing.assert_close(found, token_nll(logits.double(), targets), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("logit", [-5000.0, 5000.0])
+def test_a_likelihood_survives_logits_that_are_all_far_from_zero(logit: float) -> None:
+    head = integer_linear(70, 4, "dynamic", False, torch.Generator().manual_seed(0))
+    assert isinstance(head.weight, Int8Tensor)
+    head.weight.q.fill_(127)
+    head.weight.scale.fill_(1.0)
+    x = torch.full((20, 4), logit / (4 * 127))
+    found = head.projection().nll(x, torch.zeros(20, dtype=torch.int64), held=7)
+    assert found.tolist() == pytest.approx([math.log(70)] * 20, abs=1e-3)
+    assert head.projection().divergence(x, head.projection(), x, held=7).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
