@@ -2,7 +2,7 @@
  *
  * Integers are multiplied by VNNI or AMX, exactly. Float16 weights are multiplied by AMX in bfloat16 pieces: a float32
  * number is the sum of three of them, a float16 number of two, and of the six products the one that is left out is
- * smaller than float32's own rounding.
+ * smaller than float32's own rounding. (AMX takes numbers below 2^-126 for zero: inputs below 1e-33 lose digits.)
  *
  * Values of one output lie in words of four bytes, the same word of 64 outputs side by side: four int8 values, or two
  * bfloat16 ones. Inputs lie row after row.
