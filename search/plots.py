@@ -68,7 +68,7 @@ def plot_front(
         axes.set_xlabel("compression over FP32 (×), larger is smaller on disk")
         axes.set_ylabel("perplexity increase over FP32 (%), lower is better")
         above = len(points) - len(shown)
-        note = f"; {above} worse trials above the picture" if above else ""
+        note = f"; {above} worse {'trial' if above == 1 else 'trials'} above the picture" if above else ""
         title = f"{len(points)} precision maps tried; FP32 is {baseline_bytes / 1e6:.2f} MB{note}\n{certified}"
         figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
         _legend(axes, shown, broken, budget_percent)

@@ -31,7 +31,7 @@ int multiplies_by_amx(void) {
 
 /* Inputs of a block at most: with floats as many as weights are worth fetching for; with integers, whose products are soon
  * done, as few as leave their sums near the core. */
-enum { BLOCK = 192, INTEGERS = 96, SCORED_INTEGERS = 32, GROUP_BYTES = 1 << 24 };
+enum { BLOCK = 192, INTEGERS = 96, SCORED_INTEGERS = 32, GROUP_BYTES = 1 << 22 };
 
 /* Packed panels, then for each thread a block of inputs. */
 typedef struct {
