@@ -181,12 +181,16 @@ class _Multiplier(nn.Module):
         return self._matrix[1]
 
     def projection(self) -> Projection:
-        """`multiply` for many calls: the weight is unpacked once."""
+        """`multiply` for many calls."""
         if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
             matrix = self.matrix()
             if matrix.takes_many:
                 return Projection([(self.weight, self.bias, self.inputs)], matrix)
-        return Projection([(self._to_multiply(), self.bias, self.inputs)])
+        return Projection([self.part()])
+
+    def part(self) -> tuple[Stored, Stored | None, InputQuantizer | None]:
+        """As one of several in a `Projection`: the weight is unpacked once."""
+        return self._to_multiply(), self.bias, self.inputs
 
     @property
     def _is_float32(self) -> bool:
@@ -260,7 +264,7 @@ class BlockedEmbedding(nn.Module):
 
     def projection(self) -> Projection:
         """`project` for many calls: each block's rows are unpacked once."""
-        return Projection([part for block in self.blocks for part in block.projection().parts])  # type: ignore[operator]
+        return Projection([block.part() for block in self.blocks])  # type: ignore[operator]
 
 
 class PositionEmbedding(nn.Module):
