@@ -54,12 +54,23 @@ def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     texts = {name: (folder / name).read_bytes() for name in (*_SOURCES, *_HEADERS)}
     target = _run([*command, "-march=native", "-E", "-v", "-x", "c", os.devnull], "asking the compiler for its target")
-    key = hashlib.sha256(repr((sorted(texts.items()), command, _FLAGS, target)).encode()).hexdigest()[:20]
+    try:
+        return _built(command, (*_FLAGS, _OPENMP), texts, target)
+    except _NotCompiledError as error:
+        # a compiler without OpenMP, or one (clang) with another library for it than torch's
+        found = _built(command, _FLAGS, texts, target)
+        logging.getLogger("ssm_mp").warning("note: kernels compiled without OpenMP, in one thread each: %s", error)
+        return found
+
+
+def _built(command: list[str], flags: tuple[str, ...], texts: dict[str, bytes], target: str) -> ctypes.CDLL:
+    """The kernels, compiled with these flags and kept, or as they were kept before."""
+    key = hashlib.sha256(repr((sorted(texts.items()), command, flags, target)).encode()).hexdigest()[:20]
     path = _cache() / f"kernels-{key}.so"
     if path.exists():
         return _opened(path)
     with tempfile.TemporaryDirectory() as scratch:
-        built = _compile(command, folder, Path(scratch))
+        built = _compile(command, flags, Path(__file__).parent, Path(scratch))
         with suppress(OSError):  # a cache that cannot be written only costs the next process its second of compiling
             _keep(built, path)
         return _opened(built)
@@ -95,12 +106,12 @@ def _run(command: list[str], doing: str) -> str:
     return done.stdout + done.stderr
 
 
-def _compile(command: list[str], folder: Path, scratch: Path) -> Path:
+def _compile(command: list[str], flags: tuple[str, ...], folder: Path, scratch: Path) -> Path:
     """The shared library of all kernels, in `scratch`."""
     objects = []
     for source in _SOURCES:
         objects.append(str(scratch / f"{source}.o"))
-        _run([*command, *_FLAGS, _OPENMP, "-c", str(folder / source), "-o", objects[-1]], f"compiling {source}")
+        _run([*command, *flags, "-c", str(folder / source), "-o", objects[-1]], f"compiling {source}")
     built = scratch / "kernels.so"
     # linked without OpenMP's own library: its functions are torch's, or two thread pools would fight for the cores
     _run([*command, "-shared", *objects, "-lm", "-o", str(built)], "linking the kernels")

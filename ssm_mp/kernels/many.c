@@ -4,9 +4,10 @@
  * Dimensions: m inputs, k inner and n outputs of a product; a panel is 64 outputs, a block some dozens of inputs.
  */
 #include <math.h>
-#include <omp.h>
 
 #include "tiles.h"
+
+int omp_get_thread_num(void); /* its header belongs to a library that a compiler may come without */
 
 /* Whether these functions take this matrix. */
 int takes_many(const Matrix *w) {

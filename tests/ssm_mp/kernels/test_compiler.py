@@ -15,11 +15,19 @@ from ssm_mp.kernels.compiler import library
 SCRIPT = """
 import torch
 from ssm_mp import evaluate
+from ssm_mp.convert import Converter
 from ssm_mp.kernels import calls
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import Scheme
 from tests.tiny import MAMBA, random_model, some_windows
 torch.set_num_threads(1)
+model = random_model(MAMBA)
 for _ in range(2):
-    print(calls.compiled(), f"{evaluate(random_model(MAMBA), some_windows()).perplexity:.4f}")
+    print(calls.compiled(), f"{evaluate(model, some_windows()).perplexity:.4f}")
+converter = Converter(model, Scheme(activations="dynamic"))
+for precision in ("int8", "fp16"):
+    held = converter.convert(PrecisionMap.uniform(precision, converter.components))
+    print(calls.compiled(), f"{evaluate(held, some_windows()).perplexity:.2f}")  # rounding to int8 amplifies rounding
 """
 
 
@@ -49,14 +57,28 @@ def test_without_a_compiler_results_agree_and_it_is_said_once(tmp_path: Path, co
     expected, found = _run(tmp_path), _run(tmp_path, CC=compiler)
     assert found.stderr.count("note: computing without compiled kernels") == 1
     assert expected.stderr == ""
-    assert [line.split()[0] for line in expected.stdout.splitlines()] == ["True", "True"]
+    assert [line.split()[0] for line in expected.stdout.splitlines()] == ["True"] * 4
     assert found.stdout == expected.stdout.replace("True", "False")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
-def test_kernels_for_narrower_vectors_give_the_same(tmp_path: Path) -> None:
-    assert _run(tmp_path, CC="cc -mno-avx512f").stdout == _run(tmp_path).stdout
+@pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512vnni", "-mno-amx-tile"])
+def test_kernels_for_cpus_with_fewer_instructions_give_the_same(tmp_path: Path, without: str) -> None:
+    assert _run(tmp_path, CC=f"cc {without}").stdout == _run(tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_a_compiler_without_openmp_is_a_compiler_too(tmp_path: Path) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text(
+        '#!/bin/sh\ncase " $* " in *" -fopenmp "*) echo "error: no OpenMP" >&2; exit 1;; esac\nexec cc "$@"\n'
+    )
+    compiler.chmod(0o755)
+    found = _run(tmp_path, CC=str(compiler))
+    assert found.stdout == _run(tmp_path).stdout
+    assert found.stderr.count("note: kernels compiled without OpenMP, in one thread each: ") == 1
+    assert "no OpenMP" in found.stderr
 
 
 @pytest.mark.slow
