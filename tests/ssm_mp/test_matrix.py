@@ -26,7 +26,7 @@ def test_a_product_equals_that_of_the_unpacked_weight(
     m: int, n: int, k: int, precision: str, bias: bool, scheme: ActivationScheme, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
-    weight = PRECISIONS[precision].store(torch.randn(n, k, generator=g), "weight", ScaleRule())
+    weight = PRECISIONS[precision].store(weights(n, k, g), "weight", ScaleRule())
     held = FloatTensor(torch.randn(n, generator=g).half()) if bias else None
     inputs: InputQuantizer | None = None
     if PRECISIONS[precision].quantizes_inputs and scheme != "none":
@@ -46,9 +46,15 @@ def test_an_unpacked_weight_has_the_very_numbers_that_it_stands_for(n: int, k: i
     assert torch.equal(Matrix(weight).unpacked(), weight.tensor())
 
 
+def weights(n: int, k: int, g: torch.Generator) -> torch.Tensor:
+    """Random weights, no row of them so small that its scale would be none."""
+    values = torch.randn(n, k, generator=g)
+    return torch.where(values.abs() < 1e-3, 1e-3, values)
+
+
 def integer_linear(n: int, k: int, scheme: ActivationScheme, bias: bool, g: torch.Generator) -> Linear:
     """A linear layer whose product is one of integers; skips where this CPU's kernels take no many inputs."""
-    weight = PRECISIONS["int8"].store(torch.randn(n, k, generator=g), "weight", ScaleRule())
+    weight = PRECISIONS["int8"].store(weights(n, k, g), "weight", ScaleRule())
     held = FloatTensor(torch.randn(n, generator=g)) if bias else None
     inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
     layer = Linear(weight, held, inputs)
@@ -133,7 +139,7 @@ def test_divergences_of_two_heads_are_those_of_their_logits(
     m: int, n: int, k: int, ours: str, theirs: str, spread: float, seed: int
 ) -> None:
     g = torch.Generator().manual_seed(seed)
-    values, x = torch.randn(n, k, generator=g) * spread, torch.randn(m, k, generator=g)
+    values, x = weights(n, k, g) * spread, torch.randn(m, k, generator=g)
     heads = [
         Embedding(
             PRECISIONS[precision].store(values, "weight", ScaleRule()), DynamicInput() if precision == "int8" else None
