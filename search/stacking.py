@@ -58,6 +58,8 @@ class StackedObjective(Objective):
     def race_many(self, entries: Sequence[tuple[PrecisionMap, Finished]], error: float) -> list[Raced]:
         """What `Objective.race` gives for each map and its rivals, to rounding: a map that is stopped leaves the stack.
 
+        All maps are looked at where one of them may well be stopped, so that one may be stopped earlier than alone.
+
         error: chance allowed to stop a map that all windows would have left on the front.
         """
         windows = self._workspace.splits.search

@@ -148,7 +148,7 @@ class _Multiplier(nn.Module):
         self.weight = weight
         self.bias = bias
         self.inputs = inputs
-        self._matrix: tuple[object, Matrix] | None = None
+        self._matrix: tuple[object, Matrix, object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrix": None}  # addresses cannot be copied
@@ -170,15 +170,27 @@ class _Multiplier(nn.Module):
 
     def matrix(self) -> Matrix:
         """The weight as the kernels of a CPU read it, made once."""
-        stamp = (self.weight.stamp, None if self.bias is None else self.bias.stamp)
-        if self._matrix is None or self._matrix[0] != stamp:
+        held = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        stamp = ([tensor.stamp for tensor in held], self.inputs_stamp)
+        current = self._matrix
+        if current is None or current[0] != stamp:
             how: Inputs = "none" if self.inputs is None else "dynamic"
             if isinstance(self.inputs, StaticInput):
                 made = Matrix(self.weight, self.bias, "static", self.inputs.scale.item())
             else:
                 made = Matrix(self.weight, self.bias, how)
-            self._matrix = (stamp, made)
-        return self._matrix[1]
+            # what was read is held too: another tensor in its place would have its stamp
+            current = (stamp, made, [tensor.arrays() for tensor in held])
+            self._matrix = current
+        return current[1]
+
+    @property
+    def inputs_stamp(self) -> object:
+        """Changes whenever the way that inputs are quantised does."""
+        if not isinstance(self.inputs, StaticInput):
+            return type(self.inputs)
+        scale = self.inputs.scale
+        return scale.item() if scale.device.type == "cpu" else scale.data_ptr()
 
     def projection(self) -> Projection:
         """`multiply` for many calls."""

@@ -34,7 +34,7 @@ class CompiledDecoder:
         layers = (decoding.Layer * config.n_layers)(
             *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
         )
-        heads = [head.matrix().structure for head in _heads(model)]
+        heads = [self._held.matrix(head) for head in _heads(model)]
         self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
         self._structure = decoding.Model(
             batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,

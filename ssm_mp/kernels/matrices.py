@@ -75,7 +75,10 @@ def multiplies_by_amx() -> bool:
 
 def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
     """`multiply` for many inputs."""
+    _require(matrix, inputs)
     m, found, scratch = inputs.shape[0], torch.empty(inputs.shape[0], matrix.n), _scratch(matrix, whole=False)
+    if m == 0:
+        return found
     _kernels().multiply_many(
         byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
         torch.get_num_threads(),
@@ -85,8 +88,18 @@ def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
 
 def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of `targets [m]`, int64, where those products are logits, never held: float64 `[m]`."""
-    m, targets, scratch = inputs.shape[0], targets.contiguous(), _scratch(matrix, whole=True)
+    _require(matrix, inputs)
+    m, targets = inputs.shape[0], targets.contiguous()
     nll = torch.empty(m, dtype=torch.float64)
+    if targets.shape != nll.shape or targets.dtype != torch.int64:
+        raise ValueError(
+            f"targets {tuple(targets.shape)} of {targets.dtype} for {m} inputs: one int64 for each is wanted"
+        )
+    if m == 0:
+        return nll
+    if not 0 <= int(targets.min()) <= int(targets.max()) < matrix.n:
+        raise ValueError(f"targets from {int(targets.min())} to {int(targets.max())} of {matrix.n} outputs")
+    scratch = _scratch(matrix, whole=True)
     _kernels().nll_many(
         byref(matrix), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(), scratch.data_ptr(),
         torch.get_num_threads(),
@@ -96,13 +109,26 @@ def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
 
 def divergence_many(matrix: Matrix, inputs: Tensor, expected: Matrix, theirs: Tensor) -> Tensor:
     """KL of the logits of `inputs [m, k]` from those that another matrix makes of `theirs`: float64 `[m]`."""
-    m, scratch = inputs.shape[0], _scratch(matrix, expected, whole=True)
+    _require(matrix, inputs)
+    _require(expected, theirs)
+    m = inputs.shape[0]
+    if matrix.n != expected.n or theirs.shape[0] != m:
+        raise ValueError(f"{m} inputs of {matrix.n} outputs beside {theirs.shape[0]} of {expected.n}")
     kl = torch.empty(m, dtype=torch.float64)
+    if m == 0:
+        return kl
+    scratch = _scratch(matrix, expected, whole=True)
     _kernels().divergence_many(
         byref(matrix), byref(expected), m, inputs.data_ptr(), inputs.stride(0), theirs.data_ptr(), theirs.stride(0),
         kl.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return kl
+
+
+def _require(matrix: Matrix, inputs: Tensor) -> None:
+    """Raise ValueError where inputs are not as wide as the matrix: C would read on."""
+    if inputs.dim() != 2 or inputs.shape[1] != matrix.k:
+        raise ValueError(f"inputs {tuple(inputs.shape)} for a product of {matrix.k} values each")
 
 
 def _scratch(*matrices: Matrix, whole: bool) -> Tensor:

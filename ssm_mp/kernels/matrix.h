@@ -28,7 +28,7 @@ void multiply(const Matrix *matrix, int64_t m, const float *x, int64_t ld_x, flo
               int threads);
 int64_t scratch_bytes(const Matrix *matrix, int64_t m);
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define HAS_VNNI 1
 
 /* For many inputs a weight is laid out anew first (many.c), if `takes_many` says so. `inputs` is scratch for the inputs.

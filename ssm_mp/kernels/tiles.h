@@ -1,8 +1,8 @@
 /* A tile of the product of many inputs with a weight: up to 32 inputs by a panel of 64 outputs.
  *
  * Integers are multiplied by VNNI or AMX, exactly. Float16 weights are multiplied by AMX in bfloat16 pieces: a float32
- * number is the sum of three of them, a float16 number of two, and of the six products the one that is left out is
- * smaller than float32's own rounding. (AMX takes numbers below 2^-126 for zero: inputs below 1e-33 lose digits.)
+ * number is the sum of three of them, a float16 number of two, and of the six products the smallest is left out: about
+ * float32's own rounding on the average, 2^-22 of the product at the most. (AMX takes numbers below 2^-126 for zero: inputs below 1e-33 lose digits.)
  *
  * Values of one output lie in words of four bytes, the same word of 64 outputs side by side: four int8 values, or two
  * bfloat16 ones. Inputs lie row after row.
@@ -144,8 +144,10 @@ typedef struct {
 /* Eight tiles of sixteen rows of 64 bytes; what the thread had before is kept, since others configure tiles as well. */
 INLINE void open_tiles(const Plan *plan, TileConfig *before) {
     if (!plan->amx) return;
-    TileConfig whole = {.palette = 1};
-    for (int i = 0; i < 8; i++) whole.row_bytes[i] = 64, whole.rows[i] = 16;
+    /* a constant, and a barrier: some compilers do not know that the instructions read all of this, and the inputs */
+    static const TileConfig whole = {.palette = 1, .row_bytes = {64, 64, 64, 64, 64, 64, 64, 64},
+                                     .rows = {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("" ::: "memory");
     _tile_storeconfig(before);
     _tile_loadconfig(&whole);
 }
@@ -173,7 +175,7 @@ INLINE void load_weights(const int8_t *b) {
     _tile_loadd(7, b + 64, PANEL * 4);
 }
 
-/* Bytes of a block's inputs and of half a panel that stay near the core together, as words of a row. */
+/* Words of a row that a block's inputs and half a panel may have to stay near the core together. */
 enum { NEAR_WORDS = 64 };
 
 /* 32 inputs by half a panel, words `from` … `until`, added to the sums so far (none before word 0). */

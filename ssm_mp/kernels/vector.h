@@ -84,7 +84,7 @@ INLINE float max16(v16 x) {
 
 #define ROUNDING 12582912.0f /* 1.5 · 2^23: adding and taking it away rounds to the nearest integer, ties to even */
 
-/* 2^x for x up to 127; below −126 it is 2^−126. The polynomial is the best of degree 5 on [−½, ½]: error 1e−7. */
+/* 2^x for x up to 127; below −126 it is 2^−126 or less. The polynomial is the best of degree 5 on [−½, ½]: error 1e−7. */
 INLINE v16 exp2_16(v16 x) {
 #if defined(__AVX512DQ__)
     const v16 f = (v16)_mm512_reduce_ps((__m512)x, 8); /* what rounding to the nearest integer leaves */

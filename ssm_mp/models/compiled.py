@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.kernels import calls, decoding
-from ssm_mp.layers import DepthwiseConv, Linear, Norm
+from ssm_mp.kernels import calls, decoding, matrices
+from ssm_mp.layers import DepthwiseConv, Embedding, Linear, Norm
 from ssm_mp.matrix import Matrix
 from ssm_mp.models.language_model import LayerState
 from ssm_mp.stored import Stored
@@ -35,6 +35,7 @@ class Held:
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
+        self._matrices: list[Matrix] = []
 
     def floats(self, values: Tensor) -> int:
         """Where a copy of these values lies, float32 and contiguous."""
@@ -44,6 +45,12 @@ class Held:
     def optional(self, stored: Stored | None) -> int | None:
         """The same of a tensor that may be missing."""
         return None if stored is None else self.floats(stored.tensor())
+
+    def matrix(self, module: nn.Module) -> matrices.Matrix:
+        """A weight's structure. The module may make its own anew at any time: this one lives on here."""
+        assert isinstance(module, Linear | Embedding)
+        self._matrices.append(module.matrix())
+        return self._matrices[-1].structure
 
     def norm(self, norm: nn.Module) -> decoding.Norm:
         """A norm's structure."""
@@ -56,19 +63,12 @@ class Held:
         assert isinstance(conv, DepthwiseConv)
         return decoding.Layer(
             self.norm(mixer.norm),
-            *(matrix.structure for matrix in matrices_of(mixer)),
+            *(self.matrix(module) for module in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)),
             self.floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
             self.optional(conv.bias),
             self.floats(torch.exp(mixer.A_log.tensor()) * -_LOG2_E),
             self.floats(mixer.D.tensor()),
         )
-
-
-def matrices_of(mixer: MambaMixer) -> list[Matrix]:
-    """The projections as the kernels read them, in the order of `decoding.Layer`."""
-    projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-    assert all(isinstance(module, Linear) for module in projections)
-    return [module.matrix() for module in projections]  # type: ignore[operator]  # as nn.Module types it
 
 
 class CompiledLayer:
@@ -77,7 +77,6 @@ class CompiledLayer:
     def __init__(self, mixer: MambaMixer) -> None:
         """Only of what `CompiledLayer.of` would take."""
         self._held = Held()
-        self._matrices = matrices_of(mixer)  # the structure points to what they hold
         self._layer = self._held.layer(mixer)
         self._A2t = self._held.floats((torch.exp(mixer.A_log.tensor()) * -_LOG2_E).t())  # [N, I]
         self._states, self._inner = mixer.A_log.tensor().shape[1], mixer.A_log.tensor().shape[0]
@@ -90,8 +89,12 @@ class CompiledLayer:
     def of(cls, mixer: MambaMixer) -> CompiledLayer | None:
         """None where there is no compiled way: not on a CPU, no compiler or instructions, another precision, or so
         large that torch's products are faster."""
-        projections = (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)
-        for module in projections:
+        # a stack of maps puts a module of its own where they differ
+        if not isinstance(mixer.norm, Norm) or not isinstance(mixer.conv1d, DepthwiseConv):
+            return None
+        if not isinstance(mixer.A_log, Stored) or not isinstance(mixer.D, Stored):
+            return None
+        for module in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
             if not isinstance(module, Linear) or module.weight.device.type != "cpu" or not calls.compiled():
                 return None
             matrix = module.matrix()
@@ -108,6 +111,8 @@ class CompiledLayer:
         """
         x = x.contiguous()
         b, length, width = x.shape
+        if width != self._layer.in_proj.k:
+            raise ValueError(f"inputs of width {width} for a layer of width {self._layer.in_proj.k}")
         if before is None:
             conv, scan = torch.zeros(b, self._kernel - 1, self._inner), torch.zeros(b, self._inner, self._states)
         else:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
 from ssm_mp.kernels import calls
-from ssm_mp.layers import Unpacked
+from ssm_mp.layers import Linear, Unpacked
 from ssm_mp.matrix import FEW_ROWS
 from ssm_mp.models.compiled import CompiledLayer, Observer
 from ssm_mp.models.language_model import LayerState, Parts
@@ -55,7 +55,7 @@ class MambaLayer(nn.Module):
         super().__init__()
         self.observer: Observer | None = None
         self.ssm = MambaMixer(config, parts.within("ssm"), scan)
-        self._compiled: tuple[object, CompiledLayer | None] | None = None
+        self._compiled: tuple[object, CompiledLayer | None, object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # addresses cannot be copied
@@ -67,10 +67,15 @@ class MambaLayer(nn.Module):
         stored = [module for module in self.modules() if isinstance(module, Stored)]
         if any(tensor.is_trained for tensor in stored):
             return None
-        stamp = [tensor.stamp for tensor in stored]
-        if self._compiled is None or self._compiled[0] != stamp:
-            self._compiled = (stamp, CompiledLayer.of(self.ssm))
-        return self._compiled[1]
+        projections = (self.ssm.in_proj, self.ssm.x_proj, self.ssm.dt_proj, self.ssm.out_proj)
+        inputs = [module.inputs_stamp for module in projections if isinstance(module, Linear)]
+        stamp = ([tensor.stamp for tensor in stored], inputs)
+        current = self._compiled
+        if current is None or current[0] != stamp:
+            # what was read is held too: another tensor in its place would have its stamp
+            current = (stamp, CompiledLayer.of(self.ssm), [tensor.arrays() for tensor in stored])
+            self._compiled = current
+        return current[1]
 
     def carry(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
         """`x [b, l, d]`, and the state before it (None: the beginning) → `[b, l, d]`, and the state after it."""

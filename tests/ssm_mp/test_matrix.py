@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -177,6 +178,40 @@ def test_an_input_that_float16_products_cannot_hold_spoils_its_row_and_no_other(
     x = torch.randn(40, 30)
     x[11, 3] = value
     assert torch.equal(layer.matrix().product(x).isfinite().all(dim=1), torch.arange(40) != 11)
+
+
+def test_an_input_scale_that_is_replaced_is_the_one_that_counts() -> None:
+    layer = integer_linear(40, 30, "static", False, torch.Generator().manual_seed(0))
+    x = torch.randn(20, 30)
+    layer(x)
+    assert isinstance(layer.inputs, StaticInput)
+    layer.inputs.scale.fill_(0.3)
+    torch.testing.assert_close(layer(x), linear(x, layer.weight, None, layer.inputs))
+    torch.testing.assert_close(layer(x[:2]), linear(x[:2], layer.weight, None, layer.inputs))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
+def test_no_inputs_give_nothing_and_sizes_that_do_not_fit_are_refused(kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    layers = [
+        integer_linear(n, 30, "dynamic", False, g) if kind == "int8" else float16_linear(n, 30, g) for n in (70, 40)
+    ]
+    head, other = (layer.matrix() for layer in layers)
+    none, x = torch.empty(0, 30), torch.randn(20, 30)
+    assert head.nll(none, torch.empty(0, dtype=torch.int64)).shape == (0,)
+    assert head.divergence(none, head, none).shape == (0,)
+    wrong_calls: list[Callable[[], torch.Tensor]] = [
+        lambda: head.product(x[:, :29].contiguous()),
+        lambda: head.nll(x[:, :29].contiguous(), torch.zeros(20, dtype=torch.int64)),
+        lambda: head.nll(x, torch.zeros(19, dtype=torch.int64)),
+        lambda: head.nll(x, torch.full((20,), 70)),
+        lambda: head.nll(x, torch.full((20,), -1)),
+        lambda: head.divergence(x, other, x),
+        lambda: head.divergence(x, head, x[:19]),
+    ]
+    for wrong in wrong_calls:
+        with pytest.raises(ValueError, match="inputs|targets"):
+            wrong()
 
 
 def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:

@@ -102,6 +102,19 @@ def test_maps_that_differ_in_one_component_only(stage: int) -> None:
     np.testing.assert_allclose(likelihoods(found), alone(converter, maps, windows), rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["conv1d", "norm"])
+@pytest.mark.parametrize("activations", ["dynamic", "none"])
+def test_maps_that_agree_in_all_projections_of_a_layer(kind: str, activations: ActivationScheme) -> None:
+    converter, windows = converter_of(MAMBA, activations), some_windows(3)
+    for lowest in ("int8", "fp16"):
+        base = PrecisionMap.uniform(lowest, converter.components)
+        other = "fp16" if lowest == "int8" else "int8"
+        maps = [base, base.changed({f"layers.1.ssm.{kind}": other})]
+        found = likelihoods(evaluate_stacked(converter, maps, windows))
+        for ours, theirs in zip(found, alone(converter, maps, windows), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-3)
+
+
 def test_an_embedding_in_blocks() -> None:
     windows = some_windows(4)
     counts = torch.bincount(windows.ids.flatten(), minlength=VOCABULARY)
