@@ -196,7 +196,7 @@ class _Multiplier(nn.Module):
         """`multiply` for many calls."""
         if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
             matrix = self.matrix()
-            if matrix.takes_many:
+            if matrix.scores_many:
                 return Projection([(self.weight, self.bias, self.inputs)], matrix)
         return Projection([self.part()])
 

@@ -22,6 +22,11 @@ _INPUTS = {"none": matrices.AS_THEY_ARE, "static": matrices.STATIC, "dynamic": m
 _FLOATS = {torch.float32: matrices.FLOAT32, torch.float16: matrices.FLOAT16}
 
 
+_PACKED_BYTES = {matrices.INT8: 1, matrices.FLOAT16: 4}
+_MOST_PACKED = 3 << 26
+"""Bytes up to which each thread may lay out a whole head of its own, anew for its every share of the windows."""
+
+
 class Matrix:
     """A weight `[n, k]` with its bias; `structure` is what the kernels take, valid for as long as this lives."""
 
@@ -47,6 +52,7 @@ class Matrix:
             kind, _INPUTS[inputs], n, k, self._at(values), scales, sums, held_bias, levels, input_scale
         )
         self.takes_many = matrices.takes_many(self.structure)
+        self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
         self.suits_many = self.takes_many and _is_faster(kind, n, k)
 
     def product(self, x: Tensor) -> Tensor:
@@ -58,7 +64,7 @@ class Matrix:
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of `targets [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
 
-        Only where `takes_many`, of a weight without bias.
+        Only where `takes_many`, of a weight without bias; best where `scores_many`.
         """
         return matrices.nll_many(self.structure, _rows(x), targets)
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ssm_mp.matrix
 from ssm_mp.layers import DepthwiseConv, DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
 from ssm_mp.likelihood import token_nll
 from ssm_mp.matrix import FEW_ROWS, Matrix
@@ -212,6 +213,18 @@ def test_no_inputs_give_nothing_and_sizes_that_do_not_fit_are_refused(kind: str)
     for wrong in wrong_calls:
         with pytest.raises(ValueError, match="inputs|targets"):
             wrong()
+
+
+def test_a_head_too_large_for_each_thread_to_lay_out_is_scored_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, targets = torch.randn(20, 30), torch.arange(20)
+    found = []
+    for most in (3 << 26, 100):
+        monkeypatch.setattr(ssm_mp.matrix, "_MOST_PACKED", most)
+        head = integer_linear(40, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
+        assert (head.matrix is None) == (most == 100)
+        found.append((head.nll(x, targets, held=7), head.divergence(x, head, x + 0.1, held=7)))
+    for fused, logits in zip(*found, strict=True):
+        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5)
 
 
 def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:
