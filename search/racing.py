@@ -55,8 +55,18 @@ def rungs(windows: int) -> tuple[int, ...]:
 def lower_bound(differences: np.ndarray, windows: int, error: float) -> float:
     """Lower confidence bound of the mean over all `windows` from the differences `[n]` of the first n."""
     n = differences.size
-    spread = float(differences.std(ddof=1)) / math.sqrt(n) * math.sqrt(max(0.0, 1 - n / windows))
+    spread = _standard_error(differences, n, windows)
     return float(differences.mean()) - reach(1 - error, -skewness(differences), n) * spread
+
+
+def _standard_error(differences: np.ndarray, count: int, windows: int) -> float:
+    """Of the mean over `count` of `windows` that scatter as these do, drawn without replacement."""
+    return float(differences.std(ddof=1)) * math.sqrt(max(0.0, 1 - count / windows) / count)
+
+
+def _share(error: float, windows: int) -> float:
+    """The error allowed to a map at one of two questions, at one of its looks."""
+    return error / (2 * (len(rungs(windows)) - 1))
 
 
 def judge(
@@ -67,8 +77,7 @@ def judge(
     differences: its log-increase over FP32 on each window seen, `[n]`; rival: that of the best map which is no
     larger, on the same windows, None where there is none; error: allowed to this map in all.
     """
-    looks = 2 * (len(rungs(windows)) - 1)
-    share = error / looks
+    share = _share(error, windows)
     bound = lower_bound(differences, windows, share)
     shown = 100 * math.expm1(bound)
     if shown > budget_percent:
@@ -85,16 +94,14 @@ def next_rung(
 
     Arguments as in `judge`.
     """
-    n, all_rungs = differences.size, rungs(windows)
-    share = error / (2 * (len(all_rungs) - 1))
+    n, confidence = differences.size, 1 - _share(error, windows)
     questions = [(differences, math.log1p(budget_percent / 100))]
     if rival is not None:
         questions.append((differences - rival, 0.0))
-    for count in (c for c in all_rungs if n < c < windows):
+    for count in (c for c in rungs(windows) if n < c < windows):
         for values, limit in questions:
-            deviation = float(values.std(ddof=1))
-            hoped = float(values.mean()) + deviation * math.sqrt((1 - n / windows) / n)
-            if hoped - reach(1 - share, 0.0, count) * deviation * math.sqrt((1 - count / windows) / count) > limit:
+            hoped = float(values.mean()) + _standard_error(values, n, windows)
+            if hoped - reach(confidence, 0.0, count) * _standard_error(values, count, windows) > limit:
                 return count
     return windows
 

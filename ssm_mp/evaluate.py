@@ -165,9 +165,8 @@ def finish_against(
         """Of windows `ids [b, L]` with hidden states `[b, L, d]`: likelihoods `[b]`, and the divergences' sum."""
         *hidden, ids = part
         ours, theirs = (h[:, :-1].flatten(0, 1) for h in hidden)
-        kl = score.divergence(ours, score_reference, theirs)
-        # likelihoods by the way of `finish`, so that they are the very same numbers
-        return window_nll(model, score, hidden[0], ids), kl.sum().item()
+        nll, kl = score.divergence(ours, model.columns(ids[:, 1:]).flatten(), score_reference, theirs)
+        return _by_window(nll, ids), kl.sum().item()
 
     ids = windows.ids.to(final.hidden.device)
     parts = list(zip(shards(final.hidden), shards(expected.hidden), shards(ids), strict=True))
@@ -232,7 +231,11 @@ def window_nll(model: LanguageModel, score: Scorer, hidden: Tensor, ids: Tensor)
 
     score: the model's `scorer`.
     """
-    nll = score.nll(hidden[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten())
+    return _by_window(score.nll(hidden[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten()), ids)
+
+
+def _by_window(nll: Tensor, ids: Tensor) -> FloatArray:
+    """Likelihoods of tokens `[b·(L − 1)]` summed over each of the windows `ids [b, L]`: `[b]`."""
     result: FloatArray = nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy()
     return result
 

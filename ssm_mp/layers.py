@@ -21,12 +21,9 @@ from ssm_mp.config import Config
 from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.likelihood import token_divergence, token_nll
-from ssm_mp.matrix import FEW_ROWS, Inputs, Matrix
+from ssm_mp.matrix import FEW_ROWS, SMALLEST_SCALE, Inputs, Matrix
 from ssm_mp.quantize import INT8_LIMIT, quantize_tensor
 from ssm_mp.stored import ByteTensor, FloatTensor, Int8Tensor, Stored
-
-_SMALLEST_SCALE = 1e-12
-"""Keeps the dynamic scale of an all-zero token away from zero."""
 
 LINEAR_KINDS = frozenset({"in_proj", "x_proj", "dt_proj", "out_proj", "delta_proj", "w1", "w2", "router", "lm_head"})
 """Component kinds that are linear layers."""
@@ -59,8 +56,8 @@ class DynamicInput(nn.Module):
         """`x [m, k]` → int8 `[m, k]` and float32 scales `[m, 1]`."""
         kernels = kernels_for(x)
         if kernels is not None:
-            return kernels.quantize_dynamic(x, _SMALLEST_SCALE)
-        scale = (x.abs().amax(dim=1, keepdim=True) / INT8_LIMIT).clamp_(min=_SMALLEST_SCALE)
+            return kernels.quantize_dynamic(x, SMALLEST_SCALE)
+        scale = (x.abs().amax(dim=1, keepdim=True) / INT8_LIMIT).clamp_(min=SMALLEST_SCALE)
         return quantize_tensor(x, scale), scale
 
 
@@ -121,15 +118,18 @@ class Projection:
             return self.matrix.nll(x, columns)
         return torch.cat([self._nll(*part) for part in zip(x.split(held), columns.split(held), strict=True)])
 
-    def divergence(self, x: Tensor, reference: Projection, expected: Tensor, held: int) -> Tensor:
-        """KL(reference ‖ this) of each token's logits, of `x [m, k]` here, of `expected [m, k]` there: float64 `[m]`.
+    def divergence(
+        self, x: Tensor, columns: Tensor, reference: Projection, expected: Tensor, held: int
+    ) -> tuple[Tensor, Tensor]:
+        """`nll`, the very same numbers, and KL(reference ‖ this) of each token's logits: float64 `[m]` each.
 
-        held: for how many tokens at most there may be logits in memory.
+        Logits are those of `x [m, k]` here and of `expected [m, k]` there.
         """
         if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
-            return self.matrix.divergence(x, reference.matrix, expected)
+            return self.matrix.divergence(x, columns, reference.matrix, expected)
         chunks = zip(x.split(held), expected.split(held), strict=True)
-        return torch.cat([token_divergence(self(ours), reference(theirs)) for ours, theirs in chunks])
+        kl = torch.cat([token_divergence(self(ours), reference(theirs)) for ours, theirs in chunks])
+        return self.nll(x, columns, held), kl
 
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]

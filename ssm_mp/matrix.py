@@ -21,7 +21,12 @@ Inputs = Literal["none", "static", "dynamic"]
 _INPUTS = {"none": matrices.AS_THEY_ARE, "static": matrices.STATIC, "dynamic": matrices.DYNAMIC}
 _FLOATS = {torch.float32: matrices.FLOAT32, torch.float16: matrices.FLOAT16}
 
-
+SMALLEST_SCALE = 1e-12
+"""Keeps the dynamic scale of an all-zero input away from zero."""
+_SMALL = 1 << 18
+"""Values of a matrix up to which an integer product here is faster than oneDNN's, measured with AMX."""
+_LEAST_FLOATS = (256, 64)
+"""Outputs and inputs from which on splitting the inputs of a float16 product pays, measured with AMX."""
 _PACKED_BYTES = {matrices.INT8: 1, matrices.FLOAT16: 4}
 _MOST_PACKED = 3 << 26
 """Bytes up to which each thread may lay out a whole head of its own, anew for its every share of the windows."""
@@ -33,7 +38,10 @@ class Matrix:
     def __init__(
         self, weight: Stored, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
     ) -> None:
-        """Nothing is copied but vectors. inputs, input_scale: how those of an int8 weight are quantised."""
+        """Nothing is copied but vectors.
+
+        inputs: how those of an int8 weight are quantised; input_scale: that of static ones.
+        """
         self._held: list[Tensor] = []
         values, kind = _values(weight)
         scales: int | None = None
@@ -49,17 +57,22 @@ class Matrix:
         n, k = weight.shape if isinstance(weight, GroupedTensor) else values.shape
         held_bias = None if bias is None else self._at(bias.tensor())
         self.structure = matrices.Matrix(
-            kind, _INPUTS[inputs], n, k, self._at(values), scales, sums, held_bias, levels, input_scale
-        )
+            kind, _INPUTS[inputs], n, k, self._at(values), scales, sums, held_bias, levels,
+            SMALLEST_SCALE if inputs == "dynamic" else input_scale,
+        )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
         self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
-        self.suits_many = self.takes_many and _is_faster(kind, n, k)
+        self.is_small = n * k <= _SMALL
+        faster = self.is_small if kind == matrices.INT8 else n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1]
+        self.suits_many = self.takes_many and faster
 
     def product(self, x: Tensor) -> Tensor:
         """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows only
         where `takes_many`, and best where `suits_many`."""
-        multiply = matrices.multiply if x.shape[0] <= FEW_ROWS else matrices.multiply_many
-        return multiply(self.structure, _rows(x))
+        if x.shape[0] <= FEW_ROWS:
+            return matrices.multiply(self.structure, _rows(x))
+        assert self.takes_many
+        return matrices.multiply_many(self.structure, _rows(x))
 
     def nll(self, x: Tensor, targets: Tensor) -> Tensor:
         """Negative log-likelihood of `targets [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
@@ -68,12 +81,12 @@ class Matrix:
         """
         return matrices.nll_many(self.structure, _rows(x), targets)
 
-    def divergence(self, x: Tensor, reference: Matrix, expected: Tensor) -> Tensor:
-        """KL(reference ‖ this) of the logits of `x [m, k]` here and of `expected [m, k]` there: float64 `[m]`.
+    def divergence(self, x: Tensor, targets: Tensor, reference: Matrix, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """`nll`, and KL(reference ‖ this) of the logits of `x [m, k]` here, of `expected [m, k]` there: float64 `[m]`.
 
         Only where both `takes_many`, of weights without bias.
         """
-        return matrices.divergence_many(self.structure, _rows(x), reference.structure, _rows(expected))
+        return matrices.divergence_many(self.structure, _rows(x), targets, reference.structure, _rows(expected))
 
     def unpacked(self) -> Tensor:
         """The weight as float32 `[n, k]`, the very numbers of `Stored.tensor`."""
@@ -83,14 +96,6 @@ class Matrix:
         """Where these values lie, kept alive."""
         self._held.append(values.detach().contiguous())
         return self._held[-1].data_ptr()
-
-
-def _is_faster(kind: int, n: int, k: int) -> bool:
-    """Whether these products of many rows are faster here than in torch, measured with AMX.
-
-    Large integer products are oneDNN's best, and small ones of floats not worth the splitting of their inputs.
-    """
-    return n * k <= 1 << 18 if kind == matrices.INT8 else n >= 256 and k >= 64
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ class CompiledDecoder:
 
     def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
         assert isinstance(layer, MambaLayer)
-        found = self._held.layer(layer.ssm)
+        found = self._held.layer(layer.ssm, many=False)
         found.conv, found.state = self._held.floats(state.conv), self._held.floats(state.scan)
         return found
 

@@ -122,7 +122,7 @@ class Head:
     rows: slice | Tensor
 
     def nll(self, hidden: Tensor, ids: Tensor) -> Rows:
-        """Last hidden states `[r, b, L, d]` of all rows → negative log-likelihoods `[maps, b]`, by chunks of logits."""
+        """Last hidden states `[r, b, L, d]` of all rows → negative log-likelihoods `[maps, b]`."""
         states = hidden[self.rows].flatten(0, 1)  # [maps·b, L, d]
         found = window_nll(self.model, self.score, states, ids.repeat(len(self.maps), 1))
         by_map: Rows = found.reshape(len(self.maps), -1)

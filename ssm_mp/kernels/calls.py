@@ -22,7 +22,7 @@ _LOG2_E = math.log2(math.e)
 
 
 class _Scan(ctypes.Structure):
-    """`Scan` of scan.c."""
+    """`Scan` of scan.h."""
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "length", "inner", "states")),

@@ -1,4 +1,4 @@
-"""The structures of `layer.c` and `decode.c`, and the functions that take them.
+"""The structures of `layer.h`, `layer.c` and `decode.c`, and the functions that take them.
 
 A structure holds addresses only: whoever makes one keeps the tensors behind it alive.
 """
@@ -36,7 +36,7 @@ class Tokens(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("batch", "length", "width", "inner", "states", "rank", "kernel")),
-        *((name, c_void_p) for name in ("A2t", "x", "y", "scratch", "seconds")),
+        *((name, c_void_p) for name in ("x", "y", "scratch", "seconds")),
     )
 
 

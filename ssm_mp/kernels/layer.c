@@ -14,11 +14,10 @@ enum { GROUP_TOKENS = 256 }; /* of one thread, at least one sequence */
 
 typedef struct {
     int64_t batch, length, width, inner, states, rank, kernel;
-    const float *A2t; /* A · log2 e, transposed [N, I]; the layer's own A2 is not used */
-    const float *x;   /* [b, l, d] */
-    float *y;         /* [b, l, d] */
-    void *scratch;    /* `layer_scratch` bytes, aligned to 64 */
-    double *seconds;  /* in each part, added up; or none */
+    const float *x;  /* [b, l, d] */
+    float *y;        /* [b, l, d] */
+    void *scratch;   /* `layer_scratch` bytes, aligned to 64 */
+    double *seconds; /* in each part, added up; or none */
 } Tokens;
 
 /* Parts of a layer whose time is asked for. */
@@ -103,7 +102,7 @@ static void layer_group(const Layer *layer, const Tokens *t, const Products *pro
     spent(t, X_PROJ, &since);
     multiply_packed(&layer->dt_proj, products->packed[2], m, p, wide, NULL, dt, products->inputs, threads);
     spent(t, DT_PROJ, &since);
-    const Scan scan = {count, t->length, I, N, a, dt, t->A2t, p + t->rank, p + t->rank + N, layer->D, xz + I,
+    const Scan scan = {count, t->length, I, N, a, dt, layer->A2, p + t->rank, p + t->rank + N, layer->D, xz + I,
                        I, wide, wide, 2 * I, layer->state + from * I * N, a};
     selective_scan(&scan, threads);
     spent(t, -1, &since);

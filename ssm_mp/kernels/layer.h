@@ -13,7 +13,7 @@ typedef struct {
     Norm norm;
     Matrix in_proj, x_proj, dt_proj, out_proj;
     const float *taps, *conv_bias; /* [K, I], [I] or none */
-    const float *A2, *D;           /* A · log2 e [I, N]; [I] */
+    const float *A2, *D;           /* A · log2 e, of one token [I, N], of many [N, I]; [I] */
     float *conv, *state;           /* [b, K − 1, I], [b, I, N], in and out */
 } Layer;
 

@@ -35,7 +35,7 @@ static void raise_top(LogSum *sum, float higher, int first) {
     sum->top += higher;
 }
 
-/* Add a panel's scores, given above the row's top. */
+/* Add a panel's scores, given above the row's top; what is added, 2^(score − top), takes their place. */
 INLINE void add_scores(LogSum *sum, v16 above[4], int first) {
     const __m512 largest = _mm512_max_ps(_mm512_max_ps((__m512)above[0], (__m512)above[1]),
                                          _mm512_max_ps((__m512)above[2], (__m512)above[3]));
@@ -44,13 +44,13 @@ INLINE void add_scores(LogSum *sum, v16 above[4], int first) {
         raise_top(sum, higher, first);
         for (int v = 0; v < 4; v++) above[v] = above[v] - splat(higher);
     }
-    sum->recent = sum->recent + ((exp2_16(above[0]) + exp2_16(above[1])) + (exp2_16(above[2]) + exp2_16(above[3])));
+    for (int v = 0; v < 4; v++) above[v] = exp2_16(above[v]);
+    sum->recent = sum->recent + ((above[0] + above[1]) + (above[2] + above[3]));
 }
 
-/* log2 of the whole sum, top included. */
-INLINE double log2_total(const LogSum *sum) {
-    return log2(_mm512_reduce_add_pd(_mm512_add_pd(sum->total[0], sum->total[1]))) + (double)sum->top;
-}
+/* The whole sum, measured from its top, once nothing is recent; and its natural logarithm, top included. */
+INLINE double total_of(const __m512d total[2]) { return _mm512_reduce_add_pd(_mm512_add_pd(total[0], total[1])); }
+INLINE double log_of(const LogSum *sum) { return log(total_of(sum->total)) + sum->top * M_LN2; }
 
 #endif
 #endif

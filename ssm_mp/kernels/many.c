@@ -1,5 +1,5 @@
 /* Products of many inputs with a weight, the passes before and after them inside: inputs are quantised or split block by
- * block, sums are scaled (or, of a head, enter the log-sum-exp) while they are near, and are never stored.
+ * block, and sums are scaled, or, of a head, enter the log-sum-exp, while they are near.
  *
  * Dimensions: m inputs, k inner and n outputs of a product; a panel is 64 outputs, a block some dozens of inputs.
  */
@@ -46,17 +46,20 @@ typedef struct {
 INLINE int64_t panels_of(const Matrix *w) { return (w->n + PANEL - 1) / PANEL; }
 INLINE int64_t block_bytes(const Plan *plan) { return BLOCK * plan->input_pieces * input_bytes(plan); }
 
-/* Panels that are packed at once. */
-INLINE int64_t group_of(const Plan *plan, int whole) {
+/* Panels that `multiply_many` packs at once. */
+INLINE int64_t group_of(const Plan *plan) {
     const int64_t all = panels_of(plan->of), some = GROUP_BYTES / panel_bytes(plan);
-    return whole || all <= some ? all : some > 0 ? some : 1;
+    return all <= some ? all : some > 0 ? some : 1;
 }
 
-/* Bytes of scratch, aligned to 64; `whole`: for `nll_many`. */
-int64_t many_scratch_bytes(const Matrix *w, int whole, int threads) {
+/* Bytes of scratch, aligned to 64, for `multiply_many`. */
+int64_t many_scratch_bytes(const Matrix *w, int threads) {
     const Plan plan = plan_of(w);
-    return group_of(&plan, whole) * panel_bytes(&plan) + threads * block_bytes(&plan);
+    return group_of(&plan) * panel_bytes(&plan) + threads * block_bytes(&plan);
 }
+
+/* The same for `nll_many`, and of each of the two heads for `divergence_many`. */
+int64_t scored_scratch_bytes(const Matrix *w, int threads) { return packed_bytes(w) + inputs_bytes(w, threads); }
 
 int64_t packed_bytes(const Matrix *w) {
     const Plan plan = plan_of(w);
@@ -68,7 +71,7 @@ int64_t inputs_bytes(const Matrix *w, int threads) {
     return threads * block_bytes(&plan);
 }
 
-/* `m` inputs, up to `most` of them in a block, and as many in each. */
+/* `m` inputs, up to `most` of them in a block, which is then filled up to whole tiles, and as many in each. */
 static Work make_work(const Matrix *w, int64_t panels, int64_t m, int64_t most, void *packed, void *inputs, int threads) {
     const Plan plan = plan_of(w);
     const int64_t share = (m + threads - 1) / threads, blocks = (share + most - 1) / most, even = (share + blocks - 1) / blocks;
@@ -122,16 +125,24 @@ static void linear_block(const Work *work, const float *x, int64_t ld, int64_t r
     close_tiles(plan, &before);
 }
 
-/* A panel's sums of one row enter its log-sum-exp. */
-INLINE void score_row(const Matrix *w, int64_t panel, const int32_t *sums, const v16 scale[WIDE], float factor, LogSum *sum) {
-    v16 above[WIDE];
+/* The scales of a panel's outputs. */
+INLINE void scales_of_panel(const Matrix *w, int64_t panel, v16 scale[WIDE]) {
+    for (int v = 0; v < WIDE; v++)
+        scale[v] = w->kind == INT8 ? load_part(w->scales + panel * PANEL + v * LANES, lanes_of(w, panel, v)) : splat(1.0f);
+}
+
+/* A panel's scores of one row, logits · log2 e. `factor`: the scale of the row's inputs · log2 e. */
+INLINE void scores_of_row(const Matrix *w, const int32_t *sums, const v16 scale[WIDE], float factor, v16 score[WIDE]) {
+    for (int v = 0; v < WIDE; v++) score[v] = as_floats(w, sums + v * LANES) * scale[v] * splat(factor);
+}
+
+/* They enter the row's log-sum-exp; `term`: what each adds to it, nothing beyond the outputs. */
+INLINE void score_row(const Matrix *w, int64_t panel, const v16 score[WIDE], LogSum *sum, v16 term[WIDE]) {
     for (int v = 0; v < WIDE; v++) {
-        v16 value = as_floats(w, sums + v * LANES);
-        if (w->kind == INT8) value = value * scale[v];
-        above[v] = value * splat(factor) - splat(sum->top);
-        for (int j = lanes_of(w, panel, v); j < LANES; j++) above[v][j] = -INFINITY;
+        term[v] = score[v] - splat(sum->top);
+        for (int j = lanes_of(w, panel, v); j < LANES; j++) term[v][j] = -INFINITY;
     }
-    add_scores(sum, above, panel == 0);
+    add_scores(sum, term, panel == 0);
 }
 
 /* Float16 weights times inputs, summed as float64. */
@@ -168,59 +179,68 @@ INLINE void add_recent_differences(Divergence *sum) {
     for (int half = 0; half < 2; half++) sum->total[half] = mixed.total[half];
 }
 
-/* A panel's sums of one row of each enter. */
-INLINE void compare_row(const Matrix *of_x, const Matrix *of_y, int64_t panel, const int32_t *sums_x, const int32_t *sums_y,
-                        const v16 scale_x[WIDE], const v16 scale_y[WIDE], float factor_x, float factor_y, Divergence *sum) {
-    score_row(of_y, panel, sums_y, scale_y, factor_y, &sum->y);
+/* A panel's scores of one row of each enter. */
+INLINE void compare_row(const Matrix *of_x, const Matrix *of_y, int64_t panel, const v16 x[WIDE], const v16 y[WIDE],
+                        Divergence *sum) {
+    v16 term[WIDE];
     const float top = sum->x.top;
-    score_row(of_x, panel, sums_x, scale_x, factor_x, &sum->x);
+    score_row(of_y, panel, y, &sum->y, term);
+    score_row(of_x, panel, x, &sum->x, term);
     if (sum->x.top != top) { /* what is measured from the old top shrinks with it */
         const __m512d shrunk = _mm512_set1_pd(panel ? exp2((double)top - (double)sum->x.top) : 0.0);
         add_recent_differences(sum);
         for (int half = 0; half < 2; half++) sum->total[half] = _mm512_mul_pd(sum->total[half], shrunk);
     }
-    for (int v = 0; v < WIDE; v++) {
-        v16 x = as_floats(of_x, sums_x + v * LANES), y = as_floats(of_y, sums_y + v * LANES);
-        if (of_x->kind == INT8) x = x * scale_x[v];
-        if (of_y->kind == INT8) y = y * scale_y[v];
-        x = x * splat(factor_x);
-        v16 term = exp2_16(x - splat(sum->x.top)) * (x - y * splat(factor_y));
-        for (int j = lanes_of(of_x, panel, v); j < LANES; j++) term[j] = 0;
-        sum->recent = sum->recent + term;
-    }
+    for (int v = 0; v < WIDE; v++) sum->recent = sum->recent + term[v] * (x[v] - y[v]);
 }
 
-/* The scales of a panel's outputs. */
-INLINE void scales_of_panel(const Matrix *w, int64_t panel, v16 scale[WIDE]) {
-    for (int v = 0; v < WIDE; v++)
-        scale[v] = w->kind == INT8 ? load_part(w->scales + panel * PANEL + v * LANES, lanes_of(w, panel, v)) : splat(1.0f);
+/* One of two heads at work on a block. */
+typedef struct {
+    const Work *work;
+    int8_t *a;
+    float scales[BLOCK];
+    v16 scale[WIDE];
+    int32_t sums[BLOCK * PANEL] __attribute__((aligned(64)));
+} Side;
+
+static void open_side(Side *side, const Work *work, const float *x, int64_t ld, int64_t rows) {
+    side->work = work;
+    side->a = work->inputs + omp_get_thread_num() * block_bytes(&work->plan);
+    for (int64_t i = 0; i < rows; i++) side->scales[i] = 1.0f;
+    lay_inputs(&work->plan, x, ld, rows, BLOCK, side->a, side->scales);
 }
 
-/* KL of rows of `work[1]` (x) from those of `work[0]` (y), in nats. */
-static void divergence_block(const Work work[2], const float *const inputs[2], const int64_t ld[2], int64_t rows, double *kl) {
-    const Matrix *of[2] = {work[0].plan.of, work[1].plan.of};
-    int8_t *a[2];
-    float scales[2][BLOCK];
+static void multiply_side(Side *side, int64_t panel, int64_t rows) {
+    const Plan *plan = &side->work->plan;
+    scales_of_panel(plan->of, panel, side->scale);
+    multiply_panel(plan, panel, side->work->packed + panel * panel_bytes(plan), side->a, rows, BLOCK, side->sums);
+}
+
+/* Scores of row `i`. */
+INLINE void scores_of_side(const Side *side, int64_t i, v16 score[WIDE]) {
+    scores_of_row(side->work->plan.of, side->sums + i * PANEL, side->scale, side->scales[i] * LOG2_E, score);
+}
+
+/* Rows of `work[0]` (y): negative log-likelihoods, and KL of the rows of `work[1]` (x) from them, in nats. */
+static void divergence_block(const Work work[2], const float *const inputs[2], const int64_t ld[2], int64_t rows,
+                             const int64_t *targets, double *nll, double *kl) {
+    const Matrix *of_y = work[0].plan.of, *of_x = work[1].plan.of;
+    Side y, x;
     Divergence of_row[BLOCK];
-    int32_t sums[2][BLOCK * PANEL] __attribute__((aligned(64)));
     TileConfig before;
-    for (int64_t i = 0; i < rows; i++) of_row[i] = (Divergence){0}, scales[0][i] = scales[1][i] = 1.0f;
-    for (int which = 0; which < 2; which++) {
-        const Plan *plan = &work[which].plan;
-        a[which] = work[which].inputs + omp_get_thread_num() * block_bytes(plan);
-        lay_inputs(plan, inputs[which], ld[which], rows, BLOCK, a[which], scales[which]);
-    }
+    for (int64_t i = 0; i < rows; i++) of_row[i] = (Divergence){0};
+    open_side(&y, &work[0], inputs[0], ld[0], rows);
+    open_side(&x, &work[1], inputs[1], ld[1], rows);
     open_tiles(&work[0].plan, &before);
     for (int64_t p = 0; p < work[0].panels; p++) {
-        v16 scale[2][WIDE];
-        for (int which = 0; which < 2; which++) {
-            const Plan *plan = &work[which].plan;
-            scales_of_panel(of[which], p, scale[which]);
-            multiply_panel(plan, p, work[which].packed + p * panel_bytes(plan), a[which], rows, BLOCK, sums[which]);
+        multiply_side(&y, p, rows);
+        multiply_side(&x, p, rows);
+        for (int64_t i = 0; i < rows; i++) {
+            v16 score_x[WIDE], score_y[WIDE];
+            scores_of_side(&x, i, score_x);
+            scores_of_side(&y, i, score_y);
+            compare_row(of_x, of_y, p, score_x, score_y, &of_row[i]);
         }
-        for (int64_t i = 0; i < rows; i++)
-            compare_row(of[1], of[0], p, sums[1] + i * PANEL, sums[0] + i * PANEL, scale[1], scale[0],
-                        scales[1][i] * LOG2_E, scales[0][i] * LOG2_E, &of_row[i]);
         if (p % RECENT == RECENT - 1 || p == work[0].panels - 1)
             for (int64_t i = 0; i < rows; i++) {
                 add_recent(&of_row[i].x);
@@ -231,39 +251,34 @@ static void divergence_block(const Work work[2], const float *const inputs[2], c
     close_tiles(&work[0].plan, &before);
     for (int64_t i = 0; i < rows; i++) {
         const Divergence *sum = &of_row[i];
-        const double mixed = _mm512_reduce_add_pd(_mm512_add_pd(sum->total[0], sum->total[1]));
-        const double total = _mm512_reduce_add_pd(_mm512_add_pd(sum->x.total[0], sum->x.total[1]));
-        kl[i] = (mixed / total - log2_total(&sum->x) + log2_total(&sum->y)) * M_LN2;
+        const int8_t *a = y.a + i * input_bytes(&work[0].plan);
+        nll[i] = log_of(&sum->y) - logit(&work[0].plan, a, inputs[0] + i * ld[0], y.scales[i], targets[i]);
+        kl[i] = total_of(sum->total) / total_of(sum->x.total) * M_LN2 - log_of(&sum->x) + log_of(&sum->y);
     }
 }
 
+/* The same of one head, without another to compare it with. */
 static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows, const int64_t *targets, double *nll) {
     const Plan *plan = &work->plan;
-    const Matrix *w = plan->of;
-    int8_t *a = work->inputs + omp_get_thread_num() * block_bytes(plan);
-    float scales[BLOCK];
+    Side side;
     LogSum of_row[BLOCK];
-    int32_t sums[BLOCK * PANEL] __attribute__((aligned(64)));
     TileConfig before;
-    for (int64_t i = 0; i < rows; i++) of_row[i] = (LogSum){0}, scales[i] = 1.0f;
-    lay_inputs(plan, x, ld, rows, BLOCK, a, scales);
+    for (int64_t i = 0; i < rows; i++) of_row[i] = (LogSum){0};
+    open_side(&side, work, x, ld, rows);
     open_tiles(plan, &before);
     for (int64_t p = 0; p < work->panels; p++) {
-        v16 scale[WIDE];
-        scales_of_panel(w, p, scale);
-        multiply_panel(plan, p, work->packed + p * panel_bytes(plan), a, rows, BLOCK, sums);
-        for (int64_t i = 0; i < rows; i++)
-            score_row(w, p, sums + i * PANEL, scale, scales[i] * LOG2_E, &of_row[i]);
-        if (p % RECENT == RECENT - 1)
+        multiply_side(&side, p, rows);
+        for (int64_t i = 0; i < rows; i++) {
+            v16 score[WIDE], term[WIDE];
+            scores_of_side(&side, i, score);
+            score_row(plan->of, p, score, &of_row[i], term);
+        }
+        if (p % RECENT == RECENT - 1 || p == work->panels - 1)
             for (int64_t i = 0; i < rows; i++) add_recent(&of_row[i]);
     }
     close_tiles(plan, &before);
-    for (int64_t i = 0; i < rows; i++) {
-        LogSum *sum = &of_row[i];
-        add_recent(sum);
-        const double total = _mm512_reduce_add_pd(_mm512_add_pd(sum->total[0], sum->total[1]));
-        nll[i] = log(total) + sum->top * M_LN2 - logit(plan, a + i * input_bytes(plan), x + i * ld, scales[i], targets[i]);
-    }
+    for (int64_t i = 0; i < rows; i++)
+        nll[i] = log_of(&of_row[i]) - logit(plan, side.a + i * input_bytes(plan), x + i * ld, side.scales[i], targets[i]);
 }
 
 static void multiply_panels(const Work *work, int64_t m, const float *x, int64_t ld, const float *residual, float *y,
@@ -291,7 +306,7 @@ void multiply_packed(const Matrix *w, void *packed, int64_t m, const float *x, i
 /* y [m, n] = x [m, k] (`ld` between rows), quantised if the matrix says so, times the matrix transposed, plus bias. */
 void multiply_many(const Matrix *w, int64_t m, const float *x, int64_t ld, float *y, void *scratch, int threads) {
     const Plan plan = plan_of(w);
-    const int64_t panels = group_of(&plan, 0);
+    const int64_t panels = group_of(&plan);
     Work work = make_work(w, panels, m, most_inputs(w), scratch, (int8_t *)scratch + panels * panel_bytes(&plan), threads);
     for (; work.first < panels_of(w); work.first += work.panels) {
         pack(&work, threads);
@@ -310,26 +325,25 @@ void nll_many(const Matrix *w, int64_t m, const float *x, int64_t ld, const int6
         nll_block(&work, x + from * ld, ld, m - from < work.block ? m - from : work.block, targets + from, nll + from);
 }
 
-/* Kullback–Leibler divergence [m] of the logits that `w` makes of y from those that `expected` makes of x, both [m, k];
- * neither has a bias. */
+/* The same, and the Kullback–Leibler divergence [m] of the logits that `w` makes of y from those that `expected` makes of
+ * x, both [m, k]; neither has a bias. */
 void divergence_many(const Matrix *w, const Matrix *expected, int64_t m, const float *y, int64_t ld_y, const float *x,
-                     int64_t ld_x, double *kl, void *scratch, int threads) {
+                     int64_t ld_x, const int64_t *targets, double *nll, double *kl, void *scratch, int threads) {
     const Matrix *of[2] = {w, expected};
-    const float *inputs[2] = {y, x};
     const int64_t ld[2] = {ld_y, ld_x};
     const int64_t most = w->kind == FLOAT16 || expected->kind == FLOAT16 ? BLOCK : SCORED_INTEGERS;
-    int8_t *at = scratch;
+    int8_t *packed = scratch;
     Work work[2];
     for (int which = 0; which < 2; which++) {
-        int8_t *packed = at;
         work[which] = make_work(of[which], panels_of(w), m, most, packed, packed + packed_bytes(of[which]), threads);
-        at = packed + packed_bytes(of[which]) + inputs_bytes(of[which], threads);
+        packed += scored_scratch_bytes(of[which], threads);
         pack(&work[which], threads);
     }
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t from = 0; from < m; from += work[0].block) {
-        const float *const here[2] = {inputs[0] + from * ld[0], inputs[1] + from * ld[1]};
-        divergence_block(work, here, ld, m - from < work[0].block ? m - from : work[0].block, kl + from);
+        const float *const here[2] = {y + from * ld_y, x + from * ld_x};
+        divergence_block(work, here, ld, m - from < work[0].block ? m - from : work[0].block, targets + from, nll + from,
+                         kl + from);
     }
 }
 

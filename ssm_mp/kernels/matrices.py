@@ -9,6 +9,7 @@ Dimensions: `m` inputs, `k` inner and `n` outputs of a product.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
@@ -43,11 +44,12 @@ def _kernels() -> ctypes.CDLL:
     found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     found.takes_many.argtypes, found.takes_many.restype = (POINTER(Matrix),), c_int
     if hasattr(found, "multiply_many"):  # else this CPU lacks the instructions
-        found.many_scratch_bytes.argtypes, found.many_scratch_bytes.restype = (POINTER(Matrix), c_int, c_int), c_int64
+        for scratch in (found.many_scratch_bytes, found.scored_scratch_bytes):
+            scratch.argtypes, scratch.restype = (POINTER(Matrix), c_int), c_int64
         found.multiply_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
         found.nll_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
         found.divergence_many.argtypes = (
-            POINTER(Matrix), POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int
+            POINTER(Matrix), POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, c_int
         )  # fmt: skip
     return found
 
@@ -76,66 +78,65 @@ def multiplies_by_amx() -> bool:
 def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
     """`multiply` for many inputs."""
     _require(matrix, inputs)
-    m, found, scratch = inputs.shape[0], torch.empty(inputs.shape[0], matrix.n), _scratch(matrix, whole=False)
-    if m == 0:
-        return found
-    _kernels().multiply_many(
-        byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    m = inputs.shape[0]
+    found, scratch = torch.empty(m, matrix.n), _scratch(_kernels().many_scratch_bytes, matrix)
+    if m > 0:
+        _kernels().multiply_many(
+            byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
     return found
 
 
 def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of `targets [m]`, int64, where those products are logits, never held: float64 `[m]`."""
-    _require(matrix, inputs)
-    m, targets = inputs.shape[0], targets.contiguous()
+    _require(matrix, inputs, targets)
+    m, targets, scratch = inputs.shape[0], targets.contiguous(), _scratch(_kernels().scored_scratch_bytes, matrix)
     nll = torch.empty(m, dtype=torch.float64)
-    if targets.shape != nll.shape or targets.dtype != torch.int64:
-        raise ValueError(
-            f"targets {tuple(targets.shape)} of {targets.dtype} for {m} inputs: one int64 for each is wanted"
-        )
-    if m == 0:
-        return nll
-    if not 0 <= int(targets.min()) <= int(targets.max()) < matrix.n:
-        raise ValueError(f"targets from {int(targets.min())} to {int(targets.max())} of {matrix.n} outputs")
-    scratch = _scratch(matrix, whole=True)
-    _kernels().nll_many(
-        byref(matrix), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(), scratch.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
+    if m > 0:
+        _kernels().nll_many(
+            byref(matrix), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(),
+            scratch.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
     return nll
 
 
-def divergence_many(matrix: Matrix, inputs: Tensor, expected: Matrix, theirs: Tensor) -> Tensor:
-    """KL of the logits of `inputs [m, k]` from those that another matrix makes of `theirs`: float64 `[m]`."""
-    _require(matrix, inputs)
-    _require(expected, theirs)
-    m = inputs.shape[0]
-    if matrix.n != expected.n or theirs.shape[0] != m:
-        raise ValueError(f"{m} inputs of {matrix.n} outputs beside {theirs.shape[0]} of {expected.n}")
-    kl = torch.empty(m, dtype=torch.float64)
-    if m == 0:
-        return kl
-    scratch = _scratch(matrix, expected, whole=True)
-    _kernels().divergence_many(
-        byref(matrix), byref(expected), m, inputs.data_ptr(), inputs.stride(0), theirs.data_ptr(), theirs.stride(0),
-        kl.data_ptr(), scratch.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    return kl
+def divergence_many(
+    matrix: Matrix, inputs: Tensor, targets: Tensor, expected: Matrix, theirs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`nll_many`, and KL of these logits from those that `expected` makes of `theirs [m, k]`: float64 `[m]` each."""
+    _require(matrix, inputs, targets)
+    _require(expected, theirs, targets)
+    if matrix.n != expected.n:
+        raise ValueError(f"{matrix.n} outputs beside {expected.n}: as many are wanted")
+    m, targets = inputs.shape[0], targets.contiguous()
+    scratch = _scratch(_kernels().scored_scratch_bytes, matrix, expected)
+    nll, kl = torch.empty(m, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
+    if m > 0:
+        _kernels().divergence_many(
+            byref(matrix), byref(expected), m, inputs.data_ptr(), inputs.stride(0), theirs.data_ptr(),
+            theirs.stride(0), targets.data_ptr(), nll.data_ptr(), kl.data_ptr(), scratch.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+    return nll, kl
 
 
-def _require(matrix: Matrix, inputs: Tensor) -> None:
-    """Raise ValueError where inputs are not as wide as the matrix: C would read on."""
+def _require(matrix: Matrix, inputs: Tensor, targets: Tensor | None = None) -> None:
+    """Raise ValueError where inputs or targets do not fit the matrix: C would read beyond them."""
     if inputs.dim() != 2 or inputs.shape[1] != matrix.k:
         raise ValueError(f"inputs {tuple(inputs.shape)} for a product of {matrix.k} values each")
+    if targets is None:
+        return
+    if targets.shape != inputs.shape[:1] or targets.dtype != torch.int64:
+        raise ValueError(f"targets {tuple(targets.shape)}, {targets.dtype}: one int64 for each of {len(inputs)} inputs")
+    if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < matrix.n:
+        raise ValueError(f"targets from {int(targets.min())} to {int(targets.max())} of {matrix.n} outputs")
 
 
-def _scratch(*matrices: Matrix, whole: bool) -> Tensor:
-    """Memory in which the functions for many inputs lay out weights, all of them or some at a time, and inputs."""
+def _scratch(needed: Callable[..., int], *heads: Matrix) -> Tensor:
+    """Memory in which the functions for many inputs lay out weights and inputs; `needed` tells the bytes for each."""
     threads = torch.get_num_threads()
-    size = sum(_kernels().many_scratch_bytes(byref(matrix), whole, threads) for matrix in matrices)
-    return torch.empty(size, dtype=torch.int8)
+    return torch.empty(sum(needed(byref(matrix), threads) for matrix in heads), dtype=torch.int8)
 
 
 def row_sums(values: Tensor) -> Tensor:

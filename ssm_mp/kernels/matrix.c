@@ -210,7 +210,7 @@ void multiply(const Matrix *w, int64_t m, const float *x, int64_t ld_x, float *y
     int8_t *q = scratch;
     float *input_scales = (float *)(q + (m * w->k + 63) / 64 * 64);
     if (w->inputs == STATIC_INPUTS) quantize_static(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
-    if (w->inputs == DYNAMIC_INPUTS) quantize_dynamic(m, w->k, x, ld_x, SMALLEST_SCALE, q, input_scales, 1);
+    if (w->inputs == DYNAMIC_INPUTS) quantize_dynamic(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
     static const int bits[] = {32, 16, 8, 4, 3};
     const int many = threads > 1 && w->n * w->k * bits[w->kind] / 8 > PARALLEL_BYTES;
 #pragma omp parallel for num_threads(threads) if (many) schedule(static)

@@ -8,8 +8,6 @@
 #include "vector.h"
 
 enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3 };        /* how a weight is stored */
-#define SMALLEST_SCALE 1e-12f /* keeps the dynamic scale of an all-zero input away from zero */
-
 enum { INPUTS_AS_THEY_ARE, STATIC_INPUTS, DYNAMIC_INPUTS }; /* how its inputs are quantised, of INT8 only */
 
 typedef struct {
@@ -19,7 +17,7 @@ typedef struct {
     const int32_t *sums;    /* INT8: sum of each row's values [n] */
     const float *bias;      /* [n], or none */
     const float *levels;    /* codes: the value of each of sixteen codes */
-    float input_scale;      /* STATIC_INPUTS */
+    float input_scale;      /* STATIC_INPUTS: theirs; DYNAMIC_INPUTS: the least that one may be */
 } Matrix;
 
 /* y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias.
@@ -28,14 +26,14 @@ void multiply(const Matrix *matrix, int64_t m, const float *x, int64_t ld_x, flo
               int threads);
 int64_t scratch_bytes(const Matrix *matrix, int64_t m);
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 #define HAS_VNNI 1
 
-/* For many inputs a weight is laid out anew first (many.c), if `takes_many` says so. `inputs` is scratch for the inputs.
+/* For many inputs a weight is laid out anew first (many.c), if `takes_many` says so.
  * y [m, n] = x times the matrix transposed, plus bias, plus `residual` [m, n], or none. */
 int takes_many(const Matrix *w);
 int64_t packed_bytes(const Matrix *w);
-int64_t inputs_bytes(const Matrix *w, int threads);
+int64_t inputs_bytes(const Matrix *w, int threads); /* of scratch for the inputs */
 void pack_many(const Matrix *w, void *packed, int threads);
 void multiply_packed(const Matrix *w, void *packed, int64_t m, const float *x, int64_t ld, const float *residual, float *y,
                      void *inputs, int threads);

@@ -1,8 +1,9 @@
 /* A tile of the product of many inputs with a weight: up to 32 inputs by a panel of 64 outputs.
  *
  * Integers are multiplied by VNNI or AMX, exactly. Float16 weights are multiplied by AMX in bfloat16 pieces: a float32
- * number is the sum of three of them, a float16 number of two, and of the six products the smallest is left out: about
- * float32's own rounding on the average, 2^-22 of the product at the most. (AMX takes numbers below 2^-126 for zero: inputs below 1e-33 lose digits.)
+ * number is the sum of three of them, a float16 number of two, and of the six products the smallest is left out: at the
+ * most 2^-22 of the product, about as much as float32 rounds. (AMX takes numbers below 2^-126 for zero: inputs below
+ * 1e-33 lose digits.)
  *
  * Values of one output lie in words of four bytes, the same word of 64 outputs side by side: four int8 values, or two
  * bfloat16 ones. Inputs lie row after row.
@@ -100,7 +101,8 @@ static void pack_panel(const Plan *plan, int64_t panel, int8_t *to) {
         }
 }
 
-/* Float32 numbers x [k] → three bfloat16 pieces, whose sum is the number; zeros up to the padded length. */
+/* Float32 numbers x [k] → three bfloat16 pieces, whose sum is the number; zeros up to the padded length, which fills
+ * whole vectors. */
 static void split_input(const Plan *plan, const float *x, int8_t *to, int64_t to_next) {
     const __m512i top = _mm512_set1_epi32((int)0xffff0000);
     for (int64_t c = 0; c < plan->words * 2; c += LANES) {
@@ -109,9 +111,8 @@ static void split_input(const Plan *plan, const float *x, int8_t *to, int64_t to
         __m512 rest = _mm512_maskz_loadu_ps(there, x + c);
         for (int piece = 0; piece < 3; piece++) {
             const __m512 part = (__m512)_mm512_and_si512((__m512i)rest, top);
-            const __mmask16 fits = plan->words * 2 - c >= LANES ? 0xffff : (__mmask16)((1 << (plan->words * 2 - c)) - 1);
-            _mm256_mask_storeu_epi16(to + piece * to_next + c * 2, fits,
-                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)part, 16)));
+            _mm256_storeu_si256((__m256i *)(to + piece * to_next + c * 2),
+                                _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)part, 16)));
             rest = _mm512_sub_ps(rest, part);
         }
     }
@@ -127,7 +128,7 @@ static void lay_inputs(const Plan *plan, const float *x, int64_t ld, int64_t row
             continue;
         }
         v16 poison = splat(0.0f);
-        const float scale = w->inputs == DYNAMIC_INPUTS ? scale_of_row(x, w->k, SMALLEST_SCALE) : w->input_scale;
+        const float scale = w->inputs == DYNAMIC_INPUTS ? scale_of_row(x, w->k, w->input_scale) : w->input_scale;
         quantize_row(x, w->k, scale, plan->amx ? 0 : 128, to, &poison);
         scales[i] = scale + sum16(poison);
     }

@@ -1,6 +1,6 @@
 /* Sixteen floats at a time, in the vector extensions that gcc and clang share: one text for every CPU.
  *
- * Results do not depend on the width of the machine's registers, only on whether it fuses multiply and add.
+ * Normal results do not depend on the width of the machine's registers, only on whether it fuses multiply and add.
  */
 #ifndef SSM_MP_VECTOR_H
 #define SSM_MP_VECTOR_H

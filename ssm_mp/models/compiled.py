@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from ssm_mp.models.mamba import MambaMixer
 
 _LOG2_E = math.log2(math.e)
-_LARGEST = 1 << 18
-"""Values of a projection up to which its product inside of the call is as fast as torch's own."""
-
-
 Observer = Callable[[Mapping[str, float]], None]
 """Takes the seconds spent in each component of a layer, by kind."""
 
@@ -57,8 +53,9 @@ class Held:
         assert isinstance(norm, Norm)
         return decoding.Norm(self.floats(norm.weight.tensor()), self.optional(norm.bias), norm.eps)
 
-    def layer(self, mixer: MambaMixer) -> decoding.Layer:
-        """A layer's structure, as yet without states."""
+    def layer(self, mixer: MambaMixer, many: bool) -> decoding.Layer:
+        """A layer's structure for one token at a time, or for many, as yet without states."""
+        A2 = torch.exp(mixer.A_log.tensor()) * -_LOG2_E  # [I, N]  # noqa: N806
         conv = mixer.conv1d
         assert isinstance(conv, DepthwiseConv)
         return decoding.Layer(
@@ -66,7 +63,7 @@ class Held:
             *(self.matrix(module) for module in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)),
             self.floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
             self.optional(conv.bias),
-            self.floats(torch.exp(mixer.A_log.tensor()) * -_LOG2_E),
+            self.floats(A2.t() if many else A2),
             self.floats(mixer.D.tensor()),
         )
 
@@ -77,9 +74,8 @@ class CompiledLayer:
     def __init__(self, mixer: MambaMixer) -> None:
         """Only of what `CompiledLayer.of` would take."""
         self._held = Held()
-        self._layer = self._held.layer(mixer)
-        self._A2t = self._held.floats((torch.exp(mixer.A_log.tensor()) * -_LOG2_E).t())  # [N, I]
-        self._states, self._inner = mixer.A_log.tensor().shape[1], mixer.A_log.tensor().shape[0]
+        self._layer = self._held.layer(mixer, many=True)
+        self._inner, self._states = mixer.A_log.tensor().shape
         self._rank = mixer.sizes[0]
         conv = mixer.conv1d
         assert isinstance(conv, DepthwiseConv)
@@ -98,7 +94,7 @@ class CompiledLayer:
             if not isinstance(module, Linear) or module.weight.device.type != "cpu" or not calls.compiled():
                 return None
             matrix = module.matrix()
-            if not matrix.takes_many or matrix.structure.n * matrix.structure.k > _LARGEST:
+            if not matrix.takes_many or not matrix.is_small:
                 return None
         return cls(mixer)
 
@@ -124,7 +120,7 @@ class CompiledLayer:
         seconds = torch.zeros(len(decoding.TIMED), dtype=torch.float64)
         tokens = decoding.Tokens(
             b, length, width, self._inner, self._states, self._rank, self._kernel,
-            self._A2t, x.data_ptr(), y.data_ptr(), None, None if observer is None else seconds.data_ptr(),
+            x.data_ptr(), y.data_ptr(), None, None if observer is None else seconds.data_ptr(),
         )  # fmt: skip
         decoding.layer_many(layer, tokens)
         if observer is not None:

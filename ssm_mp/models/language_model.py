@@ -62,9 +62,9 @@ class Scorer:
         """Negative log-likelihood of the tokens in `columns [m]` of the scores of `x [m, d]`: float64 `[m]`."""
         return self.head.nll(self.norm(x), columns, self.held)
 
-    def divergence(self, x: Tensor, reference: Scorer, expected: Tensor) -> Tensor:
-        """KL of the reference's scores of `expected [m, d]` from these of `x [m, d]`, of each token: float64 `[m]`."""
-        return self.head.divergence(self.norm(x), reference.head, reference.norm(expected), self.held)
+    def divergence(self, x: Tensor, columns: Tensor, reference: Scorer, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """`nll`, and KL(reference ‖ this) of the scores of `expected [m, d]` there, `x [m, d]` here: float64 `[m]`."""
+        return self.head.divergence(self.norm(x), columns, reference.head, reference.norm(expected), self.held)
 
 
 class LanguageModel(nn.Module):

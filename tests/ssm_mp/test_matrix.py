@@ -156,20 +156,23 @@ def test_divergences_of_two_heads_are_those_of_their_logits(
         for of, head in zip(inputs, heads, strict=True)
     ]
     q, p = (each.log_softmax(-1) for each in logits)
-    found = heads[0].projection().divergence(inputs[0], heads[1].projection(), inputs[1], held=7)
+    targets, head = torch.randint(n, (m,), generator=g), heads[0].projection()
+    nll, found = head.divergence(inputs[0], targets, heads[1].projection(), inputs[1], held=7)
+    assert torch.equal(nll, head.nll(inputs[0], targets, held=7))
     rounding = 2e-6 * max(1.0, *(float(each.abs().max()) for each in logits))  # float32's, of numbers as large
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=rounding)
 
 
 def test_a_head_does_not_diverge_from_itself_and_what_is_not_finite_spoils_its_token() -> None:
     head = integer_linear(700, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
-    x = torch.randn(30, 30)
-    assert head.divergence(x, head, x, held=7).abs().max() < 1e-6
+    x, targets = torch.randn(30, 30), torch.arange(30)
+    assert head.divergence(x, targets, head, x, held=7)[1].abs().max() < 1e-6
     for at in (0, 1):
         spoiled = [x, x]
         spoiled[at] = x.clone()
         spoiled[at][11, 3] = torch.inf
-        assert torch.equal(head.divergence(spoiled[0], head, spoiled[1], held=7).isfinite(), torch.arange(30) != 11)
+        kl = head.divergence(spoiled[0], targets, head, spoiled[1], held=7)[1]
+        assert torch.equal(kl.isfinite(), torch.arange(30) != 11)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
@@ -199,19 +202,21 @@ def test_no_inputs_give_nothing_and_sizes_that_do_not_fit_are_refused(kind: str)
     ]
     head, other = (layer.matrix() for layer in layers)
     none, x = torch.empty(0, 30), torch.randn(20, 30)
-    assert head.nll(none, torch.empty(0, dtype=torch.int64)).shape == (0,)
-    assert head.divergence(none, head, none).shape == (0,)
+    no_targets, targets = torch.empty(0, dtype=torch.int64), torch.zeros(20, dtype=torch.int64)
+    assert head.nll(none, no_targets).shape == (0,)
+    assert head.divergence(none, no_targets, head, none)[1].shape == (0,)
     wrong_calls: list[Callable[[], torch.Tensor]] = [
         lambda: head.product(x[:, :29].contiguous()),
-        lambda: head.nll(x[:, :29].contiguous(), torch.zeros(20, dtype=torch.int64)),
-        lambda: head.nll(x, torch.zeros(19, dtype=torch.int64)),
+        lambda: head.nll(x[:, :29].contiguous(), targets),
+        lambda: head.nll(x, targets[:19]),
+        lambda: head.nll(x, targets.int()),
         lambda: head.nll(x, torch.full((20,), 70)),
         lambda: head.nll(x, torch.full((20,), -1)),
-        lambda: head.divergence(x, other, x),
-        lambda: head.divergence(x, head, x[:19]),
+        lambda: head.divergence(x, targets, other, x)[1],
+        lambda: head.divergence(x, targets, head, x[:19])[1],
     ]
     for wrong in wrong_calls:
-        with pytest.raises(ValueError, match="inputs|targets"):
+        with pytest.raises(ValueError, match="inputs|targets|outputs"):
             wrong()
 
 
@@ -222,7 +227,7 @@ def test_a_head_too_large_for_each_thread_to_lay_out_is_scored_by_its_logits(mon
         monkeypatch.setattr(ssm_mp.matrix, "_MOST_PACKED", most)
         head = integer_linear(40, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
         assert (head.matrix is None) == (most == 100)
-        found.append((head.nll(x, targets, held=7), head.divergence(x, head, x + 0.1, held=7)))
+        found.append(head.divergence(x, targets, head, x + 0.1, held=7))
     for fused, logits in zip(*found, strict=True):
         torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5)
 
@@ -247,9 +252,10 @@ def test_a_likelihood_survives_logits_that_are_all_far_from_zero(logit: float) -
     head.weight.q.fill_(127)
     head.weight.scale.fill_(1.0)
     x = torch.full((20, 4), logit / (4 * 127))
-    found = head.projection().nll(x, torch.zeros(20, dtype=torch.int64), held=7)
-    assert found.tolist() == pytest.approx([math.log(70)] * 20, abs=1e-3)
-    assert head.projection().divergence(x, head.projection(), x, held=7).abs().max() < 1e-3
+    scorer = head.projection()
+    nll, kl = scorer.divergence(x, torch.zeros(20, dtype=torch.int64), scorer, x, held=7)
+    assert nll.tolist() == pytest.approx([math.log(70)] * 20, abs=1e-3)
+    assert kl.abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
