@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.checkpoint import load_checkpoint
+from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.config import MambaConfig
 from ssm_mp.data import Windows
 from ssm_mp.precision import get_precision

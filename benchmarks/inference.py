@@ -36,7 +36,7 @@ from benchmarks.memory import measure_apart
 from benchmarks.shapes import checkpoint_of, random_windows, workspace_of
 from search.run_directory import WINNER
 from ssm_mp.artifact import MAP, save_artifact
-from ssm_mp.checkpoint import Checkpoint
+from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.config import MambaConfig
 from ssm_mp.decode import open_decoder, prefill
 from ssm_mp.models import LanguageModel, build

@@ -20,7 +20,7 @@ from search.space import make_space
 from search.spec import load_spec
 from search.workspace import Workspace
 from ssm_mp.calibrate import calibrate
-from ssm_mp.checkpoint import Checkpoint, load_checkpoint
+from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.config import MambaConfig
 from ssm_mp.convert import Converter
 from ssm_mp.data import Splits, Windows

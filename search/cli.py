@@ -73,7 +73,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], j
     """Show a checkpoint's family, layout, config and component table."""
     from search.answers import inspected
     from search.report import component_rows
-    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.components import find_components, fp32_bytes
     from ssm_mp.config import config_to_json
     from ssm_mp.precision_map import pinned_names
@@ -105,7 +105,7 @@ def evaluate(
     from search.spec import load_spec
     from search.workspace import check_device, load_splits
     from ssm_mp.artifact import MAP, read_artifact
-    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.evaluate import evaluate as measure
     from ssm_mp.evaluate import require_better_than_guessing
     from ssm_mp.models import build

@@ -128,7 +128,7 @@ def drift(
 def _opened(path: Path, device: torch.device) -> LanguageModel:
     """The model of an artifact folder, else of a checkpoint."""
     from ssm_mp.artifact import MAP, read_artifact
-    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.models import build
 
     if (path / MAP).exists():

@@ -17,7 +17,7 @@ from search.probe import GRADIENT, probe_from_stored
 from search.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
 from search.spec import StudySpec
 from search.trials import points
-from ssm_mp.checkpoint import load_checkpoint
+from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.embedding_blocks import with_blocks
 

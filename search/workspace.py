@@ -15,7 +15,7 @@ from search.errors import StudyError
 from search.space import Space, make_space
 from search.spec import STDLIB, StudySpec
 from ssm_mp.calibrate import calibrate
-from ssm_mp.checkpoint import Checkpoint, load_checkpoint
+from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
 from ssm_mp.convert import Converter

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ssm_mp.artifact import Artifact, load_artifact, read_artifact, save_artifact
     from ssm_mp.benchmark import Benchmark, benchmark
     from ssm_mp.calibrate import calibrate
-    from ssm_mp.checkpoint import Checkpoint, load_checkpoint
+    from ssm_mp.checkpoints import Checkpoint, load_checkpoint
     from ssm_mp.components import Component, find_components
     from ssm_mp.convert import Converter, convert
     from ssm_mp.data import Splits, Windows
@@ -41,7 +41,7 @@ _HOMES = {
     "artifact": ("Artifact", "load_artifact", "read_artifact", "save_artifact"),
     "benchmark": ("Benchmark", "benchmark"),
     "calibrate": ("calibrate",),
-    "checkpoint": ("Checkpoint", "load_checkpoint"),
+    "checkpoints": ("Checkpoint", "load_checkpoint"),
     "components": ("Component", "find_components"),
     "convert": ("Converter", "convert"),
     "data": ("Splits", "Windows"),
@@ -53,7 +53,7 @@ _HOMES = {
     "precision_map": ("PrecisionMap",),
     "scheme": ("ScaleRule", "Scheme"),
 }
-"""The public names that each file of the package defines."""
+"""The public names that each file or folder of the package defines."""
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
@@ -87,7 +87,7 @@ def load_model(path: str | Path) -> LanguageModel:
     >>> load_model("studies/reference/model.safetensors")(torch.zeros(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 8000])
     """
-    from ssm_mp.checkpoint import load_checkpoint
+    from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.models import build
 
     checkpoint = load_checkpoint(path)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from benchmarks.inference import CONVERTED, convert_all, in_turn, summarise, to_json, winner_of
 from benchmarks.memory import measure_apart
 from benchmarks.shapes import initial_tensors
-from ssm_mp.checkpoint import Checkpoint
+from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.config import MambaConfig
 from tests.tiny import HUGGING_FACE
 

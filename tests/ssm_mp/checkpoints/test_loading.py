@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssm_mp.checkpoint import load_checkpoint
+from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.config import Config, IteraConfig
 from ssm_mp.errors import CheckpointError
 from ssm_mp.models import build
