@@ -21,8 +21,6 @@ from ssm_mp.scheme import ScaleRule
 INT8_LIMIT = 127
 """Largest magnitude of a symmetric int8 value; −128 is not used."""
 
-_SMALLEST_FLOAT16 = 2.0**-24
-
 _CLIPPINGS = 51
 """Clippings of a row's range that the least-square rule tries."""
 
@@ -61,8 +59,7 @@ def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], steps: 
     best_error = error(best)
     for step in range(1, steps):
         clipped = full * (1.0 - 0.5 * step / (steps - 1))
-        # clipping must not take a scale below float16's reach that the whole range keeps within it
-        scales = stored_scales(torch.maximum(clipped, full.clamp(max=_SMALLEST_FLOAT16)))
+        scales = stored_scales(clipped)
         found = error(scales)
         better = found < best_error
         best = torch.where(better, scales, best)
@@ -78,8 +75,8 @@ def _square_error(rows: Tensor, scales: Tensor, limit: int) -> Tensor:
 def stored_scales(scales: Tensor) -> Tensor:
     """Positive float32 scales rounded up to float16; zeros become 1 (nothing to scale).
 
-    Raises InfeasibleError where float16 overflows. Tiny scales round up to the smallest float16, which
-    is refused too, once it is more than twice the scale asked for: the values would all but vanish.
+    What is too small for float16 has its smallest scale: values below half of that are then stored as zeros, which is
+    the nearest that there is. Raises InfeasibleError where float16 overflows.
     """
     half = scales.half()
     # the bits of positive float16 numbers, as integers, are in the order of the numbers
@@ -87,10 +84,6 @@ def stored_scales(scales: Tensor) -> Tensor:
     half = torch.where(half.float() < scales, up, half)
     if bool(torch.isinf(half).any()):
         raise InfeasibleError(f"a scale of {scales.max().item():.3g} is above float16's largest value, 65504")
-    too_small = (scales > 0) & (half.float() > 2 * scales)
-    if bool(too_small.any()):
-        smallest = scales[too_small].min().item()
-        raise InfeasibleError(f"a scale of {smallest:.3g} is below float16's smallest value, 6e-8")
     return torch.where(scales > 0, half, torch.ones_like(half))
 
 
@@ -107,7 +100,7 @@ def dequantize_rows(quantized: Tensor, scales: Tensor) -> Tensor:
 def histogram_scale(counts: Tensor, largest: float, rule: ScaleRule, limit: int = INT8_LIMIT) -> Tensor:
     """Scale of activations from a histogram of their magnitudes over `[0, largest]`: float16 `[1]`.
 
-    counts: float64 `[bins]`, equal bins. Raises InfeasibleError where float16 cannot hold the scale.
+    counts: float64 `[bins]`, equal bins. Raises InfeasibleError where the scale overflows float16.
     """
     bins = counts.shape[0]
     edges = torch.arange(1, bins + 1, dtype=torch.float64) * (largest / bins)

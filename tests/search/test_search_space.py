@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from search.surrogate import best_within, fit, predicted_front, smallest_within
 from search.workspace import Workspace, open_workspace
 from ssm_mp.errors import DataError, InfeasibleError, PrecisionMapError, SsmMpError
 from ssm_mp.evaluate import evaluate, paired_increase
-from tests.tiny import ITERA, write_study
+from tests.tiny import HUGGING_FACE, ITERA, random_tensors, write_study
 
 
 @pytest.fixture
@@ -44,6 +45,36 @@ def test_a_study_lifts_and_adds_pins(tmp_path: Path) -> None:
     for wrong in ('unpin = ["D"]', 'pin = ["layer.*"]', 'unpin = ["in_proj"]'):
         with pytest.raises(PrecisionMapError):
             open_workspace(load_spec(write_study(tmp_path, extra=f"[precision]\n{wrong}")))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("lm_head.weight", slice(3)),
+        ("embedding.weight", slice(3)),
+        ("layers.0.ssm.in_proj.weight", 5),
+        ("layers.1.ssm.conv1d.weight", 7),
+        ("layers.1.ssm.x_proj.weight", slice(None)),
+    ],
+)
+@pytest.mark.parametrize("activations", ["none", "dynamic", "static"])
+def test_rows_that_vanish_bar_no_component_from_any_precision(
+    tmp_path: Path, name: str, part: int | slice, activations: str
+) -> None:
+    from safetensors.torch import save_file
+
+    config = replace(HUGGING_FACE, tied=False)
+    study = write_study(tmp_path, config=config, extra='[precision]\nchoices = ["fp16", "int8", "nf4", "int4", "int3"]')
+    tensors = random_tensors(config)
+    wholes = []
+    for factor in (1e-9, 0.0):
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name][part] *= factor
+        save_file(changed, tmp_path / "model.safetensors")
+        space = open_workspace(load_spec(study, [f"precision.activations={activations}"])).space
+        assert not space.infeasible
+        wholes.append(space.lowest().bytes(space.components, activations))  # type: ignore[arg-type]
+    assert wholes[0] == wholes[1]
 
 
 def test_what_cannot_be_held_is_left_out_of_the_space(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from ssm_mp.groups import (
     unpack_values,
 )
 from ssm_mp.precision import INT3, INT4, NF4, PRECISIONS
-from ssm_mp.scheme import ScaleRule
+from ssm_mp.scheme import ScaleMethod, ScaleRule
 
 BOOKS = {"int4": INT4_BOOK, "int3": INT3_BOOK, "nf4": NF4_BOOK}
 books = st.sampled_from(list(BOOKS.values()))
@@ -113,12 +113,16 @@ def test_a_group_of_zeros_stays_zero_and_an_infinite_scale_is_refused(name: str)
         precision.store(weight, "weight", ScaleRule("mse"))
 
 
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+@pytest.mark.parametrize("value", [6e-8, 1e-9, 1e-30])
 @pytest.mark.parametrize("name", BOOKS)
-def test_what_the_whole_range_can_hold_least_squares_can_too(name: str) -> None:
-    weight = torch.randn(2, 64)
-    weight[0] = torch.linspace(-1, 1, 64) * 6e-8 * BOOKS[name].limit
-    stored = PRECISIONS[name].store(weight, "weight", ScaleRule("mse"))
-    assert bool(torch.isfinite(stored.tensor()).all())
+def test_a_group_below_float16_is_nearly_zeros_and_bars_no_other(name: str, value: float, method: ScaleMethod) -> None:
+    weight = torch.randn(3, 64)
+    alone = PRECISIONS[name].store(weight, "weight", ScaleRule(method)).tensor()
+    weight[0] = torch.linspace(-1, 1, 64) * value
+    found = PRECISIONS[name].store(weight, "weight", ScaleRule(method)).tensor()
+    assert torch.equal(found[1:], alone[1:])
+    assert bool(((found[0] - weight[0]).abs() <= weight[0].abs()).all())
 
 
 def test_nf4_is_better_than_int4_on_normal_weights_and_both_than_int3() -> None:

@@ -57,6 +57,18 @@ def test_rows_equal_rows_of_the_whole(precision: Precision) -> None:
     assert torch.equal(stored.rows(index), stored.tensor()[index])
 
 
+@given(precisions, st.lists(st.floats(-44, 4), min_size=1, max_size=6), st.sampled_from(["weight", "vector"]))
+def test_values_of_any_magnitude_are_held_no_worse_than_as_zeros(
+    precision: Precision, exponents: list[float], role: Role
+) -> None:
+    rows = torch.tensor([[10.0**e] for e in exponents], dtype=torch.float64)
+    tensor = (torch.randn(len(exponents), 64, dtype=torch.float64) * rows).float()
+    tensor = tensor.flatten() if role == "vector" else tensor
+    held = precision.store(tensor, role, ScaleRule("mse")).tensor().double()
+    error, zeros = ((held - tensor.double()).square().sum(), tensor.double().square().sum())
+    assert error <= zeros * (1 + 1e-6)
+
+
 def test_fp16_is_exactly_half() -> None:
     tensor = torch.randn(9, 9)
     assert torch.equal(FP16.store(tensor, WEIGHT, ScaleRule()).arrays()[""], tensor.half())

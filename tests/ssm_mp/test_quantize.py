@@ -93,10 +93,45 @@ def test_a_row_of_zeros_stays_zero() -> None:
         assert torch.equal(dequantize_rows(quantize_rows(values, scales), scales), values)
 
 
-@pytest.mark.parametrize(("value", "word"), [(1e9, "above"), (1e-9, "below")])
-def test_scales_that_float16_cannot_hold_are_infeasible(value: float, word: str) -> None:
-    with pytest.raises(InfeasibleError, match=word):
-        weight_scales(torch.full((1, 3), value), ScaleRule("minmax"))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scale_above_float16_is_infeasible(method: ScaleMethod) -> None:
+    with pytest.raises(InfeasibleError, match="above float16's largest value"):
+        weight_scales(torch.full((1, 3), 1e9), ScaleRule(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [1e-9, 4e-8, 1e-20, 1e-38, 1e-45])
+def test_a_row_below_float16_is_the_nearest_that_can_be_stored_and_no_other_row_changes(
+    method: ScaleMethod, value: float
+) -> None:
+    values = rows_of(3, 4, 50, 1.0)
+    alone = weight_scales(values, ScaleRule(method))
+    values[2] = torch.linspace(-value, value, 50)
+    scales = weight_scales(values, ScaleRule(method))
+    restored = dequantize_rows(quantize_rows(values, scales), scales)
+    assert torch.equal(restored[2], (values[2] / 2.0**-24).round() * 2.0**-24)
+    others = torch.tensor([0, 1, 3])
+    assert torch.equal(scales[others], alone[others])
+
+
+@given(st.lists(st.floats(-44, 6), min_size=1, max_size=8), st.sampled_from(METHODS), st.integers(0, 99))
+def test_rows_of_any_magnitude_are_held_no_worse_than_as_zeros(
+    exponents: list[float], method: ScaleMethod, seed: int
+) -> None:
+    values = rows_of(seed, len(exponents), 70, 0.2) * torch.tensor([[10.0**e] for e in exponents], dtype=torch.float64)
+    values = values.float()
+    scales = weight_scales(values, ScaleRule(method))
+    restored = dequantize_rows(quantize_rows(values, scales), scales).double()
+    errors, zeros = (restored - values.double()).square().sum(dim=1), values.double().square().sum(dim=1)
+    assert bool((errors <= zeros * (1 + 1e-6)).all())
+    assert errors.sum() <= zeros.sum()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("largest", [1e-6, 1e-9, 1e-30])
+def test_inputs_below_float16_have_its_smallest_scale(method: ScaleMethod, largest: float) -> None:
+    counts = torch.ones(100, dtype=torch.float64)
+    assert float(histogram_scale(counts, largest, ScaleRule(method))) == 2.0**-24
 
 
 @given(st.integers(0, 999), st.integers(1, 40), st.integers(1, 2500), st.integers(1, 20))
