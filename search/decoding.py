@@ -125,15 +125,15 @@ def drift(
     print_answer(content, json_, _drifted)
 
 
-def _opened(path: Path, device: torch.device) -> LanguageModel:
-    """The model of an artifact folder, else of a checkpoint."""
+def _opened(path: Path, device: torch.device, weights: str | None = None) -> LanguageModel:
+    """The model of an artifact folder, else of a checkpoint, whose `weights` are taken."""
     from ssm_mp.artifact import MAP, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.models import build
 
     if (path / MAP).exists():
         return read_artifact(path, str(device)).model
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, weights)
     return build(checkpoint.config, checkpoint.tensors).to(device)
 
 
@@ -143,7 +143,7 @@ def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.de
 
     from search.errors import StudyError
 
-    fp32 = _opened(spec.checkpoint_path, device)
+    fp32 = _opened(spec.checkpoint_path, device, spec.checkpoint.weights)
     if replace(model.config, embedding_blocks=()) != replace(fp32.config, embedding_blocks=()):
         raise StudyError(
             f"{path} is no version of {spec.checkpoint_path}, the checkpoint of {spec.path}: their sizes differ; give "

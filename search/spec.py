@@ -24,9 +24,10 @@ class _Section(BaseModel):
 
 
 class CheckpointSection(_Section):
-    """`[checkpoint]`: what is searched."""
+    """`[checkpoint]`: what is searched; `weights` is the path of the ones to take in a file that holds several."""
 
     path: str = Field(min_length=1)
+    weights: str | None = Field(default=None, min_length=1)
 
 
 class DataSection(_Section):

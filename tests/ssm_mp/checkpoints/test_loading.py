@@ -159,7 +159,7 @@ BAD: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "packed": ({"layers.0.ssm.out_proj.weight": torch.zeros(16, 32, dtype=torch.int8)}, r"already quantised.*out_proj"),
     "NaN": ({"layers.0.ssm.ssm.D": torch.full((32,), torch.nan)}, r"NaN or infinite values in: layers\.0\.ssm\.ssm\.D"),
-    "layer gap": ({n: None for n in random_tensors(ITERA) if n.startswith("layers.1.")}, r"1 layers are missing.*: 1"),
+    "layer gap": ({n: None for n in random_tensors(ITERA) if n.startswith("layers.1.")}, r"1 layer is missing.*: 1"),
 }
 
 
