@@ -33,9 +33,8 @@ def inspected(answer: Mapping[str, Any]) -> str:
         f"{answer['fp32_bytes']:,} bytes in FP32"
     )
     types = answer["file_types"]
-    if set(types) != {"float32"}:
-        said = next(iter(types)) if len(types) == 1 else ", ".join(f"{n:,} {name}" for name, n in types.items())
-        head += f", {answer['file_bytes']:,} in the file ({said})"
+    said = next(iter(types)) if len(types) == 1 else ", ".join(f"{n:,} {name}" for name, n in types.items())
+    head += f", {answer['file_bytes']:,} in the file ({said})"
     config = ", ".join(f"{key} {value}" for key, value in answer["config"].items() if key not in ("family", "layers"))
     return f"{head}\n{config}\n\n" + table(("component", "kind", "layer", "parameters", "share", ""), rows, left=2)
 

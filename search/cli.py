@@ -122,7 +122,7 @@ def evaluate(
     if (path / MAP).exists():
         model = read_artifact(path, str(device)).model
     else:
-        checkpoint = load_checkpoint(path, weights)
+        checkpoint = load_checkpoint(path, weights or spec.weights_of(path))
         for note in checkpoint.notes:
             say(f"note: {note}")
         model = build(checkpoint.config, checkpoint.tensors).to(device)

@@ -58,7 +58,7 @@ def generate(
         raise StudyError("--compare needs --study: it says which checkpoint is the FP32 model")
     spec = None if study is None else load_spec(study)
     device = check_device("cpu" if spec is None else spec.search.device)
-    model = _opened(path, device)
+    model = _opened(path, device, None if spec is None else spec.weights_of(path))
     words = load_tokenizer(_tokenizer_file(path, spec, tokenizer), model.config.vocabulary)
     ids = torch.tensor([words.encode(prompt, add_special_tokens=False).ids], dtype=torch.long)
     if not ids.numel():
@@ -100,7 +100,7 @@ def drift(
         require_writable(out)
     spec = load_spec(study, overrides(set_))
     device = check_device(spec.search.device)
-    model = _opened(path, device)
+    model = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
     found = measure(model, fp32, load_splits(spec, fp32.config).search, buckets)
     require_better_than_guessing(found.fp32, fp32.config.vocabulary)

@@ -200,6 +200,10 @@ class StudySpec(_Section):
     def checkpoint_path(self) -> Path:
         return self.resolve(self.checkpoint.path)
 
+    def weights_of(self, path: Path) -> str | None:
+        """The weights that the study takes, where `path` is its checkpoint; else None."""
+        return self.checkpoint.weights if path.absolute() == self.checkpoint_path.absolute() else None
+
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
     """Read a study file; `overrides` are `section.key=value` with a TOML value.

@@ -58,7 +58,7 @@ def _config_beside(path: Path) -> StoredConfig:
     try:
         refuse_quantised(stored)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+        raise CheckpointError(f"{path.parent}: {error}") from None
     return stored
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,8 @@ INNER = frozenset(
 )
 """Parts of names that torch.compile, FSDP, activation checkpointing and a pickled module put anywhere."""
 
-_DEEPEST, _MOST_SIGNS = 32, 1 << 26
-"""Dictionaries within dictionaries, and characters of all names together, that are looked at."""
+_DEEPEST, _MOST_VISITS, _MOST_SIGNS = 32, 8, 1 << 26
+"""Dictionaries within dictionaries, paths to the same one, and characters of all names together that are looked at."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +52,19 @@ def leaves(content: object) -> Iterator[Leaf]:
     """Every tensor that names lead to, in the file's order; work is bounded however containers share each other."""
     holding = _holding(content)
     signs = 0
+    visits: Counter[int] = Counter()
     stack: list[tuple[tuple[str, ...], object, tuple[int, ...]]] = [((), content, ())]
     while stack:
         keys, value, above = stack.pop()
         signs += 1 + sum(map(len, keys))
         if signs > _MOST_SIGNS:
-            raise CheckpointError("its dictionaries hold each other too often to be the weights of a model")
+            raise CheckpointError("its names are too long to be those of a model")
         inside = members(value)
         if isinstance(value, Tensor) or inside is None:
             name = ".".join(part for part in ".".join(keys).split(".") if part not in INNER)
             yield Leaf(keys, value, name)
-        elif id(value) not in above and len(keys) < _DEEPEST:
+        elif id(value) not in above and len(keys) < _DEEPEST and visits[id(value)] < _MOST_VISITS:
+            visits[id(value)] += 1
             stack += [
                 ((*keys, text), child, (*above, id(value)))
                 for key, child in reversed(list(inside.items()))

@@ -228,5 +228,5 @@ def _unknown_layout(content: object, held: list[Leaf]) -> str:
     guess = next((f"; it looks like {what}" for sign, what in hints if any(re.search(sign, n) for n in names)), "")
     return (
         f"these tensors are of no known family (expected {FAMILIES}){guess}; top-level keys: {top}; "
-        f"{len(names)} tensors: {listed(names)}"
+        f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {listed(names)}"
     )
