@@ -117,6 +117,9 @@ def with_stored(config: Config, stored: StoredConfig) -> tuple[Config, tuple[str
         unused |= stored.values.keys() & ONLY_MAMBA
     config, more = _with_epsilon(config, stored)
     notes += more
+    for field, *keys in (("conv_bias", "use_conv_bias"), ("projection_bias", "use_bias", "bias")):
+        if getattr(config, field, False) and stored.flag(*keys, field) is False:
+            notes.append(f"{stored.source} says that there is no {field}, but the file holds it; it is used")
     if not config.tied and stored.flag(*TIES) is True:
         notes.append(f"{stored.source} ties the head, but the file holds another head; it is used")
     rest = [key for key in stored.values if key in unused and key not in IRRELEVANT]
@@ -202,18 +205,15 @@ def _declared(config: MambaConfig, stored: StoredConfig) -> MambaConfig:
     if rms is not None and rms != (config.norm == "rms"):
         norm = "an RMSNorm" if rms else "a LayerNorm"
         raise CheckpointError(f"{stored.source} says rms_norm = {rms}: {norm}, which the norms in the file are not")
+    conv_bias, projection_bias = stored.flag("use_conv_bias", "conv_bias"), stored.flag("use_bias", "bias")
+    if conv_bias is None:
+        conv_bias = kind is not None  # Hugging Face's default is that there is one
     return replace(
         config,
         tied=config.tied and not declares_untied(stored),
-        conv_bias=config.conv_bias or bool(_conv_bias(stored)),
-        projection_bias=config.projection_bias or stored.flag("use_bias", "bias") is True,
+        conv_bias=config.conv_bias or conv_bias,
+        projection_bias=config.projection_bias or projection_bias is True,
     )
-
-
-def _conv_bias(stored: StoredConfig) -> bool:
-    """What the config says of the convolution's bias; Hugging Face's default is that there is one."""
-    said = stored.flag("use_conv_bias", "conv_bias")
-    return "model_type" in stored.values if said is None else said
 
 
 def _with_top_k(config: IteraConfig, stored: StoredConfig) -> tuple[IteraConfig, list[str]]:
