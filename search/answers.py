@@ -32,6 +32,9 @@ def inspected(answer: Mapping[str, Any]) -> str:
         f"family {answer['family']}, layout {answer['layout']}, {answer['parameters']:,} parameters, "
         f"{answer['fp32_bytes']:,} bytes in FP32"
     )
+    types = answer["file_types"]
+    said = next(iter(types)) if len(types) == 1 else ", ".join(f"{n:,} {name}" for name, n in types.items())
+    head += f", {answer['file_bytes']:,} in the file ({said})"
     config = ", ".join(f"{key} {value}" for key, value in answer["config"].items() if key not in ("family", "layers"))
     return f"{head}\n{config}\n\n" + table(("component", "kind", "layer", "parameters", "share", ""), rows, left=2)
 

@@ -24,6 +24,7 @@ from search.options import (
     StudyOption,
     StudyPath,
     Trials,
+    Weights,
     overrides,
     passed_on,
     print_answer,
@@ -69,8 +70,10 @@ for command, example in (
 
 
 @app.command(epilog="Example:  ssm-mp inspect studies/reference/model.safetensors")
-def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], json_: Json = False) -> None:
-    """Show a checkpoint's family, layout, config and component table."""
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], weights: Weights = None, json_: Json = False
+) -> None:
+    """Show a checkpoint's family, layout, types, config and component table."""
     from search.answers import inspected
     from search.report import component_rows
     from ssm_mp.checkpoints import load_checkpoint
@@ -78,7 +81,7 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], j
     from ssm_mp.config import config_to_json
     from ssm_mp.precision_map import pinned_names
 
-    found = load_checkpoint(checkpoint)
+    found = load_checkpoint(checkpoint, weights)
     for note in found.notes:
         say(f"note: {note}")
     components = find_components(found)
@@ -88,6 +91,9 @@ def inspect(checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT")], j
         "config": config_to_json(found.config),
         "parameters": sum(component.count for component in components),
         "fp32_bytes": fp32_bytes(components),
+        "file_types": dict(found.file_types),
+        "file_bytes": found.file_bytes,
+        "notes": list(found.notes),
         "components": component_rows(components, pinned_names(components)),
     }
     print_answer(content, json_, inspected)
@@ -98,6 +104,7 @@ def evaluate(
     path: Annotated[Path, typer.Argument(help="Checkpoint, or artifact folder.", metavar="PATH")],
     study: StudyOption,
     split: Annotated[Split, typer.Option(help="Which windows.")] = Split.search,
+    weights: Weights = None,
     json_: Json = False,
 ) -> None:
     """Measure the perplexity of a checkpoint or an artifact on a study's windows."""
@@ -115,7 +122,9 @@ def evaluate(
     if (path / MAP).exists():
         model = read_artifact(path, str(device)).model
     else:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, weights or spec.weights_of(path))
+        for note in checkpoint.notes:
+            say(f"note: {note}")
         model = build(checkpoint.config, checkpoint.tensors).to(device)
     splits = load_splits(spec, model.config)
     evaluation = measure(model, splits.certify if split is Split.certify else splits.search)
@@ -134,6 +143,7 @@ def convert(
     map_: Annotated[str, typer.Option("--map", help="conservative, aggressive, or a map file (TOML or JSON).")],
     study: StudyOption,
     out: Annotated[Path, typer.Option(help="Artifact folder to write.")],
+    weights: Weights = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
@@ -151,7 +161,9 @@ def convert(
     if map_ not in PRESETS and not Path(map_).exists():
         raise PrecisionMapError(f"--map {map_}: expected {', '.join(PRESETS)} or an existing map file")
     rules = None if map_ in PRESETS else read_rules(map_)
-    spec = load_spec(study, [f"checkpoint.path={json.dumps(str(checkpoint.resolve()))}"])
+    # without --weights, the study's own choice stands
+    taken = [] if weights is None else [f"checkpoint.weights={json.dumps(weights)}"]
+    spec = load_spec(study, [f"checkpoint.path={json.dumps(str(checkpoint.resolve()))}", *taken])
     workspace = open_workspace(spec, say)
     components, pins = workspace.space.components, workspace.space.pins
     if rules is None:

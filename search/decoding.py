@@ -58,7 +58,7 @@ def generate(
         raise StudyError("--compare needs --study: it says which checkpoint is the FP32 model")
     spec = None if study is None else load_spec(study)
     device = check_device("cpu" if spec is None else spec.search.device)
-    model = _opened(path, device)
+    model = _opened(path, device, None if spec is None else spec.weights_of(path))
     words = load_tokenizer(_tokenizer_file(path, spec, tokenizer), model.config.vocabulary)
     ids = torch.tensor([words.encode(prompt, add_special_tokens=False).ids], dtype=torch.long)
     if not ids.numel():
@@ -100,7 +100,7 @@ def drift(
         require_writable(out)
     spec = load_spec(study, overrides(set_))
     device = check_device(spec.search.device)
-    model = _opened(path, device)
+    model = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
     found = measure(model, fp32, load_splits(spec, fp32.config).search, buckets)
     require_better_than_guessing(found.fp32, fp32.config.vocabulary)
@@ -125,15 +125,15 @@ def drift(
     print_answer(content, json_, _drifted)
 
 
-def _opened(path: Path, device: torch.device) -> LanguageModel:
-    """The model of an artifact folder, else of a checkpoint."""
+def _opened(path: Path, device: torch.device, weights: str | None = None) -> LanguageModel:
+    """The model of an artifact folder, else of a checkpoint, whose `weights` are taken."""
     from ssm_mp.artifact import MAP, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.models import build
 
     if (path / MAP).exists():
         return read_artifact(path, str(device)).model
-    checkpoint = load_checkpoint(path)
+    checkpoint = load_checkpoint(path, weights)
     return build(checkpoint.config, checkpoint.tensors).to(device)
 
 
@@ -143,7 +143,7 @@ def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.de
 
     from search.errors import StudyError
 
-    fp32 = _opened(spec.checkpoint_path, device)
+    fp32 = _opened(spec.checkpoint_path, device, spec.checkpoint.weights)
     if replace(model.config, embedding_blocks=()) != replace(fp32.config, embedding_blocks=()):
         raise StudyError(
             f"{path} is no version of {spec.checkpoint_path}, the checkpoint of {spec.path}: their sizes differ; give "

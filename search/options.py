@@ -14,6 +14,9 @@ import typer
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 StudyPath = Annotated[Path, typer.Argument(help="Study file, TOML.", metavar="STUDY")]
 StudyOption = Annotated[Path, typer.Option("--study", help="Study file that says text, windows and scheme.")]
+Weights = Annotated[
+    str | None, typer.Option(help="Which weights of a checkpoint that holds several, by their key: ema, model.teacher.")
+]
 RunDir = Annotated[Path | None, typer.Option("--run-dir", help="Run directory; default runs/<study name>.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the study: section.key=value. May be repeated.")

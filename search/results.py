@@ -38,7 +38,7 @@ def stored_certificate(run: RunDirectory, spec: StudySpec, front: Sequence[Point
 
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     """Draw the pictures again. Raises StudyError where the checkpoint is not the one that was searched."""
-    checkpoint = load_checkpoint(spec.checkpoint_path)
+    checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
     require_same(run.fingerprint(), {"checkpoint": checkpoint.digest}, str(run.path))
     blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())

@@ -24,9 +24,10 @@ class _Section(BaseModel):
 
 
 class CheckpointSection(_Section):
-    """`[checkpoint]`: what is searched."""
+    """`[checkpoint]`: what is searched; `weights` is the path of the ones to take in a file that holds several."""
 
     path: str = Field(min_length=1)
+    weights: str | None = Field(default=None, min_length=1)
 
 
 class DataSection(_Section):
@@ -198,6 +199,10 @@ class StudySpec(_Section):
     @property
     def checkpoint_path(self) -> Path:
         return self.resolve(self.checkpoint.path)
+
+    def weights_of(self, path: Path) -> str | None:
+        """The weights that the study takes, where `path` is its checkpoint; else None."""
+        return self.checkpoint.weights if path.absolute() == self.checkpoint_path.absolute() else None
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:

@@ -85,7 +85,7 @@ def open_workspace(spec: StudySpec, say: Callable[[str], None] = lambda line: No
     """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit."""
     keep_freed_memory()
     device = check_device(spec.search.device)
-    checkpoint = load_checkpoint(spec.checkpoint_path)
+    checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
     for note in checkpoint.notes:
         say(f"note: {note}")
     model = build(checkpoint.config, checkpoint.tensors).to(device)

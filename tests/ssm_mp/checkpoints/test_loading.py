@@ -76,6 +76,18 @@ def test_other_float_types_become_float32(tmp_path: Path, dtype: torch.dtype) ->
     assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
 
 
+def test_the_files_own_types_and_bytes_are_kept_and_a_tied_head_counts_once(tmp_path: Path) -> None:
+    tensors = in_layout(random_tensors(HUGGING_FACE), "huggingface")
+    mixed = {name: tensor.bfloat16() if tensor.dim() > 1 else tensor for name, tensor in tensors.items()}
+    head = {"lm_head.weight": mixed["backbone.embeddings.weight"].clone(), "backbone.position_ids": torch.arange(9)}
+    torch.save({**mixed, **head}, tmp_path / "m.pt")
+    found = load_checkpoint(tmp_path / "m.pt")
+    vectors = sum(tensor.numel() for tensor in tensors.values() if tensor.dim() == 1)
+    matrices = sum(tensor.numel() for tensor in tensors.values() if tensor.dim() > 1)
+    assert found.file_types == {"bfloat16": matrices, "float32": vectors}
+    assert found.file_bytes == 2 * matrices + 4 * vectors
+
+
 def test_expert_counts_are_accepted_and_left_out(tmp_path: Path) -> None:
     tensors = random_tensors(ITERA) | {"layers.1.moe.layer.router.expert_counts": torch.zeros(3, dtype=torch.long)}
     torch.save(tensors, tmp_path / "m.pt")
@@ -159,7 +171,7 @@ BAD: dict[str, tuple[dict[str, Tensor | None], str]] = {
     ),
     "packed": ({"layers.0.ssm.out_proj.weight": torch.zeros(16, 32, dtype=torch.int8)}, r"already quantised.*out_proj"),
     "NaN": ({"layers.0.ssm.ssm.D": torch.full((32,), torch.nan)}, r"NaN or infinite values in: layers\.0\.ssm\.ssm\.D"),
-    "layer gap": ({n: None for n in random_tensors(ITERA) if n.startswith("layers.1.")}, r"1 layers are missing.*: 1"),
+    "layer gap": ({n: None for n in random_tensors(ITERA) if n.startswith("layers.1.")}, r"1 layer is missing.*: 1"),
 }
 
 
