@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ssm_mp.checkpoints.record import Record
+from ssm_mp.checkpoints.torch_file import read_torch_file
 from ssm_mp.config import Config, IteraConfig, MambaConfig, config_to_json
 from ssm_mp.errors import CheckpointError
 from ssm_mp.layouts import Recognised, infer_config, recognise
@@ -94,7 +93,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by the names in the file, and the stored config where there is one."""
     if path.suffix == ".safetensors":
         return _read_safetensors(path), _sibling_config(path)
-    if path.suffix in (".pt", ".pth", ".bin"):
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         return _read_torch(path)
     raise CheckpointError(f"{path}: expected a .safetensors, .pt or .pth file or a folder, found {path.suffix!r}")
 
@@ -124,24 +123,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A torch file, without executing anything in it."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    if head[:2] != b"PK" and head[:1] != b"\x80":  # neither a zip archive nor a pickle
-        advice = "; it looks like a .safetensors file, rename it" if head[8:9] == b"{" else ", truncated or renamed?"
-        raise CheckpointError(f"{path}: not a torch file{advice}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # remarks about pickle protocols, for torch's developers
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
-        needs = re.search(r"(?:GLOBAL|Unsupported (?:global|class))[^\n]*?(?= by default| was not|, |\n|$)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and needs:
-            raise CheckpointError(
-                f"{path}: refused, it needs more than tensors and plain values to unpickle, which could run any code "
-                f"({needs[0]}). Save its state_dict() alone, best as .safetensors"
-            ) from None
-        reason = str(error).split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{path}: not a readable torch file, truncated or renamed? ({reason})") from None
+    content = read_torch_file(path).content
     return _unwrap(path, content)
 
 
@@ -150,6 +132,7 @@ def _unwrap(path: Path, content: object) -> tuple[dict[str, Tensor], dict[str, A
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: expected a dictionary of tensors, found {type(content).__name__}")
     config = content.get("config", {})
+    config = dict(config.fields) if isinstance(config, Record) else config
     held = next((content[key] for key in _WRAPPING_KEYS if isinstance(content.get(key), dict)), content)
     tensors = {str(name): value for name, value in held.items() if isinstance(value, Tensor)}
     nested = [str(name) for name, value in held.items() if not isinstance(value, Tensor) and _holds_tensors(value)]
