@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING  # names of Python 2, in which protocols 0 to 2 write
 from dataclasses import dataclass, field
 
-_OLD_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-"""Modules of Python 2, by whose names protocols up to 2 still call them → today's."""
+_PUBLIC = {"posix": "os", "nt": "os", "_operator": "operator"}
+"""Modules that pickles name → where people know what is in them from."""
 
 
 class DamagedError(Exception):
@@ -21,8 +22,10 @@ class Symbol:
     name: str
 
     @classmethod
-    def named(cls, module: str, name: str) -> Symbol:
-        return cls(_OLD_MODULES.get(module, module), name)
+    def named(cls, module: str, name: str, protocol: int) -> Symbol:
+        if protocol < 3:
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        return cls(_PUBLIC.get(module, module), name)
 
     @property
     def full(self) -> str:

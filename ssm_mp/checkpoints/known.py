@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import PurePosixPath, PureWindowsPath
 
+from torch import Tensor
+
 from ssm_mp.checkpoints import numpy_values
 from ssm_mp.checkpoints.allowance import Allowance
 from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
@@ -19,6 +21,7 @@ from ssm_mp.errors import CheckpointError
 _EACH_MEMBER = 64
 """Bytes of memory that a member of a copied container takes, about."""
 
+_INSTEAD = "Save its state_dict() alone, best as .safetensors"
 _LONGEST_NAME = 1000
 _ENCODINGS = ("latin1", "latin-1", "iso-8859-1", "utf-8", "utf8", "ascii")
 
@@ -32,10 +35,13 @@ _INERT = frozenset(
         "enum": "auto",
         "fractions": "Fraction",
         "ipaddress": "IPv4Address IPv6Address",
+        "logging": "getLogger",
+        "re": "_compile",
         "types": "SimpleNamespace",
         "uuid": "UUID SafeUUID",
         "zoneinfo": "ZoneInfo ZoneInfo._unpickle",
         "numpy.random._pickle": "__bit_generator_ctor __generator_ctor __randomstate_ctor",
+        "numpy.random.bit_generator": "__pyx_unpickle_SeedSequence",
         "numpy.random.mtrand": "__RandomState_ctor",
     }.items()
     for name in names.split()
@@ -73,13 +79,14 @@ class Known:
             self._allowance.take(8 * len(arguments))
             try:
                 return made(*arguments)
-            except (TypeError, ValueError, LookupError) as error:
+            except (TypeError, ValueError, LookupError, StopIteration) as error:
                 raise DamagedError(f"{function.full} with other arguments ({type(error).__name__})") from None
-        if function.full in _INERT or (function.like_a_class and not function.of_python):
+        error = function.module == "builtins" and function.name.endswith(("Error", "Exception", "Warning"))
+        if function.full in _INERT or error or (function.like_a_class and not function.of_python):
             return Instance(function, arguments)
         raise CheckpointError(
-            f"refused: to read it, Python would call {function.full}, and a call of what is unknown could run any "
-            "code. Save its state_dict() alone, best as .safetensors"
+            f"refused: reading it would call {function.full}, which is not known to be harmless and could run any "
+            f"code. {_INSTEAD}"
         )
 
     def make(self, kind: object, arguments: tuple[object, ...], named: dict[object, object] | None = None) -> object:
@@ -101,7 +108,9 @@ class Known:
             numpy_values.set_type(target, state)
         elif isinstance(target, NumpyArray):
             numpy_values.set_array(target, state)
-        elif not isinstance(target, dict | list | set):  # these have attributes, such as _metadata, that are left
+        elif not isinstance(
+            target, dict | list | set | Tensor
+        ):  # these have attributes, such as _metadata, that are left
             raise DamagedError(f"a state for a {type(target).__name__}")
 
     def _torch(self) -> dict[str, Callable[..., object]]:
@@ -114,11 +123,14 @@ class Known:
             "_utils._rebuild_device_tensor_from_cpu_tensor": self._tensor_of_device,
             "_utils._rebuild_device_tensor_from_numpy": self._tensor_of_device,
             "_utils._rebuild_xla_tensor": self._tensor_of_device,
-            "_utils._rebuild_sparse_tensor": lambda _, data: self._valueless("_rebuild_sparse_tensor", data[2]),
+            "_utils._rebuild_sparse_tensor": lambda _, parts: self._valueless(
+                "_rebuild_sparse_tensor", next(part for part in parts if isinstance(part, tuple))
+            ),
             "_tensor._rebuild_from_type": lambda function, kind, arguments, _: self.call(function, arguments),
             "_tensor._rebuild_from_type_v2": self._of_type,
             "nn.parameter.Parameter": lambda data, *_: data,
             "nn.parameter.Buffer": lambda data, *_: data,
+            "autograd.variable.Variable": lambda data, *_: data,
             "storage._load_from_bytes": self._stored_alone,
             "serialization._get_layout": lambda name: name,
             "Size": lambda sizes=(): tuple(self._members(sizes)),
@@ -132,7 +144,7 @@ class Known:
         made: dict[str, Callable[..., object]] = {"numpy.dtype": lambda code, *_: numpy_values.numpy_type(code)}
         for core in ("numpy.core", "numpy._core"):
             kind = Symbol("numpy", "ndarray")
-            made[f"{core}.multiarray.scalar"] = lambda *given: numpy_values.scalar(Symbol("numpy", ""), *given)
+            made[f"{core}.multiarray.scalar"] = numpy_values.scalar
             made[f"{core}.multiarray._reconstruct"] = lambda *_, kind=kind: NumpyArray(kind)
             made[f"{core}.numeric._frombuffer"] = lambda data, dtype, shape, order, kind=kind: NumpyArray(
                 kind, dtype, shape, order == "F", data
@@ -254,8 +266,8 @@ class Known:
         """`getattr` as pickles name nested classes and members of enums; of anything else it is refused."""
         if not isinstance(holder, Symbol) or not holder.like_a_class or holder.of_python or not _is_name(name):
             raise CheckpointError(
-                "refused: to read it, Python would call builtins.getattr, which could run any code, on what is no "
-                "class of its own. Save its state_dict() alone, best as .safetensors"
+                "refused: reading it would call builtins.getattr on what is no class of its own: it could run any "
+                "code. " + _INSTEAD
             )
         if len(holder.name) > _LONGEST_NAME:
             raise DamagedError("a class within too many classes")
@@ -280,8 +292,7 @@ class Known:
         """`typing.Dict[str, int]` in a class's description of itself: its name."""
         if not isinstance(generic, Symbol) or generic.module not in _GENERIC:
             raise CheckpointError(
-                "refused: to read it, Python would call operator.getitem, which could run any code. Save its "
-                "state_dict() alone, best as .safetensors"
+                f"refused: reading it would call operator.getitem on what is no type: it could run any code. {_INSTEAD}"
             )
         return generic
 

@@ -14,6 +14,7 @@ from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
 
 _NUMBERS = re.compile(r"b1|[iu][1248]|f[248]|c(?:8|16)")
 _TEXT = re.compile(r"[US]\d{1,9}")
+_OTHERS = {"M": "datetime64", "m": "timedelta64", "V": "void", "O": "object_"}
 _MOST_DIMENSIONS, _LARGEST = 64, 1 << 62
 
 
@@ -67,7 +68,7 @@ def set_array(target: NumpyArray, state: object) -> None:
     target.fortran = fortran is True or fortran == 1
 
 
-def scalar(kind: Symbol, dtype: object, data: object = b"") -> object:
+def scalar(dtype: object, data: object = b"") -> object:
     """`numpy.core.multiarray.scalar`: a plain number or text, or an inert object."""
     if not isinstance(dtype, NumpyType):
         raise DamagedError("a numpy scalar without a type")
@@ -81,7 +82,7 @@ def scalar(kind: Symbol, dtype: object, data: object = b"") -> object:
         if dtype.code[0] == "S":
             return raw.rstrip(b"\0")
         return raw.decode("utf-32-be" if dtype.order == ">" else "utf-32-le").rstrip("\0")
-    return Instance(Symbol(kind.module, f"scalar[{dtype.code[:20]}]"), (data,))
+    return Instance(Symbol("numpy", _OTHERS.get(dtype.code[:1], "generic")), (data,))
 
 
 def elements(array: NumpyArray) -> int | None:

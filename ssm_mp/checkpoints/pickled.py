@@ -61,6 +61,7 @@ class Machine:
         self._memo: list[object] = []
         self._sparse: dict[int, object] = {}
         self._symbols: dict[tuple[str, str], Symbol] = {}
+        self._version = 0
         self.shared: set[int] = set()
         self._operations = self._plain() | self._texts() | self._containers() | self._objects()
 
@@ -180,9 +181,9 @@ class Machine:
         return int.from_bytes(self._source.take(size), "little", signed=True)
 
     def _protocol(self) -> None:
-        protocol = self._number(1)
-        if protocol > 5:
-            raise DamagedError(f"pickle protocol {protocol}, and 5 is the last")
+        self._version = self._number(1)
+        if self._version > 5:
+            raise DamagedError(f"pickle protocol {self._version}, and 5 is the last")
 
     def _check_frame(self, size: int) -> None:
         if size > self._source.left:
@@ -292,7 +293,7 @@ class Machine:
         found = self._symbols.get((module, name))
         if found is None:
             self._allowance.take(_OBJECT)
-            found = self._symbols[module, name] = Symbol.named(module, name)
+            found = self._symbols[module, name] = Symbol.named(module, name, self._version)
         return found
 
     def _construct_named(self) -> None:

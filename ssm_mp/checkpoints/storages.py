@@ -142,7 +142,7 @@ class Tensors:
             raise DamagedError(f"a tensor that ends at element {last + 1:,} of a storage of {held:,}")
         if count > held:
             raise CheckpointError(
-                f"refused: a tensor of {count:,} elements in a storage of {held:,}; save .contiguous() tensors"
+                f"refused: a tensor of {count:,} elements in a storage of {held:,}; save it as .contiguous()"
             )
         if not count:
             first = 0
