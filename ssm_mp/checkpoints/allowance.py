@@ -10,8 +10,8 @@ from ssm_mp.errors import CheckpointError
 _EACH_BYTE, _ANY_FILE = 48, 1 << 25
 """Bytes of memory for each byte of a pickle (a Python object is larger than its opcodes), and for any."""
 _LONGEST_KEY, _LARGEST_KEY, _PARTS, _DEEPEST = 4096, 1 << 24, 64, 8
-_ODD_KEYS = 1 << 15
-"""Keys in a file whose hashes someone could choose: with so many, the slowest dictionary takes seconds, not hours."""
+_ODD_KEYS = 1 << 13
+"""Keys in a file whose hashes someone could choose: with so many, the slowest dictionary takes a second, not hours."""
 
 
 class Allowance:
@@ -42,7 +42,8 @@ class Allowance:
                 self._odd_key()
         elif kind is tuple or kind is frozenset:
             self._compound(value, _PARTS, _DEEPEST)
-            self._odd_key()
+            if not all(type(part) is str for part in value):  # type: ignore[attr-defined]
+                self._odd_key()
         elif kind is float or kind is complex:
             self._odd_key()
         elif not (value is None or kind is bool or isinstance(value, Instance | Symbol | Tensor)):

@@ -15,7 +15,7 @@ from ssm_mp.checkpoints import numpy_values
 from ssm_mp.checkpoints.allowance import Allowance
 from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
 from ssm_mp.checkpoints.numpy_values import NumpyArray, NumpyType
-from ssm_mp.checkpoints.storages import DTYPES, Storage, Tensors, without_values
+from ssm_mp.checkpoints.storages import DTYPES, Marked, Storage, Tensors, without_values
 from ssm_mp.errors import CheckpointError
 
 _EACH_MEMBER = 64
@@ -81,8 +81,8 @@ class Known:
                 return made(*arguments)
             except (TypeError, ValueError, LookupError, StopIteration) as error:
                 raise DamagedError(f"{function.full} with other arguments ({type(error).__name__})") from None
-        error = function.module == "builtins" and function.name.endswith(("Error", "Exception", "Warning"))
-        if function.full in _INERT or error or (function.like_a_class and not function.of_python):
+        fault = function.module == "builtins" and function.name.endswith(("Error", "Exception", "Warning"))
+        if function.full in _INERT or fault or (function.like_a_class and not function.of_python):
             return Instance(function, arguments)
         raise CheckpointError(
             f"refused: reading it would call {function.full}, which is not known to be harmless and could run any "
@@ -188,11 +188,9 @@ class Known:
         marks = rest[2] if len(rest) > 2 else None
         kind = DTYPES[dtype.full] if isinstance(dtype, Symbol) else None
         tensor = self._tensors.view(storage, offset, size, stride, kind)
-        if isinstance(marks, dict) and (marks.get("conj") is True or marks.get("neg") is True):
-            self._tensors.take(2 * tensor.nbytes)
-            tensor = tensor.conj().resolve_conj() if marks.get("conj") is True else tensor
-            tensor = -tensor if marks.get("neg") is True else tensor
-        return tensor
+        if not isinstance(marks, dict) or not (marks.get("conj") is True or marks.get("neg") is True):
+            return tensor
+        return Marked(tensor, marks.get("conj") is True, marks.get("neg") is True)
 
     def _tensor_of_type(
         self, storage: object, offset: object, size: object, stride: object, grad: object, hooks: object,

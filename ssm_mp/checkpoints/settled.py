@@ -5,16 +5,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from ssm_mp.checkpoints import numpy_values
+from ssm_mp.checkpoints.allowance import Allowance
 from ssm_mp.checkpoints.inert import Instance, Symbol
 from ssm_mp.checkpoints.numpy_values import NumpyArray, NumpyType
 from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.storages import DTYPES, Storage, Tensors
+from ssm_mp.checkpoints.storages import DTYPES, Marked, Storage, Tensors
 from ssm_mp.errors import CheckpointError
 
 _DEEPEST = 100
 """Containers within each other, so that whoever walks the content needs no stack of his own."""
 _EACH_BYTE, _ANY_FILE = 8, 1_000_000
 """Values for each byte of the pickle, where one that is held twice counts twice, and for any pickle."""
+_EACH_FIELD = 128
+"""Bytes that a field takes in a dictionary of its own, about."""
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, Tensor, Record})
 
 _INSIDE = {
@@ -31,8 +34,8 @@ _NODES = "omegaconf.nodes"
 class Settling:
     """Settles the content of one pickle of `size` bytes. `kinds`: classes that became records."""
 
-    def __init__(self, tensors: Tensors, shared: set[int], size: int) -> None:
-        self._tensors, self._shared = tensors, shared
+    def __init__(self, tensors: Tensors, allowance: Allowance, shared: set[int], size: int) -> None:
+        self._tensors, self._allowance, self._shared = tensors, allowance, shared
         self._left = _EACH_BYTE * size + _ANY_FILE
         self._done: dict[int, tuple[object, object, int, int]] = {}
         self._open: set[int] = set()
@@ -101,6 +104,9 @@ class Settling:
             return value.full if value.full in DTYPES else self._record(value.full, {})
         if isinstance(value, Storage):
             return self._tensors.whole(value)
+        if isinstance(value, Marked):
+            self._tensors.take(2 * value.tensor.nbytes)
+            return value.resolved()
         if isinstance(value, NumpyType):
             return value.order + value.code
         if isinstance(value, NumpyArray):
@@ -165,9 +171,11 @@ class Settling:
                 parts += [_own(part) for part in both if isinstance(part, dict) and part]
             else:
                 parts.append({"state": state})
-        self._pay(sum(map(len, parts)))
+        count = sum(map(len, parts))
+        self._pay(count)
         if len(parts) == 1 and all(type(name) is str for name in parts[0]):
             return parts[0]  # type: ignore[return-value]
+        self._allowance.take(_EACH_FIELD * count)
         return {_name(key): value for part in parts for key, value in part.items()}
 
 

@@ -66,6 +66,20 @@ class Storage:
     start: int = 0
 
 
+@dataclass(frozen=True, eq=False)
+class Marked:
+    """A tensor that is meant conjugated or negated; its values may be read later than this is made."""
+
+    tensor: Tensor
+    conjugated: bool
+    negated: bool
+
+    def resolved(self) -> Tensor:
+        """A copy with the values that are meant."""
+        tensor = self.tensor.conj().resolve_conj() if self.conjugated else self.tensor
+        return -tensor if self.negated else tensor
+
+
 def element_type(symbol: object) -> torch.dtype:
     """The element type of a storage by the name of its class; raises DamagedError for a class that is no storage."""
     name = symbol.name if isinstance(symbol, Symbol) else ""

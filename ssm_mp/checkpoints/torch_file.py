@@ -103,7 +103,7 @@ def _read_archive(file: BinaryIO, size: int) -> TorchFile:
     known = Known(tensors, allowance, lambda data: _lone_storage(data, tensors, allowance))
     data = io.BytesIO(archive.source(entry).take(entry.size))  # storages are read from the file meanwhile
     machine = Machine(Source(data, entry.size), known, allowance, storage)
-    return _settled(machine.load(), machine.shared, tensors, entry.size)
+    return _settled(machine.load(), machine.shared, tensors, allowance, entry.size)
 
 
 def _read_pickles(file: BinaryIO, size: int) -> TorchFile:
@@ -111,11 +111,11 @@ def _read_pickles(file: BinaryIO, size: int) -> TorchFile:
     tensors, allowance, source = Tensors(size), Allowance(size), Source(file, size)
     known = Known(tensors, allowance, lambda data: _lone_storage(data, tensors, allowance))
     content, shared = _pickles(file, source, known, allowance)
-    return _settled(content, shared, tensors, size)
+    return _settled(content, shared, tensors, allowance, size)
 
 
-def _settled(content: object, shared: set[int], tensors: Tensors, size: int) -> TorchFile:
-    settling = Settling(tensors, shared, size)
+def _settled(content: object, shared: set[int], tensors: Tensors, allowance: Allowance, size: int) -> TorchFile:
+    settling = Settling(tensors, allowance, shared, size)
     settled = settling.settle(content)
     tensors.close()
     return TorchFile(settled, tuple(sorted(settling.kinds)))
