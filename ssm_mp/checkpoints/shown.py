@@ -26,7 +26,8 @@ def shown(value: object) -> str:
 
 def shown_name(name: str) -> str:
     """A tensor's name or a key, on one line and cut in the middle where it is long."""
-    return _cut("".join(sign if sign.isprintable() else "·" for sign in name[:1000]) + name[1000:][:1])
+    ends = name if len(name) <= 2 * _LONGEST else name[:_LONGEST] + name[-_LONGEST:]
+    return _cut("".join(sign if sign.isprintable() else "·" for sign in ends))
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from click.testing import Result
+from typer.testing import CliRunner
 
+from search.cli import app
 from search.spec import load_spec
 from search.workspace import open_workspace
 from ssm_mp.checkpoints import load_checkpoint
-from tests.search.test_cli import answer, refused, ssm_mp
+from ssm_mp.errors import CheckpointError
 from tests.tiny import MAMBA, random_tensors, write_study
 
 
@@ -35,25 +40,38 @@ def test_a_study_takes_the_weights_that_it_names_and_its_fingerprint_knows(study
     assert plain.fingerprint()["checkpoint"] != averaged.fingerprint()["checkpoint"]
 
 
-@pytest.mark.slow
-def test_commands_take_the_weights_asked_for(study: Path) -> None:
-    folder = study.parent
-    assert "also in the file: ema" in ssm_mp("inspect", "both.ckpt", cwd=folder).stderr
-    found = answer("inspect", "both.ckpt", "--weights", "ema", cwd=folder)
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def answer(*arguments: object) -> Any:
+    done = run(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_inspect_says_types_and_notes_and_takes_the_weights_asked_for(study: Path) -> None:
+    both = study.with_name("both.ckpt")
+    assert any("also in the file: ema" in note for note in answer("inspect", both)["notes"])
+    found = answer("inspect", both, "--weights", "ema")
     assert (found["file_types"], 2 * found["file_bytes"]) == ({"float16": found["parameters"]}, found["fp32_bytes"])
-    assert "(float16)" in ssm_mp("inspect", "both.ckpt", "--weights", "ema", cwd=folder).stdout
-    assert "no model at --weights swa; there are: ema, model" in refused(
-        "inspect", "both.ckpt", "--weights", "swa", cwd=folder
-    )
-    torch.save({name: t.half() for name, t in random_tensors(MAMBA, seed=1).items()}, folder / "alone.pt")
-    alone = answer("evaluate", "alone.pt", "--study", "tiny.toml", cwd=folder)
-    assert answer("evaluate", "both.ckpt", "--study", "tiny.toml", "--weights", "ema", cwd=folder) == alone
-    assert answer("evaluate", "both.ckpt", "--study", "average.toml", cwd=folder) == alone
-    assert answer("evaluate", "both.ckpt", "--study", "tiny.toml", cwd=folder) != alone
-    convert = ("convert", "both.ckpt", "--map", "conservative", "--study", "tiny.toml")
-    taken = answer(*convert, "--weights", "ema", "--out", "a", cwd=folder)
-    assert taken["perplexity"] == pytest.approx(alone["perplexity"], rel=0.1)
-    assert answer(*convert, "--out", "b", cwd=folder)["perplexity"] != taken["perplexity"]
+    assert f"{found['file_bytes']:,} in the file (float16)" in run("inspect", both, "--weights", "ema").stdout
+    error = run("inspect", both, "--weights", "swa").exception
+    assert isinstance(error, CheckpointError)
+    assert "no model at --weights swa; there are: ema, model" in str(error)
+
+
+def test_evaluate_and_convert_take_the_weights_asked_for_else_the_studys(study: Path) -> None:
+    folder, both = study.parent, study.with_name("both.ckpt")
+    torch.save({name: tensor.half() for name, tensor in random_tensors(MAMBA, seed=1).items()}, folder / "alone.pt")
+    alone = answer("evaluate", folder / "alone.pt", "--study", study)
+    assert answer("evaluate", both, "--study", study, "--weights", "ema") == alone
+    assert answer("evaluate", both, "--study", study.with_name("average.toml")) == alone
+    assert answer("evaluate", both, "--study", study) != alone
+    taken = ("--map", "conservative", "--study", study, "--weights", "ema", "--out")
+    first = answer("convert", both, *taken, folder / "a")
+    second = answer("convert", folder / "alone.pt", *taken[:4], "--out", folder / "b")
+    assert first["perplexity"] == second["perplexity"]
 
 
 def test_the_digest_is_that_of_the_weights_taken(study: Path) -> None:
