@@ -31,6 +31,16 @@ _PACKERS = (
 _REMEDY = "an already quantised checkpoint cannot be searched; give the float checkpoint that it was made from"
 
 
+_UNMADE = {
+    "qtensor": f"already quantised tensors: {{}}; {_REMEDY}",
+    "meta": "tensors without values, on torch's meta device: {}; load the weights, then save again",
+    "sparse": "sparse tensors cannot be searched, give dense ones: {}",
+    "nested": "nested tensors cannot be searched, give dense ones: {}",
+    "": "tensors of a kind that has no plain values: {}; give dense ones of a float type",
+}
+"""What the name of a function says that would make a tensor → what is wrong with that tensor."""
+
+
 def refuse_adapter(names: Iterable[str]) -> None:
     """Raise CheckpointError where names are those of a PEFT adapter that is not merged."""
     held = [name for name in names if _ADAPTER.search(name)]
@@ -50,6 +60,14 @@ def refuse_packed(held: Mapping[str, object]) -> None:
     words = [name for name, value in held.items() if isinstance(value, Tensor) and value.dtype == torch.uint32]
     if words and any(name.endswith(".scales") for name in held):
         raise CheckpointError(f"packed by MLX ({listed(words, 1)}): {_REMEDY}")
+
+
+def refuse_unmade(kinds: Mapping[str, str]) -> None:
+    """Raise CheckpointError for what stands for tensors without plain values: name in the file → how torch makes it."""
+    for sign, sentence in _UNMADE.items():
+        held = [name for name, kind in kinds.items() if sign in kind]
+        if held:
+            raise CheckpointError(sentence.format(listed(held, 3)))
 
 
 def refuse_nested(tensors: Mapping[str, Tensor]) -> None:
@@ -77,28 +95,8 @@ def refuse_unreadable(tensors: Mapping[str, Tensor]) -> None:
     ]  # fmt: skip
     if packed:
         raise CheckpointError(f"already quantised or packed tensors: {listed(packed, 2)}; {_REMEDY}")
-    _refuse_more_than_held(tensors)
 
 
 def type_name(tensor: Tensor) -> str:
     """A tensor's type as people write it: `bfloat16`."""
     return str(tensor.dtype).removeprefix("torch.")
-
-
-def _refuse_more_than_held(tensors: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where views that repeat their memory would become far more than the file holds."""
-    repeated = {name: _nbytes(tensor) - tensor.untyped_storage().nbytes() for name, tensor in tensors.items()}
-    excess = {name: more for name, more in repeated.items() if more > 0}
-    if sum(excess.values()) > _MOST_REPEATED:
-        raise CheckpointError(
-            f"tensors that repeat a few stored values ({listed(excess, 2)}) would take {sum(excess.values()):,} bytes "
-            "more than the file holds; save them with .contiguous()"
-        )
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.dtype.itemsize
-
-
-_MOST_REPEATED = 64 << 20
-"""Bytes by which expanded tensors (a stride of 0) may exceed what is stored."""

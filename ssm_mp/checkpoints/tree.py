@@ -13,6 +13,9 @@ from torch import Tensor
 from ssm_mp.checkpoints.record import Record
 from ssm_mp.errors import CheckpointError
 
+UNMADE = "torch._utils._rebuild_"
+"""How the kind of a record begins that stands for a tensor without plain values."""
+
 INNER = frozenset(
     (
         *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
@@ -27,7 +30,7 @@ _DEEPEST, _MOST_VISITS, _MOST_SIGNS = 32, 8, 1 << 26
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, or a list that holds tensors, with the keys that lead to it.
+    """A tensor, what stands for one without plain values, or a list that holds tensors, with the keys that lead to it.
 
     name: the keys, dotted, without what wraps modules inside of names. original: the same with it.
     """
@@ -48,6 +51,11 @@ def members(value: object) -> Mapping[Any, object] | None:
     return value if isinstance(value, Mapping) else None
 
 
+def is_tensor(value: object) -> bool:
+    """Whether it is a tensor, or what stands for one without plain values: sparse, quantised, on the meta device."""
+    return isinstance(value, Tensor) or (isinstance(value, Record) and value.kind.startswith(UNMADE))
+
+
 def leaves(content: object) -> Iterator[Leaf]:
     """Every tensor that names lead to, in the file's order; work is bounded however containers share each other."""
     holding = _holding(content)
@@ -60,7 +68,7 @@ def leaves(content: object) -> Iterator[Leaf]:
         if signs > _MOST_SIGNS:
             raise CheckpointError("its names are too long to be those of a model")
         inside = members(value)
-        if isinstance(value, Tensor) or inside is None:
+        if is_tensor(value) or inside is None:
             name = ".".join(part for part in ".".join(keys).split(".") if part not in INNER)
             yield Leaf(keys, value, name)
         elif id(value) not in above and len(keys) < _DEEPEST and visits[id(value)] < _MOST_VISITS:
@@ -68,7 +76,7 @@ def leaves(content: object) -> Iterator[Leaf]:
             stack += [
                 ((*keys, text), child, (*above, id(value)))
                 for key, child in reversed(list(inside.items()))
-                if (text := key_name(key)) is not None and (isinstance(child, Tensor) or id(child) in holding)
+                if (text := key_name(key)) is not None and (is_tensor(child) or id(child) in holding)
             ]
 
 
@@ -92,7 +100,7 @@ def _holding(content: object) -> set[int]:
     while queue:
         container = queue.pop()
         for child in _children(container):
-            if isinstance(child, Tensor):
+            if is_tensor(child):
                 found.append(id(container))
             elif isinstance(child, Mapping | Record | list | tuple):
                 above.setdefault(id(child), []).append(id(container))

@@ -6,27 +6,23 @@ import builtins
 import functools
 import importlib
 import os
-import pickle
-import pickletools
 import subprocess
 import sys
 import tracemalloc
 import webbrowser
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings
 
 from ssm_mp.checkpoints.record import Record
 from ssm_mp.checkpoints.torch_file import TorchFile, read_torch_file
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.foreign import archive, classes, entries_of, old_format, save, watched
+from tests.ssm_mp.checkpoints.foreign import archive, save, watched
 
 _SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -71,7 +67,7 @@ def test_a_call_is_refused_with_its_name_and_not_made(
     assert seen == []
     assert not (tmp_path / "ran").exists()
     message = str(caught.value)
-    function = name.split(".")[-1]
+    function = name.rsplit(".", maxsplit=1)[-1]
     assert f".{function} " in message or f".{function}," in message
     assert message.startswith(f"{path}: refused: reading it would call ")
     assert "state_dict()" in message
@@ -141,11 +137,13 @@ BOMBS = {
     + b"c_codecs\nencode\nh\0X\6\0\0\0latin1\x86R0" * 5_000 + b"h\0.",
     "a dictionary as the state of many": b"}q\0(" + b"".join(b"M" + _le(i, 2) + b"N" for i in range(3_000)) + b"u]("
     + b"cmodels\nConfig\n)\x81h\0b" * 3_000 + b"e.",
-    "colliding keys": b"}(" + b"".join(b"\x8a\x0c" + _le(((1 << 61) - 1) * i, 12) + b"N" for i in range(1, 12_000)) + b"u.",
+    "colliding keys": b"}("
+    + b"".join(b"\x8a\x0c" + _le(((1 << 61) - 1) * i, 12) + b"N" for i in range(1, 12_000)) + b"u.",
     "long equal keys": b"}" + (b"X" + _le(50_000, 4) + b"a" * 50_000 + b"Ns") * 2 + b".",
     "many of nothing": b"\x8f" * 300_000 + b".",
     "bytes of a number": b"cbuiltins\nbytes\nM\xff\xff\x85R.",
-    "array of 2⁴⁰": b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R(K\1\x8a\6" + _le(1 << 40, 6)
+    "array of 2⁴⁰": b"cnumpy._core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\0\x85C\1b\x87R(K\1\x8a\6"
+    + _le(1 << 40, 6)
     + b"\x85cnumpy\ndtype\nX\2\0\0\0f4\x89\x88\x87R\x89C\4aaaatb.",
 }  # fmt: skip
 
