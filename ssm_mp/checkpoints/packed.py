@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from ssm_mp.checkpoints.record import Record
 from ssm_mp.checkpoints.shown import listed
 from ssm_mp.errors import CheckpointError
 
@@ -30,15 +31,10 @@ _PACKERS = (
 """What only a packed file's names hold → who packs so."""
 _REMEDY = "an already quantised checkpoint cannot be searched; give the float checkpoint that it was made from"
 
-
-_UNMADE = {
-    "qtensor": f"already quantised tensors: {{}}; {_REMEDY}",
-    "meta": "tensors without values, on torch's meta device: {}; load the weights, then save again",
-    "sparse": "sparse tensors cannot be searched, give dense ones: {}",
-    "nested": "nested tensors cannot be searched, give dense ones: {}",
-    "": "tensors of a kind that has no plain values: {}; give dense ones of a float type",
-}
-"""What the name of a function says that would make a tensor → what is wrong with that tensor."""
+_QUANTISED = f"already quantised or packed tensors: {{}}; {_REMEDY}"
+_VALUELESS = "tensors without values, on torch's meta device: {}; load the weights, then save again"
+_SPARSE = "sparse tensors cannot be searched, give dense ones: {}"
+_NESTED = "nested tensors cannot be searched, give dense ones: {}"
 
 
 def refuse_adapter(names: Iterable[str]) -> None:
@@ -62,31 +58,30 @@ def refuse_packed(held: Mapping[str, object]) -> None:
         raise CheckpointError(f"packed by MLX ({listed(words, 1)}): {_REMEDY}")
 
 
-def refuse_unmade(kinds: Mapping[str, str]) -> None:
-    """Raise CheckpointError for what stands for tensors without plain values: name in the file → how torch makes it."""
-    for sign, sentence in _UNMADE.items():
-        held = [name for name, kind in kinds.items() if sign in kind]
-        if held:
-            raise CheckpointError(sentence.format(listed(held, 3)))
+def refuse_stand_ins(held: Mapping[str, object]) -> None:
+    """Raise CheckpointError where records stand for tensors of other kinds than plain ones."""
+    kinds = {name: value.kind for name, value in held.items() if isinstance(value, Record)}
+    for sign, what in (("meta", _VALUELESS), ("sparse", _SPARSE), ("nested", _NESTED), ("", _QUANTISED)):
+        signs = [f"{name} ({kind.rsplit('.', 1)[-1]})" for name, kind in kinds.items() if sign in kind]
+        if signs:
+            raise CheckpointError(what.format(listed(signs, 2)))
 
 
 def refuse_nested(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for tensors without a shape."""
     nested = [name for name, tensor in tensors.items() if tensor.is_nested]
     if nested:
-        raise CheckpointError(f"nested tensors cannot be searched, give dense ones: {listed(nested, 3)}")
+        raise CheckpointError(_NESTED.format(listed(nested, 2)))
 
 
 def refuse_unreadable(tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for parameters (name in the file → tensor) without plain float values."""
     valueless = [name for name, tensor in tensors.items() if tensor.device.type == "meta"]
     if valueless:
-        raise CheckpointError(
-            f"tensors without values, on torch's meta device: {listed(valueless, 3)}; load the weights, then save again"
-        )
+        raise CheckpointError(_VALUELESS.format(listed(valueless, 2)))
     sparse = [name for name, tensor in tensors.items() if tensor.layout != torch.strided]
     if sparse:
-        raise CheckpointError(f"sparse tensors cannot be searched, give dense ones: {listed(sparse, 3)}")
+        raise CheckpointError(_SPARSE.format(listed(sparse, 2)))
     complex_ = [name for name, tensor in tensors.items() if tensor.dtype.is_complex]
     if complex_:
         raise CheckpointError(f"complex values, which no known family has: {listed(complex_, 2)}")
@@ -94,7 +89,7 @@ def refuse_unreadable(tensors: Mapping[str, Tensor]) -> None:
         f"{name} ({type_name(tensor)})" for name, tensor in tensors.items() if tensor.dtype not in _FLOATS
     ]  # fmt: skip
     if packed:
-        raise CheckpointError(f"already quantised or packed tensors: {listed(packed, 2)}; {_REMEDY}")
+        raise CheckpointError(_QUANTISED.format(listed(packed, 2)))
 
 
 def type_name(tensor: Tensor) -> str:

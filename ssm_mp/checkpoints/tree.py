@@ -13,9 +13,6 @@ from torch import Tensor
 from ssm_mp.checkpoints.record import Record
 from ssm_mp.errors import CheckpointError
 
-UNMADE = "torch._utils._rebuild_"
-"""How the kind of a record begins that stands for a tensor without plain values."""
-
 INNER = frozenset(
     (
         *("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"),
@@ -24,13 +21,15 @@ INNER = frozenset(
 )
 """Parts of names that torch.compile, FSDP, activation checkpointing and a pickled module put anywhere."""
 
+_TENSOR_KINDS = ("torch._utils._rebuild_", "torchao.", "bitsandbytes.", "optimum.quanto.", "hqq.")
+"""How the classes and functions begin that make tensors of other kinds than plain ones."""
 _DEEPEST, _MOST_VISITS, _MOST_SIGNS = 32, 8, 1 << 26
 """Dictionaries within dictionaries, paths to the same one, and characters of all names together that are looked at."""
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """A tensor, what stands for one without plain values, or a list that holds tensors, with the keys that lead to it.
+    """A tensor, a list that holds tensors, or a record in a tensor's place, with the keys that lead to it.
 
     name: the keys, dotted, without what wraps modules inside of names. original: the same with it.
     """
@@ -51,11 +50,6 @@ def members(value: object) -> Mapping[Any, object] | None:
     return value if isinstance(value, Mapping) else None
 
 
-def is_tensor(value: object) -> bool:
-    """Whether it is a tensor, or what stands for one without plain values: sparse, quantised, on the meta device."""
-    return isinstance(value, Tensor) or (isinstance(value, Record) and value.kind.startswith(UNMADE))
-
-
 def leaves(content: object) -> Iterator[Leaf]:
     """Every tensor that names lead to, in the file's order; work is bounded however containers share each other."""
     holding = _holding(content)
@@ -68,7 +62,7 @@ def leaves(content: object) -> Iterator[Leaf]:
         if signs > _MOST_SIGNS:
             raise CheckpointError("its names are too long to be those of a model")
         inside = members(value)
-        if is_tensor(value) or inside is None:
+        if isinstance(value, Tensor) or inside is None or is_stand_in(value):
             name = ".".join(part for part in ".".join(keys).split(".") if part not in INNER)
             yield Leaf(keys, value, name)
         elif id(value) not in above and len(keys) < _DEEPEST and visits[id(value)] < _MOST_VISITS:
@@ -76,8 +70,17 @@ def leaves(content: object) -> Iterator[Leaf]:
             stack += [
                 ((*keys, text), child, (*above, id(value)))
                 for key, child in reversed(list(inside.items()))
-                if (text := key_name(key)) is not None and (is_tensor(child) or id(child) in holding)
+                if (text := key_name(key)) is not None and _leads_on(child, holding)
             ]
+
+
+def is_stand_in(value: object) -> bool:
+    """Whether a record stands for a tensor that is no plain one: quantised, sparse, or without values."""
+    return isinstance(value, Record) and value.kind.startswith(_TENSOR_KINDS)
+
+
+def _leads_on(value: object, holding: set[int]) -> bool:
+    return isinstance(value, Tensor) or id(value) in holding or is_stand_in(value)
 
 
 def key_name(key: object) -> str | None:
@@ -100,7 +103,7 @@ def _holding(content: object) -> set[int]:
     while queue:
         container = queue.pop()
         for child in _children(container):
-            if is_tensor(child):
+            if isinstance(child, Tensor):
                 found.append(id(container))
             elif isinstance(child, Mapping | Record | list | tuple):
                 above.setdefault(id(child), []).append(id(container))

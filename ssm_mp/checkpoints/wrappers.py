@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssm_mp.checkpoints.packed import refuse_adapter, refuse_packed, refuse_unmade
+from ssm_mp.checkpoints.packed import refuse_adapter, refuse_packed, refuse_stand_ins
 from ssm_mp.checkpoints.record import Record
 from ssm_mp.checkpoints.shown import listed, shown_name
 from ssm_mp.checkpoints.tree import INNER, Leaf, key_name, leaves, members
@@ -73,7 +73,7 @@ def find_weights(content: object, wanted: str | None = None) -> Weights:
     own = held if at is None else [leaf for leaf in held if _owner(leaf.name, paths) == at]
     refuse_adapter(leaf.original for leaf in own)
     refuse_packed({leaf.original: leaf.value for leaf in own})
-    refuse_unmade({leaf.original: leaf.value.kind for leaf in own if isinstance(leaf.value, Record)})
+    refuse_stand_ins({leaf.original: leaf.value for leaf in own if not _NO_MODEL.search(leaf.name)})
     if at is None:
         raise CheckpointError(_unknown_layout(content, held))
     return _gathered(at, held, paths)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.checkpoints import load_checkpoint
+from ssm_mp.checkpoints.record import Record
+from ssm_mp.checkpoints.wrappers import find_weights
 from ssm_mp.errors import CheckpointError
 from tests.ssm_mp.checkpoints.written import hugging_face, prefixed, write
 
@@ -65,12 +67,15 @@ UNREADABLE: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "float8": (lambda tensor: tensor.to(torch.float8_e4m3fn), r"already quantised or packed.*\(float8_e4m3fn\)"),
     "qint8": (
         lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
-        r"already quantised tensors: .*in_proj\.weight",
+        "already quantised.*qint8|qtensor",
     ),
     "complex": (lambda tensor: tensor.to(torch.complex64), "complex values"),
     "meta": (lambda tensor: tensor.to("meta"), "without values, on torch's meta device"),
     "sparse": (lambda tensor: tensor.to_sparse(), "sparse tensors cannot be searched"),
-    "expanded": (lambda tensor: torch.zeros(1).expand(10**12), "elements in a storage of 1; save it as"),
+    "expanded": (
+        lambda tensor: torch.zeros(1).expand(10**12),
+        "would take .* bytes more than the file holds|in a storage of 1",
+    ),
     "too many dimensions": (lambda tensor: tensor[None], r"misshapen: .*\[1, 64, 16\], expected \[64, 16\]"),
     "too few dimensions": (lambda tensor: tensor.flatten(), r"misshapen: .*\[1024\], expected \[64, 16\]"),
     "no dimensions": (lambda tensor: tensor[0, 0], r"misshapen: .*\[\], expected \[64, 16\]"),
@@ -91,6 +96,26 @@ def test_all_tensors_on_the_meta_device_are_one_error(tmp_path: Path) -> None:
     tensors = {**HF, "lm_head.weight": HF["backbone.embeddings.weight"]}
     with pytest.raises(CheckpointError, match=r"meta device: .* and \d+ more"):
         load_checkpoint(write(tmp_path / "m.pt", {name: tensor.to("meta") for name, tensor in tensors.items()}))
+
+
+KINDS = [
+    ("torch._utils._rebuild_qtensor", "already quantised"),
+    ("torch._utils._rebuild_meta_tensor_no_storage", "without values"),
+    ("torch._utils._rebuild_sparse_tensor", "sparse tensors"),
+    ("torch._utils._rebuild_nested_tensor", "nested tensors"),
+    ("torchao.dtypes.affine_quantized_tensor.AffineQuantizedTensor", "already quantised"),
+    ("bitsandbytes.nn.modules.Params4bit", "already quantised"),
+]
+
+
+@pytest.mark.parametrize(("kind", "message"), KINDS)
+@pytest.mark.parametrize("name", ["in_proj", "x_proj"])
+def test_a_record_in_a_tensors_place_says_what_the_tensor_was(kind: str, message: str, name: str) -> None:
+    for fields in ({"shape": (64, 16)}, {"data": torch.zeros(64, 16)}):
+        content = {**HF, f"backbone.layers.0.mixer.{name}.weight": Record(kind, fields)}
+        with pytest.raises(CheckpointError, match=message):
+            find_weights({"model": content})
+        assert find_weights({"model": HF, "optimizer": {"exp_avg": Record(kind, fields)}}).tensors.keys() == HF.keys()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
