@@ -27,6 +27,7 @@ from search.sampler import map_key
 from search.spec import SAMPLERS
 from search.storage import exists, read_study
 from search.trials import asked_trials, points
+from tests.cluster.processes import HUNG
 from tests.tiny import LENGTH, repetitive_tokens, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +40,10 @@ SEEDS_ONLY = 41
 """As many trials as this all come from seeds: what is found does not depend on who evaluates what, and when."""
 
 
-def write_long_study(
-    folder: Path, *, windows: int = 12288, trials: int = SEEDS_ONLY, search: str = "", extra: str = ""
+def write_seeded_study(
+    folder: Path, *, windows: int = 512, trials: int = SEEDS_ONLY, search: str = "", extra: str = ""
 ) -> Path:
-    """A study whose trials last long enough to be interrupted, and that has more than 41 seeds; returns its file.
+    """A study that has more than 41 seeds; returns its file. How long its trials last is of no account: see `Gate`.
 
     search: more lines of its table `[search]`; extra: more tables.
     """
@@ -65,7 +66,7 @@ trials = {trials}
 
 
 def ssm_mp(
-    *arguments: object, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 120
+    *arguments: object, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = HUNG
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of ours to its end. environment: variables besides `ENVIRONMENT`."""
     command = [*COMMAND, *map(str, arguments)]
@@ -220,10 +221,10 @@ class Undisturbed:
 
 @cache
 def undisturbed() -> Undisturbed:
-    """The study of `write_long_study` with its defaults, searched by one process; once in a test run."""
+    """The study of `write_seeded_study` with its defaults, searched by one process; once in a test run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_long_study(folder)
+        write_seeded_study(folder)
         assert answer("search", STUDY, cwd=folder)["trials"] == SEEDS_ONLY
         return Undisturbed(measurements(folder), front_of(folder))
 
