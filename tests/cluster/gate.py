@@ -31,12 +31,19 @@ class Gate:
         """The variables that make a command of ours, and all that it starts, wait at this gate."""
         return {"PYTHONPATH": os.pathsep.join([str(HOOK), str(ROOT)]), VARIABLE: str(self.folder)}
 
+    def admitted(self) -> int:
+        """How many of the admitted trials have passed."""
+        return sum(int(path.read_text()) for path in self._admissions()) - len(list((self.folder / TICKETS).iterdir()))
+
     def admit(self, trials: int) -> None:
         """Let so many more trials through."""
-        known = len(list(self.folder.glob("admitted-*")))
-        (self.folder / f"admitted-{known}").touch()
+        known = len(self._admissions())
+        (self.folder / f"admitted-{known}").write_text(str(trials))
         for number in range(trials):
             (self.folder / TICKETS / f"{known}-{number}").touch()
+
+    def _admissions(self) -> list[Path]:
+        return list(self.folder.glob("admitted-*"))
 
     def open(self) -> None:
         """Let all through from now on."""

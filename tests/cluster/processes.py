@@ -21,7 +21,7 @@ from pathlib import Path
 # Below the ports that the kernel gives to outgoing connections.
 PORTS = range(10_000, 32_000)
 HUNG = 900.0
-"""Seconds after which whatever a test waits for is given up: far more than it can take, only to end a test that hangs."""
+"""Seconds after which what a test waits for is given up: far more than it can take, only to end a test that hangs."""
 
 Explain = Callable[[], str]
 """What a test that waited in vain says."""

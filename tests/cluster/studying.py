@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,6 +110,28 @@ def started(
         return subprocess.Popen(
             [*COMMAND, *map(str, arguments)], cwd=cwd, env=own, stdin=subprocess.DEVNULL, stdout=file, stderr=file
         )
+
+
+@contextmanager
+def running(
+    *arguments: object, cwd: Path, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of ours in the background, in a process group of its own, of which nothing is left at the end.
+
+    log: what it prints is appended to this file.
+    """
+    own = {**ENVIRONMENT, **(environment or {})}
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], cwd=cwd, env=own, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_of(folder: Path) -> RunDirectory:

@@ -40,8 +40,9 @@ def cluster(slurm: PrivateSlurm) -> Iterator[PrivateSlurm]:
 def kill_at_random(launched: Launch, gate: Gate, kills: int, moments: random.Random) -> None:
     """Kill so many workers, one of which has a trial in hand, the others whatever they are doing, between trials."""
     launched.wait_at(gate, 1)
-    killed = {moments.choice(gate.standing())}
-    os.kill(*killed, signal.SIGKILL)
+    first = moments.choice(gate.standing())
+    os.kill(first, signal.SIGKILL)
+    killed = {first}
     while len(killed) < kills:
         gate.admit(moments.randint(0, 3))  # fewer in all than would finish the study
         time.sleep(moments.uniform(0.1, 0.6))

@@ -26,7 +26,7 @@ for each trial that may pass."""
 GATED = ("__call__", "race")
 """Methods of `search.objective.Objective` that evaluate a trial."""
 PATIENCE = {"search.storage": "_PATIENCE_AT_START", "search.local": "_GRACE_SECONDS"}
-"""Seconds that a program waits for others that are slow: longer than a test can take, so that only what they do counts."""
+"""Seconds that a program waits for others that are slow: longer than a test can take, so that none is given up."""
 
 
 def pass_gate(folder: Path, look: Callable[[], None]) -> None:
@@ -34,23 +34,27 @@ def pass_gate(folder: Path, look: Callable[[], None]) -> None:
     here = folder / STANDING / str(os.getpid())
     here.touch()
     try:
-        while not _admitted(folder):
+        while True:
+            if (folder / OPEN).exists():
+                return
+            if tickets := list((folder / TICKETS).iterdir()):
+                here.unlink()  # before a ticket is taken: who stands while there is none is really waiting
+                if any(map(_taken, tickets)):
+                    return
+                here.touch()
             look()
             time.sleep(0.05)
     finally:
         here.unlink(missing_ok=True)
 
 
-def _admitted(folder: Path) -> bool:
-    if (folder / OPEN).exists():
-        return True
-    for ticket in (folder / TICKETS).iterdir():
-        try:
-            ticket.unlink()
-        except FileNotFoundError:  # another process was faster
-            continue
-        return True
-    return False
+def _taken(ticket: Path) -> bool:
+    """Take a ticket, unless another process was faster."""
+    try:
+        ticket.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _gate(folder: Path, module: ModuleType) -> None:
@@ -69,7 +73,7 @@ def _gate(folder: Path, module: ModuleType) -> None:
 
 
 class _Changed(MetaPathFinder):
-    """Changes modules of the package when they are imported; imports none by itself, for some commands need no torch."""
+    """Changes modules of the package when they are imported; imports none itself, for some commands need no torch."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
