@@ -34,7 +34,7 @@ from search.owner import this_process
 from search.run_directory import RunDirectory
 from search.storage import STORAGE, OpenStudy, StorageChoice, connect
 from tests.cluster.private_postgres import PrivatePostgres, private_postgres
-from tests.cluster.processes import free_ports, private_directory
+from tests.cluster.processes import private_directory, reserved_ports
 
 MEASURED_TRIALS = 40
 IDLE_WORKERS = 8
@@ -116,7 +116,11 @@ def _connections(choice: StorageChoice, run: RunDirectory, server: PrivatePostgr
 @contextmanager
 def proxy_of(run: RunDirectory, url: str, environment: dict[str, str]) -> Iterator[str]:
     """A proxy in front of a database, as `ssm-mp proxy` starts it: its address."""
-    port = free_ports(1)[0]
+    with reserved_ports(1) as (port,):
+        yield from _proxy_at(port, run, url, environment)
+
+
+def _proxy_at(port: int, run: RunDirectory, url: str, environment: dict[str, str]) -> Iterator[str]:
     study = run.path.parent / f"{run.path.name}.toml"
     study.write_text(
         f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n'

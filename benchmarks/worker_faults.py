@@ -43,7 +43,7 @@ from tests.cluster.studying import (
     measurements,
     ssm_mp,
     study_of,
-    write_long_study,
+    write_seeded_study,
 )
 from tests.tiny import MAMBA, write_checkpoint
 
@@ -202,7 +202,7 @@ def _owner(trial: FrozenTrial) -> Owner | None:
 
 def _seeds_case(folder: Path) -> Case:
     """All trials are seeds, so every order of them gives the same maps and values."""
-    write_long_study(folder, trials=SEEDS, extra=_SLURM.format(time="00:20:00", warning=60))
+    write_seeded_study(folder, windows=12288, trials=SEEDS, extra=_SLURM.format(time="00:20:00", warning=60))
     _run("worker", folder)
     return Case(folder, (measurements(folder), front_of(folder)))
 
@@ -210,14 +210,14 @@ def _seeds_case(folder: Path) -> Case:
 def _proposals_case(folder: Path) -> Case:
     """Short trials, most of them proposed: a fault mostly hits claim or tell."""
     slurm = _SLURM.format(time="00:20:00", warning=60)
-    write_long_study(folder, windows=32, trials=PROPOSALS, search='sampler = "random"', extra=slurm)
+    write_seeded_study(folder, windows=32, trials=PROPOSALS, search='sampler = "random"', extra=slurm)
     _run("prepare", folder)
     return Case(folder, None)
 
 
 def _slow_case(folder: Path) -> Case:
     """A time limit of a minute, the least that Slurm has, and trials of seconds."""
-    write_long_study(folder, windows=8192, trials=SLOW, extra=_SLURM.format(time="00:01:00", warning=30))
+    write_seeded_study(folder, windows=8192, trials=SLOW, extra=_SLURM.format(time="00:01:00", warning=30))
     write_checkpoint(folder / "model.safetensors", SLOWER)
     _run("prepare", folder)
     return Case(folder, None)

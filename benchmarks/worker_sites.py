@@ -82,8 +82,8 @@ class LocalSite:
     def leave(self) -> None:
         wait_until(
             lambda: all(process.poll() is not None for process in self._running.values()),
-            _LEAVING_SECONDS,
             lambda: f"expected all workers to leave a finished study: {self._log.read_text(errors='replace')[-2000:]}",
+            _LEAVING_SECONDS,
         )
 
     @property

@@ -7,10 +7,11 @@ import signal
 import numpy as np
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
-settings.register_profile("project", deadline=None, max_examples=60)
+# no deadline, and no complaint of slow draws: how fast a machine is says nothing about the code
+settings.register_profile("project", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
 # a shell's background jobs ignore interrupts, and would hand that down to the commands that tests interrupt

@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +23,8 @@ POSTGRES_FOLDERS = ("/usr/lib/postgresql", "*/bin")
 # PostgreSQL's package would create and start a cluster of its own, munge's and Slurm's would start their daemons.
 NO_CLUSTER = Path("/etc/postgresql-common/createcluster.d/tests.conf")
 NO_DAEMONS = Path("/usr/sbin/policy-rc.d")
+# One for the whole machine, whatever each test run's TMPDIR is.
+INSTALLING = Path("/run/lock/ssm-mp-apt.lock")
 
 
 class NotInstallableError(RuntimeError):
@@ -61,7 +62,8 @@ def install(packages: Sequence[str], binaries: Sequence[str]) -> None:
         raise NotInstallableError(f"{needed}, but apt-get is not here: install them by the system's own means")
     if os.geteuid() != 0:
         raise NotInstallableError(f"{needed}, but only root may install: run apt-get install as root")
-    with FileLock(Path(tempfile.gettempdir(), "ssm-mp-apt.lock")).held():
+    INSTALLING.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(INSTALLING).held():
         # Another test process may have installed them while this one waited.
         if _missing(binaries):
             with _file(NO_CLUSTER, "create_main_cluster = false\n"), _file(NO_DAEMONS, "#!/bin/sh\nexit 101\n", 0o755):
@@ -83,7 +85,7 @@ def _version(folder: Path) -> float:
 
 
 def _apt_get(*arguments: str, needed: str) -> None:
-    command = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300", *arguments]
+    command = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=1800", *arguments]
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from search.owner import Owner
 from tests.cluster import processes
+from tests.cluster.gate import Gate
 from tests.cluster.private_slurm import Job, PrivateSlurm
 from tests.cluster.studying import COMMAND, ENVIRONMENT, ROOT, STUDY, answer, run_of, running_owners
 
@@ -16,10 +17,10 @@ SMALL = """
 [slurm]
 cpus_per_task = 1
 mem = "900M"
-time = 10
+time = 600
 """
 """What a test's job asks of Slurm: sixteen fit at once. Partition and GPU are the defaults."""
-BY_HAND = ("--cpus-per-task=1", "--mem=900M", "--time=10")
+BY_HAND = ("--cpus-per-task=1", "--mem=900M", "--time=600")
 """The same for sbatch itself."""
 _LOOK_EVERY = 0.3
 """Seconds between two looks, so that looking takes nothing from the workers, which share the machine."""
@@ -43,7 +44,7 @@ class Launch:
         """The worker array as it stands."""
         return [job for job in self.slurm.jobs() if job.among([self.search])]
 
-    def wait(self, timeout: float = 120) -> list[Job]:
+    def wait(self) -> list[Job]:
         """All jobs, once they have ended."""
         seen: list[Job] = []
 
@@ -51,19 +52,13 @@ class Launch:
             seen[:] = [job for job in self.slurm.jobs() if job.among(self.jobs.values())]
             return all(job.ended for job in seen)
 
-        processes.wait_until(over, timeout, lambda: f"expected all to end: {seen}\n{self.all_logs()}", _LOOK_EVERY)
+        processes.wait_until(over, lambda: f"expected all to end: {seen}\n{self.all_logs()}", every=_LOOK_EVERY)
         return seen
 
-    def wait_for_running(self, count: int, timeout: float = 60) -> list[Owner]:
-        """The owners of running trials, once there are so many at a time."""
-        seen: list[Owner] = []
-
-        def enough() -> bool:
-            seen[:] = running_owners(self.folder)
-            return len(seen) >= count
-
-        processes.wait_until(enough, timeout, lambda: f"running: {seen}\n{self.all_logs()}", _LOOK_EVERY)
-        return seen
+    def wait_at(self, gate: Gate, count: int) -> list[Owner]:
+        """The owners of the trials that wait at the gate, once there are so many."""
+        standing = gate.wait_for(count, self.all_logs)
+        return [owner for owner in running_owners(self.folder) if owner.pid in standing]
 
     def worker_pids(self) -> list[int]:
         """The worker processes, without what is still a shell and without what they have started."""
@@ -80,17 +75,19 @@ class Launch:
         return "\n".join(f"{log.name}:\n{log.read_text()[-600:]}" for log in sorted(self.logs.glob("*.log")))
 
 
-def launch(slurm: PrivateSlurm, folder: Path, workers: int) -> Launch:
-    """Launch the study in a folder."""
-    found = answer("launch", STUDY, "--workers", workers, cwd=folder, environment=slurm.environment)
+def launch(slurm: PrivateSlurm, folder: Path, workers: int, gate: Gate | None = None) -> Launch:
+    """Launch the study in a folder; its trials wait at the gate, where there is one."""
+    environment = {**slurm.environment, **(gate.environment if gate else {})}  # a job has that of its submission
+    found = answer("launch", STUDY, "--workers", workers, cwd=folder, environment=environment)
     assert found["workers"] == workers
     assert (folder / found["logs"]).resolve() == (run_of(folder) / "logs").resolve()
     return Launch(slurm, folder, found["jobs"], folder / found["logs"])
 
 
-def submit_by_hand(slurm: PrivateSlurm, folder: Path, *options: str) -> str:
+def submit_by_hand(slurm: PrivateSlurm, folder: Path, gate: Gate, *options: str) -> str:
     """`sbatch jobs/search.sbatch STUDY`, typed in the folder of the study; returns the array's id."""
-    variables = [f"{name}={ENVIRONMENT[name]}" for name in ("PYTHONPATH", "OMP_NUM_THREADS")]
+    own = {"OMP_NUM_THREADS": ENVIRONMENT["OMP_NUM_THREADS"], **gate.environment}
+    variables = [f"{name}={value}" for name, value in own.items()]
     command = f"SSM_MP={sys.executable} {' '.join(COMMAND[1:])}"
     sbatch = ["sbatch", "--parsable", *BY_HAND, *options, str(ROOT / "jobs" / "search.sbatch"), STUDY]
     return slurm.run("env", f"--chdir={folder}", *variables, command, *sbatch).strip()

@@ -19,7 +19,6 @@ USER = "search"
 DATABASE = "search"
 # PostgreSQL refuses to run as root; its package brings this account.
 ACCOUNT = "postgres"
-TIMEOUT = 60
 
 Mode = Literal["immediate", "fast"]
 
@@ -83,7 +82,16 @@ class PrivatePostgres:
         return f"postgresql+psycopg://{USER}@{HOST}:{self.port}/{database}"
 
     def _pg_ctl(self, action: str, *options: str) -> None:
-        command = [debian.program("pg_ctl"), action, "-w", "-t", str(TIMEOUT), "-D", str(self.data), *options]
+        command = [
+            debian.program("pg_ctl"),
+            action,
+            "-w",
+            "-t",
+            str(round(processes.HUNG)),
+            "-D",
+            str(self.data),
+            *options,
+        ]
         try:
             _run(command, server=self)
         except RuntimeError as error:
@@ -99,19 +107,19 @@ def private_postgres(directory: Path) -> Iterator[PrivatePostgres]:
     As root the server runs under the account `postgres`, which must be able to reach `directory`.
     """
     debian.install(debian.POSTGRES_PACKAGES, debian.POSTGRES_BINARIES)
-    (port,) = processes.free_ports(1)
-    server = PrivatePostgres(directory, port, secrets.token_urlsafe(24))
     directory.mkdir(parents=True, exist_ok=True)
-    try:
-        _initialise(server)
-        server.start()
-        server.create_database(DATABASE)
-        yield server
-    finally:
-        # An orderly stop first: a killed server leaves a segment of shared memory.
-        with contextlib.suppress(RuntimeError, FileNotFoundError):
-            server.stop("immediate")
-        processes.remove(directory)
+    with processes.reserved_ports(1) as (port,):
+        server = PrivatePostgres(directory, port, secrets.token_urlsafe(24))
+        try:
+            _initialise(server)
+            server.start()
+            server.create_database(DATABASE)
+            yield server
+        finally:
+            # An orderly stop first: a killed server leaves a segment of shared memory.
+            with contextlib.suppress(RuntimeError, FileNotFoundError):
+                server.stop("immediate")
+            processes.remove(directory)
 
 
 def _initialise(server: PrivatePostgres) -> None:
@@ -157,7 +165,7 @@ def _run(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=2 * TIMEOUT,
+        timeout=2 * processes.HUNG,
         check=False,
     )
     if check and done.returncode:

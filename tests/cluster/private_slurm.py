@@ -79,7 +79,7 @@ class PrivateSlurm:
         form = ",".join(f"{name}:{width}" for name, width in COLUMNS.items())
         return [parse_job(line) for line in self.run("squeue", "-h", "-r", "-t", "all", "-O", form).splitlines()]
 
-    def wait(self, until: Callable[[list[Job]], bool] | Iterable[str], timeout: float = 60) -> list[Job]:
+    def wait(self, until: Callable[[list[Job]], bool] | Iterable[str], timeout: float = processes.HUNG) -> list[Job]:
         """Waits until a condition on all jobs holds, or until the jobs named have ended; returns those jobs.
 
         The id of an array stands for all its tasks.
@@ -94,25 +94,29 @@ class PrivateSlurm:
         def explain() -> str:
             return f"expected {'the condition' if ids is None else f'{sorted(ids)} to end'}; jobs: {seen}"
 
-        processes.wait_until(holds, timeout, explain)
+        processes.wait_until(holds, explain, timeout)
         return seen
 
     def cancel(self, *ids: str) -> None:
         """Cancels jobs, arrays or single tasks."""
         self.run("scancel", *ids)
 
-    def cancel_all(self, timeout: float = 60) -> None:
+    def cancel_all(self, timeout: float = processes.HUNG) -> None:
         """Cancels every job that has not ended and waits until none is left."""
         if ids := [job.id for job in self.jobs() if not job.ended]:
             self.run("scancel", "--signal=KILL", "--full", *ids, check=False)
             self.run("scancel", *ids, check=False)
             self.wait(lambda jobs: all(job.ended for job in jobs), timeout)
 
-    def submit_urgent(self, nodes: Sequence[str] = NODES, seconds: int = 600) -> str:
+    def submit_urgent(self, nodes: Sequence[str] = NODES, seconds: int = 86_400) -> str:
         """Submits a job that wants these nodes for itself and preempts what runs there; returns its id."""
         where = ["--partition", URGENT, "--exclusive", f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}"]
         sleep = ["--job-name=urgent", "--chdir=/", "--output=/dev/null", "--wrap", f"exec sleep {seconds}"]
         return self.run("sbatch", "--parsable", *where, *sleep).strip()
+
+    def set_grace(self, seconds: int) -> None:
+        """How long preempted jobs are left to end by themselves; the controller looks about every 30 s."""
+        self.run("scontrol", "update", f"partitionname={PARTITION}", f"gracetime={seconds}")
 
     def pids(self, job_id: str) -> list[int]:
         """The living processes of a job's batch script, the script first."""
@@ -164,7 +168,7 @@ class PrivateSlurm:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=processes.HUNG,
             check=False,
         )
 
@@ -175,7 +179,13 @@ class PrivateSlurm:
         with log.open("a") as file:
             command = [debian.program(name), *arguments]
             done = subprocess.run(
-                command, env=own, stdin=subprocess.DEVNULL, stdout=file, stderr=file, timeout=60, check=False
+                command,
+                env=own,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                timeout=processes.HUNG,
+                check=False,
             )
         if done.returncode:
             raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}:\n{log.read_text()[-2000:]}")
@@ -195,7 +205,7 @@ class PrivateSlurm:
         jobs = processes.with_descendants({p.pid: p for p in own}, [p.pid for p in steps + strays])
         return list(dict.fromkeys(daemons + steps + jobs))
 
-    def _wait_for_nodes(self, names: Sequence[str], timeout: float = 30) -> None:
+    def _wait_for_nodes(self, names: Sequence[str]) -> None:
         ready = {"idle", "mixed", "allocated", "completing"}
 
         def explain() -> str:
@@ -209,7 +219,7 @@ class PrivateSlurm:
                 return all(states.get(name) in ready for name in names)
             return False
 
-        processes.wait_until(holds, timeout, explain)
+        processes.wait_until(holds, explain)
 
 
 @contextlib.contextmanager
@@ -217,12 +227,13 @@ def private_slurm(directory: Path) -> Iterator[PrivateSlurm]:
     """A running Slurm in `directory` (a short path: sockets lie in it); at the end nothing of either is left."""
     debian.install(debian.SLURM_PACKAGES, debian.SLURM_BINARIES)
     slurm = PrivateSlurm(directory)
-    try:
-        slurm_config.write(directory)
-        slurm.start()
-        yield slurm
-    finally:
-        processes.remove(directory)
+    with processes.reserved_ports(1 + len(NODES)) as ports:
+        try:
+            slurm_config.write(directory, ports)
+            slurm.start()
+            yield slurm
+        finally:
+            processes.remove(directory)
 
 
 def parse_job(line: str) -> Job:

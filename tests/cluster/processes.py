@@ -20,6 +20,11 @@ from pathlib import Path
 
 # Below the ports that the kernel gives to outgoing connections.
 PORTS = range(10_000, 32_000)
+HUNG = 900.0
+"""Seconds after which what a test waits for is given up: far more than it can take, only to end a test that hangs."""
+
+Explain = Callable[[], str]
+"""What a test that waited in vain says."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def with_descendants(everything: dict[int, Process], roots: Iterable[int]) -> li
     return [everything[pid] for pid in sorted(found) if pid in everything]
 
 
-def kill_all(find: Callable[[], list[Process]], timeout: float = 20) -> None:
+def kill_all(find: Callable[[], list[Process]], timeout: float = HUNG) -> None:
     """Kills what `find` returns, in its order, again and again until it returns nothing."""
     end = time.monotonic() + timeout
     while left := find():
@@ -94,8 +99,9 @@ def remove(directory: Path) -> None:
     kill_all(lambda: of_directory(directory))
     shutil.rmtree(directory, ignore_errors=True)
     if directory.exists():
-        # Something wrote while the folder was being removed; it has ended by now.
-        shutil.rmtree(directory)
+        # Something wrote while the folder was being removed, and has ended by now; or another test run removes it too.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(directory)
 
 
 @contextlib.contextmanager
@@ -116,19 +122,31 @@ def private_directory(kind: str) -> Iterator[Path]:
         remove(directory)
 
 
-def free_ports(count: int) -> list[int]:
-    """As many different TCP ports that nobody listens on at this moment."""
-    found: list[int] = []
-    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            found.append(port)
-        if len(found) == count:
-            return found
-    raise OSError(f"expected {count} free TCP ports in {PORTS.start}–{PORTS.stop - 1}, found {len(found)}")
+@contextlib.contextmanager
+def reserved_ports(count: int) -> Iterator[list[int]]:
+    """As many different TCP ports that nobody listens on, and that no other test run gets as long as this holds them.
+
+    Each is reserved by a Unix socket without a file that is named after it: one process of a machine can have that, and
+    the kernel lets go of it when the process ends, however it ends.
+    """
+    with contextlib.ExitStack() as held:
+        found: list[int] = []
+        for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+            with contextlib.ExitStack() as tried, contextlib.suppress(OSError):
+                name = tried.enter_context(socket.socket(socket.AF_UNIX))
+                name.bind(f"\0ssm-mp-test-port-{port}")
+                with socket.socket() as probe:
+                    probe.bind(("", port))
+                held.enter_context(tried.pop_all())
+                found.append(port)
+            if len(found) == count:
+                break
+        else:
+            raise OSError(f"expected {count} free TCP ports in {PORTS.start}–{PORTS.stop - 1}, found {len(found)}")
+        yield found
 
 
-def wait_until(condition: Callable[[], bool], timeout: float, explain: Callable[[], str], every: float = 0.1) -> None:
+def wait_until(condition: Callable[[], bool], explain: Explain, timeout: float = HUNG, every: float = 0.1) -> None:
     """Returns once `condition` holds; after `timeout` seconds raises TimeoutError with what `explain` says."""
     end = time.monotonic() + timeout
     while not condition():

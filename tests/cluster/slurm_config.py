@@ -7,22 +7,23 @@ import secrets
 import socket
 from pathlib import Path
 
-from tests.cluster import processes
-
 PARTITION = "gpu"
 URGENT = "urgent"
 NODES = ("n0", "n1", "n2", "n3")
 CPUS = 4
 MEMORY = 4000
 GPUS = 4
-# The controller looks for ended graces about every 30 s, whatever the grace.
-GRACE = 5
+# Seconds that a job has to end by itself, and a message to be answered: more than the busiest machine needs.
+PATIENCE = 900
 # The longest that Linux allows is 108; the sockets of a node lie in its spool.
 LONGEST_DIRECTORY = 70
 
 
-def write(directory: Path) -> None:
-    """Writes the configuration into `directory`; one that is there already stays, with its ports."""
+def write(directory: Path, ports: list[int]) -> None:
+    """Writes the configuration into `directory`; one that is there already stays, with its ports.
+
+    ports: for the controller and for each of NODES.
+    """
     if len(str(directory)) > LONGEST_DIRECTORY:
         raise ValueError(
             f"expected a path of at most {LONGEST_DIRECTORY} characters, for sockets lie in it, "
@@ -46,7 +47,7 @@ def write(directory: Path) -> None:
         gpu.touch()
     nodes = f"n[0-{len(NODES) - 1}]"
     (directory / "gres.conf").write_text(f"NodeName={nodes} Name=gpu Type=a30 File={directory}/gpu[0-{GPUS - 1}]\n")
-    settings.write_text(slurm_conf(directory, processes.free_ports(1 + len(NODES))))
+    settings.write_text(slurm_conf(directory, ports))
 
 
 def munge_arguments(directory: Path) -> list[str]:
@@ -79,8 +80,8 @@ def slurm_conf(directory: Path, ports: list[int]) -> str:
         "SlurmUser": user,
         "SlurmdUser": user,
         "AuthType": "auth/munge",
-        # A requeued job waits for a second longer than a credential lives, which cannot be less than 5 s.
-        "AuthInfo": f"socket={directory}/run/munge.sock,cred_expire=5",
+        # A requeued job waits for a second longer than a credential lives, in which a node must have begun a job.
+        "AuthInfo": f"socket={directory}/run/munge.sock,cred_expire=30",
         "StateSaveLocation": directory / "state",
         "SlurmctldPidFile": directory / "run" / "slurmctld.pid",
         "SlurmctldLogFile": directory / "log" / "slurmctld.log",
@@ -103,15 +104,19 @@ def slurm_conf(directory: Path, ports: list[int]) -> str:
         "MpiDefault": "none",
         "SwitchType": "switch/none",
         "ReturnToService": 2,
-        "KillWait": 5,
+        "KillWait": PATIENCE,
+        "MessageTimeout": 300,
+        "BatchStartTimeout": PATIENCE,
+        "UnkillableStepTimeout": PATIENCE,
+        "SlurmdTimeout": 0,
         "MinJobAge": 86400,
         "GresTypes": "gpu",
     }
     here = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs={CPUS} RealMemory={MEMORY} Gres=gpu:a30:{GPUS}"
     nodes = [f"NodeName={name} Port={port} {here}" for name, port in zip(NODES, ports[1:], strict=True)]
-    members = f"Nodes={','.join(NODES)} MaxTime=UNLIMITED DefaultTime=10"
+    members = f"Nodes={','.join(NODES)} MaxTime=UNLIMITED DefaultTime=UNLIMITED"
     partitions = [
-        f"PartitionName={PARTITION} {members} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={GRACE}",
+        f"PartitionName={PARTITION} {members} Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={PATIENCE}",
         f"PartitionName={URGENT} {members} PriorityTier=10 PreemptMode=OFF",
     ]
     return "\n".join([*(f"{key}={value}" for key, value in settings.items()), *nodes, *partitions, ""])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +29,7 @@ from search.sampler import map_key
 from search.spec import SAMPLERS
 from search.storage import exists, read_study
 from search.trials import asked_trials, points
+from tests.cluster.processes import HUNG
 from tests.tiny import LENGTH, repetitive_tokens, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -39,10 +42,10 @@ SEEDS_ONLY = 41
 """As many trials as this all come from seeds: what is found does not depend on who evaluates what, and when."""
 
 
-def write_long_study(
-    folder: Path, *, windows: int = 12288, trials: int = SEEDS_ONLY, search: str = "", extra: str = ""
+def write_seeded_study(
+    folder: Path, *, windows: int = 512, trials: int = SEEDS_ONLY, search: str = "", extra: str = ""
 ) -> Path:
-    """A study whose trials last long enough to be interrupted, and that has more than 41 seeds; returns its file.
+    """A study that has more than 41 seeds; returns its file. How long its trials last is of no account: see `Gate`.
 
     search: more lines of its table `[search]`; extra: more tables.
     """
@@ -65,7 +68,7 @@ trials = {trials}
 
 
 def ssm_mp(
-    *arguments: object, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = 120
+    *arguments: object, cwd: Path, environment: Mapping[str, str] | None = None, timeout: float = HUNG
 ) -> subprocess.CompletedProcess[str]:
     """Run a command of ours to its end. environment: variables besides `ENVIRONMENT`."""
     command = [*COMMAND, *map(str, arguments)]
@@ -107,6 +110,28 @@ def started(
         return subprocess.Popen(
             [*COMMAND, *map(str, arguments)], cwd=cwd, env=own, stdin=subprocess.DEVNULL, stdout=file, stderr=file
         )
+
+
+@contextmanager
+def running(
+    *arguments: object, cwd: Path, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A command of ours in the background, in a process group of its own, of which nothing is left at the end.
+
+    log: what it prints is appended to this file.
+    """
+    own = {**ENVIRONMENT, **(environment or {})}
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], cwd=cwd, env=own, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_of(folder: Path) -> RunDirectory:
@@ -220,10 +245,10 @@ class Undisturbed:
 
 @cache
 def undisturbed() -> Undisturbed:
-    """The study of `write_long_study` with its defaults, searched by one process; once in a test run."""
+    """The study of `write_seeded_study` with its defaults, searched by one process; once in a test run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_long_study(folder)
+        write_seeded_study(folder)
         assert answer("search", STUDY, cwd=folder)["trials"] == SEEDS_ONLY
         return Undisturbed(measurements(folder), front_of(folder))
 

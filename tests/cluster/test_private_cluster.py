@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,9 +13,11 @@ from tests.cluster import debian, processes
 from tests.cluster.conftest import require
 from tests.cluster.private_postgres import Mode, PrivatePostgres, private_postgres
 from tests.cluster.private_slurm import Job, PrivateSlurm, private_slurm
-from tests.cluster.slurm_config import NODES
+from tests.cluster.slurm_config import NODES, PATIENCE
+from tests.cluster.studying import ENVIRONMENT
 
-SLEEP = ("--requeue", "--gres=gpu:a30:1", "--output=/dev/null", "--wrap", "exec sleep 300")
+# A day, which no test lasts: a job ends when it is cancelled or killed.
+SLEEP = ("--requeue", "--gres=gpu:a30:1", "--output=/dev/null", "--wrap", "exec sleep 86400")
 
 
 def submit(slurm: PrivateSlurm, *arguments: str) -> str:
@@ -27,8 +32,18 @@ def only(jobs: list[Job], job_id: str) -> Job:
 def running(slurm: PrivateSlurm, *arguments: str) -> str:
     """The id of a job that sleeps, once its script runs."""
     job_id = submit(slurm, *arguments, *SLEEP)
-    processes.wait_until(lambda: bool(slurm.pids(job_id)), 30, lambda: str(slurm.jobs()))
+    processes.wait_until(lambda: bool(slurm.pids(job_id)), lambda: str(slurm.jobs()))
     return job_id
+
+
+def daemons(slurm: PrivateSlurm) -> dict[str, int]:
+    """The living daemons as they have written themselves down."""
+    noted = {path.name: int(path.read_text()) for path in (slurm.directory / "run").glob("*.pid")}
+    living = processes.living()
+    assert {name for name, pid in noted.items() if pid in living} == {
+        "munged.pid", "slurmctld.pid", *(f"{node}.pid" for node in NODES),
+    }  # fmt: skip
+    return noted
 
 
 def test_a_job_runs_and_its_output_can_be_read(slurm: PrivateSlurm, tmp_path: Path) -> None:
@@ -44,7 +59,7 @@ def test_a_job_runs_and_its_output_can_be_read(slurm: PrivateSlurm, tmp_path: Pa
 def test_every_task_of_an_array_has_an_id_and_processes_of_its_own(slurm: PrivateSlurm) -> None:
     array = submit(slurm, "--array=0-2", "--job-name=three tasks", *SLEEP)
     tasks = [f"{array}_{number}" for number in range(3)]
-    processes.wait_until(lambda: all(slurm.pids(task) for task in tasks), 30, lambda: str(slurm.jobs()))
+    processes.wait_until(lambda: all(slurm.pids(task) for task in tasks), lambda: str(slurm.jobs()))
     pids = {task: slurm.pids(task) for task in tasks}
     assert sorted(slurm.pids(array)) == sorted(pid for own in pids.values() for pid in own)
     for task, (pid, *_) in pids.items():
@@ -66,25 +81,34 @@ def test_a_node_that_goes_down_gives_its_job_to_another(slurm: PrivateSlurm) -> 
     node = only(slurm.jobs(), job_id).node
     before = slurm.pids(job_id)
     slurm.node_down(node)
-    job = only(slurm.jobs(), job_id)
-    assert (job.state, job.restarts) == ("PENDING", 1)
+    assert only(slurm.jobs(), job_id).restarts == 1
     assert not processes.living().keys() & set(before)
     slurm.wait(lambda jobs: only(jobs, job_id).state == "RUNNING")
-    assert only(slurm.jobs(), job_id).node in set(NODES) - {node}
+    job = only(slurm.jobs(), job_id)
+    assert (job.node in set(NODES) - {node}, job.restarts) == (True, 1)
     assert slurm.node_states()[node].startswith("down")
     slurm.node_up(node)
-    assert slurm.node_states()[node] == "idle"
+    processes.wait_until(lambda: slurm.node_states()[node] == "idle", lambda: str(slurm.node_states()))
     slurm.cancel(job_id)
     slurm.wait([job_id])
 
 
+@pytest.fixture
+def little_grace(slurm: PrivateSlurm) -> Iterator[None]:
+    """What is preempted and does not end by itself is killed soon."""
+    slurm.set_grace(1)
+    yield
+    slurm.set_grace(PATIENCE)
+
+
+@pytest.mark.usefixtures("little_grace")
 def test_an_urgent_job_preempts_and_the_preempted_one_runs_again(slurm: PrivateSlurm) -> None:
     job_id = running(slurm, "--nodelist=n2")
     other = running(slurm, "--nodelist=n3")
     urgent = slurm.submit_urgent(["n2"])
     slurm.wait(lambda jobs: only(jobs, urgent).state == "RUNNING")
     job = only(slurm.jobs(), job_id)
-    assert (job.state, job.restarts) == ("PENDING", 1)
+    assert (job.state, job.restarts) == ("PENDING", 1)  # its node is taken
     slurm.cancel(urgent)
     slurm.wait(lambda jobs: only(jobs, job_id).state == "RUNNING")
     assert only(slurm.jobs(), other).restarts == 0
@@ -94,10 +118,9 @@ def test_an_urgent_job_preempts_and_the_preempted_one_runs_again(slurm: PrivateS
 
 def test_a_second_start_changes_nothing(slurm: PrivateSlurm) -> None:
     job_id = running(slurm)
-    before = {p.pid for p in processes.of_directory(slurm.directory)}
-    script = slurm.pids(job_id)
+    before, script = daemons(slurm), slurm.pids(job_id)
     slurm.start()
-    assert before <= {p.pid for p in processes.of_directory(slurm.directory)}
+    assert daemons(slurm) == before
     assert slurm.pids(job_id) == script
     slurm.cancel(job_id)
     slurm.wait([job_id])
@@ -131,6 +154,27 @@ def test_the_folder_of_a_killed_owner_is_removed_with_its_processes(
         assert directory.parent == tmp_path
         assert not abandoned.exists()
     assert not directory.exists()
+
+
+def test_ports_that_are_reserved_are_nobody_elses_until_they_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PORTS", range(31_990, 32_000))
+    ask = "from tests.cluster import processes; processes.PORTS = range(31_990, 32_000)\n"
+    ask += "with processes.reserved_ports(1) as found: print(*found)"
+
+    def elsewhere() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", ask], env=ENVIRONMENT, capture_output=True, text=True, timeout=processes.HUNG,
+            check=False,
+        )  # fmt: skip
+
+    with processes.reserved_ports(4) as mine:
+        with processes.reserved_ports(5) as others:
+            assert len({*mine, *others}) == 9
+            (left,) = set(processes.PORTS) - {*mine, *others}
+            assert elsewhere().stdout == f"{left}\n"
+            with processes.reserved_ports(1):
+                assert "expected 1 free TCP ports" in elsewhere().stderr
+        assert elsewhere().returncode == 0
 
 
 def test_missing_programs_that_no_package_brings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

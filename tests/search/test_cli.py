@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ssm_mp import evaluate, load_artifact
+from ssm_mp.latency import table_from_json
+from tests.cluster.gate import Gate
+from tests.cluster.processes import HUNG, wait_until
+from tests.cluster.studying import running
 from tests.tiny import ITERA, write_study
 
 ROOT = Path(__file__).parents[2]
@@ -112,7 +115,8 @@ def test_a_search_with_latency_reports_its_predictions_and_exports_the_fastest(t
     run = tmp_path / "runs" / "tiny"
     table = json.loads((run / "latency.json").read_text())
     assert found["latency"]["prediction_error"]["worst"] == table["error"]["worst"]
-    assert all(p["latency_seconds"] > 0 for p in found["front"])
+    predict = table_from_json({name: value for name, value in table.items() if name != "fingerprint"}).predict
+    assert all(p["latency_seconds"] == predict(p["map"]) for p in found["front"])
     report = (run / "report.md").read_text()
     for part in ("## Latency", "latency ms", "rank correlation", "Predicted latency", "With latency"):
         assert part in report
@@ -171,28 +175,23 @@ def test_a_larger_number_of_trials_adds_to_what_is_there(searched: Path, tmp_pat
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_search_continues(tmp_path: Path, sig: signal.Signals) -> None:
     write_study(tmp_path, windows=(4, 32, 32), extra="[search]\nseeds = 2\nbudget_percent = 8\n")
-    database = tmp_path / "runs" / "tiny" / "study.db"
-    with subprocess.Popen(
-        [*COMMAND, "search", "tiny.toml", "--trials", "4000"], cwd=tmp_path, env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    ) as process:  # fmt: skip
-        deadline = time.monotonic() + 120
-        while not database.exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
-        time.sleep(3)
+    gate, log = Gate.at(tmp_path / "gate"), tmp_path / "search.log"
+    gate.admit(4)
+    arguments = ("search", "tiny.toml", "--trials", 40)
+    with running(*arguments, cwd=tmp_path, log=log, environment=gate.environment) as process:
+        wait_until(lambda: gate.admitted() == 4, log.read_text)
+        gate.wait_for(1, log.read_text)
         process.send_signal(sig)
-        errors = process.communicate()[1]
+        process.wait(HUNG)
     if sig is signal.SIGINT:
         assert process.returncode == 130
-        assert "continues where it stopped" in errors
-        assert "Traceback" not in errors
-    before = answer("status", "tiny.toml", cwd=tmp_path)
-    assert before["finished"] < 4000
-    wanted = before["finished"] + 3
-    found = answer("search", "tiny.toml", "--trials", wanted, cwd=tmp_path)
-    assert found["trials"] == wanted
+        assert "continues where it stopped" in log.read_text()
+        assert "Traceback" not in log.read_text()
+    assert answer("status", "tiny.toml", cwd=tmp_path)["finished"] == 4
+    found = answer("search", "tiny.toml", "--trials", 7, cwd=tmp_path)
+    assert found["trials"] == 7
     after = answer("status", "tiny.toml", cwd=tmp_path)
-    assert (after["finished"], after["running"]) == (wanted, [])
+    assert (after["finished"], after["running"]) == (7, [])
 
 
 @pytest.mark.slow
@@ -329,7 +328,7 @@ def test_a_full_disk_during_export_leaves_nothing_behind(tmp_path: Path) -> None
         assert "could not be written" in errors
         assert os.listdir(small) == ["filler"]
     finally:
-        subprocess.run(["umount", small], check=True)
+        subprocess.run(["umount", "--lazy", small], check=True)
 
 
 def test_an_artifact_evaluates_as_its_metrics_say(tmp_path: Path) -> None:

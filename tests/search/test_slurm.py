@@ -26,6 +26,7 @@ from search.slurm import (
     submit,
 )
 from ssm_mp.errors import MachineError
+from tests.cluster.processes import HUNG
 
 JOBS = Path(__file__).parents[2] / "jobs"
 
@@ -133,7 +134,7 @@ def test_a_warning_before_python_listens_does_not_kill(tmp_path: Path, step: Ste
     path = tmp_path / "script"
     path.write_text(render(step, SlurmSection(setup="kill -USR1 $$"), command=f"{sys.executable} {program}"))
     with subprocess.Popen(["bash", path], stdout=subprocess.PIPE, text=True) as process:
-        out, _ = process.communicate(timeout=30)
+        out, _ = process.communicate(timeout=HUNG)
     assert out == f"{process.pid} True\n"  # its own process id: Slurm warns this one alone
     assert process.returncode == 0
 

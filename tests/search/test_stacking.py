@@ -287,7 +287,7 @@ def test_a_lost_answer_of_the_database_costs_nothing(tmp_path: Path, monkeypatch
 def test_a_search_that_stacks_its_trials_finds_what_one_without_finds(tmp_path: Path) -> None:
     for stacked in (1, 6):
         folder = tmp_path / str(stacked)
-        studying.write_long_study(folder, windows=64)
+        studying.write_seeded_study(folder, windows=64)
         done = ssm_mp("search", STUDY, "--set", f"search.stacked={stacked}", cwd=folder)
         assert done.returncode == 0, done.stderr
         assert not require_exact(folder, SEEDS_ONLY).reasons

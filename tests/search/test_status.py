@@ -26,8 +26,8 @@ from search.slurm import QueuedTask
 from search.status import Running, empty_standing, queued_jobs, standing
 from search.storage import choose_storage, connect
 from search.trials import ASKED, point_of
-from tests.cluster.processes import wait_until
-from tests.cluster.studying import COMMAND, ENVIRONMENT, answer, refused, ssm_mp
+from tests.cluster.processes import HUNG, wait_until
+from tests.cluster.studying import ENVIRONMENT, answer, refused, running, ssm_mp
 from tests.tiny import write_study
 
 START = datetime(2030, 1, 1, 12, 0, 0)
@@ -269,19 +269,11 @@ def test_a_run_that_has_not_begun_is_said(tmp_path: Path) -> None:
 
 def test_watching_goes_on_until_the_study_is_finished(searched: Path) -> None:
     log = searched / "watch.log"
-    with log.open("wb") as file:
-        watching = subprocess.Popen(
-            [*COMMAND, "status", "tiny.toml", "--watch", "--set", "search.trials=6"], cwd=searched, env=ENVIRONMENT,
-            stdout=file, stderr=file,
-        )  # fmt: skip
-    try:
-        wait_until(lambda: "5 of 6 finished" in log.read_text(), 30, log.read_text)
+    with running("status", "tiny.toml", "--watch", "--set", "search.trials=6", cwd=searched, log=log) as watching:
+        wait_until(lambda: "5 of 6 finished" in log.read_text(), log.read_text)
         assert watching.poll() is None
         connect_to(searched).add_trial(made(20, end=20.0))
-        assert watching.wait(20) == 0, log.read_text()
-    finally:
-        watching.kill()
-        watching.wait()
+        assert watching.wait(HUNG) == 0, log.read_text()
     assert "6 of 6 finished" in log.read_text()
     done = ssm_mp("status", "tiny.toml", "--watch", "--json", "--set", "search.trials=6", cwd=searched)
     assert [json.loads(line)["finished"] for line in done.stdout.splitlines()] == [6]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from optuna.trial import Trial
@@ -20,10 +19,11 @@ from search.owner import LEASES, Owner, lease
 from search.sampler import map_key
 from search.stop import Stop
 from search.trials import counts
-from search.worker import Task
+from search.worker import Task, take_over_lost
 from tests.cluster import studying
-from tests.cluster.processes import of_directory, wait_until
-from tests.cluster.studying import SEEDS_ONLY, STUDY, front_of, refused, require_exact, ssm_mp
+from tests.cluster.gate import Gate
+from tests.cluster.processes import HUNG, of_directory, wait_until
+from tests.cluster.studying import SEEDS_ONLY, STUDY, front_of, refused, require_exact, running, ssm_mp
 from tests.search.claiming import BUDGET, SPACE, Bench, evaluated, measured, seeds
 
 OTHER = Owner("other", "elsewhere", "elsewhere", 1)
@@ -74,6 +74,13 @@ def test_a_waiting_worker_takes_over_the_last_trial_when_its_owner_dies(
 ) -> None:
     monkeypatch.setattr("search.worker._SEARCH_EVERY", 0.1)
     monkeypatch.setattr("search.worker._LOOK_EVERY", 0.05)
+    searches: list[int] = []
+
+    def searched(*arguments: Any) -> int:
+        searches.append(take_over_lost(*arguments))
+        return searches[-1]
+
+    monkeypatch.setattr("search.worker.take_over_lost", searched)
     bench = Bench.at(tmp_path, "journal")
     opened, said = bench.opened(), list[str]()
     enqueue(opened.study, seeds(2), SPACE)
@@ -81,10 +88,12 @@ def test_a_waiting_worker_takes_over_the_last_trial_when_its_owner_dies(
         assert isinstance(claim(opened, SPACE, OTHER, 2, "random"), Trial)
         thread = threading.Thread(target=lambda: bench.work(2, said=said.append))
         thread.start()
-        wait_until(lambda: counts(opened.study).finished == 1, 20, lambda: str(counts(opened.study)), every=0.02)
-        time.sleep(0.4)  # several searches, which find the owner alive
+        wait_until(lambda: counts(opened.study).finished == 1, lambda: str(counts(opened.study)), every=0.02)
+        already = len(searches)
+        wait_until(lambda: len(searches) >= already + 3, lambda: str(searches), every=0.02)
+        assert set(searches) == {0}  # the owner is alive
         assert counts(opened.study).running == 1
-    thread.join(20)
+    thread.join(HUNG)
     assert {map_key(one) for one in bench.require_whole(2)} == {map_key(seed.params) for seed in seeds(2)}
     assert counts(opened.study).reasons == {LOST: 1}
     assert said == [
@@ -132,52 +141,50 @@ def test_what_a_map_measured_is_written_as_it_was(tmp_path: Path) -> None:
 def test_eight_processes_find_the_front_that_one_process_finds(tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
-        studying.write_long_study(folder, windows=512)
+        studying.write_seeded_study(folder)
     ssm_mp("search", STUDY, cwd=alone)
-    done = ssm_mp("search", STUDY, "--workers", 8, cwd=together)
+    gate, log = Gate.at(tmp_path / "gate"), tmp_path / "search.log"
+    with running("search", STUDY, "--workers", 8, cwd=together, log=log, environment=gate.environment) as process:
+        pids = gate.wait_for(8, log.read_text)  # or one might be done before the others begin
+        gate.open()
+        assert process.wait(HUNG) == 0, log.read_text()
     run = studying.run_of(together)
-    assert (run / "report.md").exists(), done.stderr
+    assert (run / "report.md").exists(), log.read_text()
     assert (run / "study.journal").exists()
     assert list((run / LEASES).iterdir()) == []
     for folder in (alone, together):
         assert not require_exact(folder, SEEDS_ONLY).reasons
-    assert (
-        len({trial.user_attrs["owner"]["pid"] for trial in studying.trials_of(together) if "owner" in trial.user_attrs})
-        > 1
-    )
+    owners = {trial.user_attrs["owner"]["pid"] for trial in studying.trials_of(together) if "owner" in trial.user_attrs}
+    assert owners == set(pids)
     assert front_of(together) == front_of(alone)
     assert (studying.run_of(alone) / "certificate.json").read_text() == (run / "certificate.json").read_text()
 
 
 @pytest.mark.slow
 def test_a_search_with_workers_that_is_interrupted_ends_them_and_continues(tmp_path: Path) -> None:
-    studying.write_long_study(tmp_path, windows=2048)
-    log = tmp_path / "search.log"
-    for whole_group in (False, True):  # as `kill -INT` does, and as Ctrl-C does
-        already = studying.finished_count(tmp_path)
-        process = subprocess.Popen(
-            [*studying.COMMAND, "search", STUDY, "--workers", "3"], cwd=tmp_path, env=studying.ENVIRONMENT,
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=log.open("ab"), start_new_session=True,
-        )  # fmt: skip
-        try:
-            wait_until(lambda before=already: studying.finished_count(tmp_path) > before, 90, log.read_text)  # type: ignore[misc]
+    studying.write_seeded_study(tmp_path)
+    gate = Gate.at(tmp_path / "gate")
+    for times, whole_group in enumerate((False, True), start=1):  # as `kill -INT` does, and as Ctrl-C does
+        log = tmp_path / f"search {times}.log"
+        gate.admit(2)
+        with running("search", STUDY, "--workers", 3, cwd=tmp_path, log=log, environment=gate.environment) as process:
+            wait_until(lambda wanted=2 * times: studying.finished_count(tmp_path) == wanted, log.read_text)  # type: ignore[misc]
+            gate.wait_for(3, log.read_text)
+            wait_until(lambda shown=log: "trials " in shown.read_text(), log.read_text)  # type: ignore[misc]
             (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
-            assert process.wait(30) == 130
-        finally:
-            process.kill()
-            process.wait()
+            assert process.wait(HUNG) == 130
         assert of_directory(tmp_path) == []
         assert studying.running_owners(tmp_path) == []
-        assert studying.finished_count(tmp_path) < SEEDS_ONLY
-    assert "Traceback" not in log.read_text()
+        assert studying.finished_count(tmp_path) == 2 * times
+        assert "Traceback" not in log.read_text()
     ssm_mp("search", STUDY, "--workers", 3, cwd=tmp_path)
-    assert require_exact(tmp_path, SEEDS_ONLY).given_back >= 1
+    assert require_exact(tmp_path, SEEDS_ONLY).given_back == 2 * 3
     assert (studying.run_of(tmp_path) / "report.md").exists()
 
 
 @pytest.mark.slow
 def test_sqlite_is_refused_for_several_processes(tmp_path: Path) -> None:
-    studying.write_long_study(tmp_path, windows=32)
+    studying.write_seeded_study(tmp_path, windows=32)
     for command in (("search", STUDY, "--workers", 2), ("worker", STUDY)):
         error = refused(*command, "--set", "storage.kind=sqlite", cwd=tmp_path)
         assert "SQLite is for one process" in error

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,6 +16,7 @@ from ssm_mp.config import Config
 from ssm_mp.convert import Converter
 from ssm_mp.latency import Check, LatencyTable, measure_latency, prefill, table_from_json
 from ssm_mp.models import assemble
+from ssm_mp.models.mamba import MambaLayer
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, MAMBA, random_model, some_windows
@@ -174,21 +173,25 @@ def test_measuring_can_be_interrupted_between_two_rounds() -> None:
 
 
 def test_a_component_that_sleeps_costs_what_it_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
     converter = converter_of(MAMBA)
     slow = next(c for c in find_components(converter.model) if c.kind == "in_proj")
     module = converter.module(slow, "nf4")
     real = module.forward
 
     def sleeping(x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.02)
+        nonlocal now
+        now += 0.02
         out: torch.Tensor = real(x)
         return out
 
     monkeypatch.setattr(module, "forward", sleeping)
+    monkeypatch.setattr(latency._Clock, "mark", lambda clock: now)  # nothing else takes any time
+    monkeypatch.setattr(MambaLayer, "compiled", lambda layer: None)  # which has a clock of its own
     found = measure_latency(converter, choices_of(converter), some_windows().ids[:1], rounds=7)
-    times = found.seconds[slow.name]
-    assert times["int8"] < 0.02 < times["nf4"]
-    measured = np.array([check.measured for check in found.checks])
-    predicted = np.array([check.predicted for check in found.checks])
-    assert ((measured > 0.02) == (predicted > 0.02)).all()
-    assert 0 < (measured > 0.02).sum() < len(measured)
+    spent = {(name, precision) for name, times in found.seconds.items() for precision in times if times[precision] > 0}
+    assert spent == {(slow.name, "nf4")}
+    assert found.seconds[slow.name]["nf4"] == 0.02
+    assert found.rest == 0
+    assert {check.measured for check in found.checks} == {0.0, 0.02}
+    assert [check.predicted for check in found.checks] == [check.measured for check in found.checks]
