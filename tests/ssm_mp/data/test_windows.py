@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssm_mp.corpus import part_of, stdlib_documents, stdlib_files
 from ssm_mp.data import Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
+from ssm_mp.data.corpus import part_of, stdlib_documents, stdlib_files
 from ssm_mp.errors import DataError, MachineError
 
 
