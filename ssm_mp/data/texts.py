@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,15 +64,20 @@ def documents(path: Path, field: str = "text") -> Iterator[Document]:
     """
     _require_text(path)
     with _opened(path) as file:
-        try:
-            if is_json_lines(path):
-                yield from ([text] for text in _json_texts(path, file, field))
-            else:
-                yield iter(lambda: file.read(_PART), "")
-        except UnicodeDecodeError:
-            raise DataError(_not_utf8(path)) from None
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}: damaged ({error})") from None
+        if is_json_lines(path):
+            yield from ([text] for text in _decoded(path, _json_texts(path, file, field)))
+        else:
+            yield _decoded(path, iter(lambda: file.read(_PART), ""))
+
+
+def _decoded(path: Path, parts: Iterable[str]) -> Iterator[str]:
+    """The same parts; what is not UTF-8, or damaged, is a DataError."""
+    try:
+        yield from parts
+    except UnicodeDecodeError:
+        raise DataError(_not_utf8(path)) from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged ({error})") from None
 
 
 def _opened(path: Path) -> TextIO:
