@@ -53,10 +53,21 @@ def _near(text: str, target: int, place: re.Pattern[str]) -> list[int]:
 
 
 def _hold(text: str, positions: Sequence[int], whole: Encode, onward: Encode) -> list[bool]:
-    lefts = [text[max(0, at - _CONTEXT) : at] for at in positions]
-    rights = [text[at : at + _CONTEXT] for at in positions]
+    # from white space to white space: a part of a word may be none that the tokenizer knows
+    lefts = [text[_first_space(text, max(0, at - _CONTEXT), at) : at] for at in positions]
+    rights = [text[at : _last_space(text, at, at + _CONTEXT)] for at in positions]
     together = whole([a + b for a, b in zip(lefts, rights, strict=True)])
     return [a + b == c for a, b, c in zip(whole(lefts), onward(rights), together, strict=True)]
+
+
+def _first_space(text: str, first: int, end: int) -> int:
+    found = re.compile(r"\s").search(text, first, end - 1) if first else None
+    return first if found is None else found.start()
+
+
+def _last_space(text: str, first: int, end: int) -> int:
+    found = [match.start() for match in re.compile(r"\s").finditer(text, first + 1, end)]
+    return found[-1] if found and end < len(text) else end
 
 
 @dataclass(frozen=True)

@@ -138,13 +138,13 @@ def _parsed(data: bytes) -> _Model:
             score, kind = piece.get(2, 0.0), piece.get(3, _NORMAL)
             if not isinstance(score, float) or not isinstance(kind, int):
                 raise ValueError("a piece of another kind")
-            pieces.append(_Piece(_as_bytes(piece[1]).decode("utf-8"), score, kind))
+            pieces.append(_Piece(_as_bytes(piece.get(1, b"")).decode("utf-8"), score, kind))
         elif number == 2:
             trainer = dict(_fields(_as_bytes(value)))
         elif number == 3:
             normalizer = dict(_fields(_as_bytes(value)))
-    if not pieces or len({piece.text for piece in pieces}) < len(pieces):
-        raise ValueError("no pieces, or the same piece twice")
+    if not pieces or len({piece.text for piece in pieces} - {""}) < len(pieces):
+        raise ValueError("no pieces, an empty one, or the same piece twice")
     if not normalizer.get(5, 1) or trainer.get(24, 0):
         raise ValueError("spaces are written in another way")
     return _Model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -136,7 +137,8 @@ def kept(path: Path, make: Callable[[], TokenIds], say: Say) -> TokenIds:
                 file.write(part)
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         say(f"note: the ids of the text cannot be kept, other processes encode it again ({error})")
     return ids
 

@@ -28,7 +28,7 @@ def bytes_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         # long runs are cut so that none is worked on as one word: bytes are never joined
         [
-            pre_tokenizers.Split(Regex(r"(?s).{1,64}"), "isolated"),
+            pre_tokenizers.Split(Regex(r"[\s\S]{1,64}"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -126,7 +126,7 @@ def plain_tokenizer(vocabulary: Mapping[str, int], path: Path, say: Callable[[st
     tokenizer = Tokenizer(models.WordLevel(vocab=dict(vocabulary), unk_token=unknown or "\ue000"))
     if all(len(token) == 1 for token in ordinary):
         level = "characters"
-        splitting: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(Regex(r"(?s)."), "isolated")
+        splitting: pre_tokenizers.PreTokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         tokenizer.decoder = decoders.Fuse()
     else:
         level, splitting = _word_level(ordinary)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +141,7 @@ def test_a_text_without_a_seam_is_encoded_as_a_whole() -> None:
 @given(st.text(alphabet=st.sampled_from(SIGNS) | st.characters(codec="utf-8"), max_size=80))
 def test_words_have_the_same_ids_wherever_they_stand(text: str) -> None:
     for tokenizer in WORDED:
-        words = word_pattern(__import__("json").loads(tokenizer.to_str()))
+        words = word_pattern(json.loads(tokenizer.to_str()))
         assert words is not None
         parts = words.split(text)
         assert "".join(parts) == text
@@ -152,8 +153,6 @@ WORDED = [made(kind) for kind in ("reference", "gpt4", "spaces")]
 
 
 def test_tokenizers_that_join_over_white_space_are_not_taken_word_by_word() -> None:
-    import json
-
     for kind in ("greedy", "llama", "unigram", "word piece"):
         assert word_pattern(json.loads(made(kind).to_str())) is None
 
