@@ -18,6 +18,7 @@ import typer
 from search import cluster, decoding
 from search.options import (
     Force,
+    ForceBaseline,
     Json,
     Overrides,
     RunDir,
@@ -113,6 +114,7 @@ def evaluate(
     from search.workspace import check_device, load_splits
     from ssm_mp.artifact import MAP, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
+    from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluate import evaluate as measure
     from ssm_mp.evaluate import require_better_than_guessing
     from ssm_mp.models import build
@@ -126,10 +128,12 @@ def evaluate(
         for note in checkpoint.notes:
             say(f"note: {note}")
         model = build(checkpoint.config, checkpoint.tensors).to(device)
-    splits = load_splits(spec, model.config)
-    evaluation = measure(model, splits.certify if split is Split.certify else splits.search)
-    if not (path / MAP).exists():
-        require_better_than_guessing(evaluation, model.config.vocabulary)
+    splits = load_splits(spec, model.config, say)
+    windows = splits.certify if split is Split.certify else splits.search
+    evaluation = measure(model, windows)
+    if not (path / MAP).exists() and not spec.search.force_baseline:
+        unigram = unigram_perplexity(splits.token_counts, windows)
+        require_better_than_guessing(evaluation, model.config.vocabulary, unigram)
     content = {"perplexity": evaluation.perplexity, "windows": evaluation.windows, "tokens": evaluation.tokens}
     print_answer(content, json_, listed)
 
@@ -183,14 +187,16 @@ def convert(
 
 
 @app.command(epilog="Example:  ssm-mp probe studies/reference.toml")
-def probe(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+def probe(
+    study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, force: ForceBaseline = False, json_: Json = False
+) -> None:  # fmt: skip
     """Measure how sensitive each component is to each precision, from both ends."""
     from search.answers import probed
     from search.prepare import prepare
     from search.run_directory import RunDirectory
     from search.spec import load_spec
 
-    spec = load_spec(study, overrides(set_))
+    spec = load_spec(study, overrides(set_, force=force))
     run = RunDirectory.of(spec, run_dir)
     with run.owned():
         prepared = prepare(spec, run, say)
@@ -208,6 +214,7 @@ def search(
     workers: Annotated[int, typer.Option(min=1, help="Processes that run trials on this machine.")] = 1,
     run_dir: RunDir = None,
     set_: Overrides = None,
+    force: ForceBaseline = False,
     json_: Json = False,
 ) -> None:
     """Run or continue a search: probes, trials, front, certificate, winner, plots, report."""
@@ -216,7 +223,7 @@ def search(
     from search.run_directory import RunDirectory
     from search.spec import load_spec
 
-    asked = overrides(set_, trials)
+    asked = overrides(set_, trials, force=force)
     spec = load_spec(study, asked)
     run = RunDirectory.of(spec, run_dir)
     try:

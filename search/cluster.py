@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.options import Json, Overrides, RunDir, StudyPath, Trials, overrides, passed_on, print_answer, say
+from search.options import (
+    ForceBaseline,
+    Json,
+    Overrides,
+    RunDir,
+    StudyPath,
+    Trials,
+    overrides,
+    passed_on,
+    print_answer,
+    say,
+)
 
 if TYPE_CHECKING:
     from search.report import Result
@@ -29,6 +40,7 @@ def launch(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the scripts and commands, submit nothing.")] = False,
     run_dir: RunDir = None,
     set_: Overrides = None,
+    force: ForceBaseline = False,
     json_: Json = False,
 ) -> None:
     """Submit a search to Slurm: prepare, an array of workers, finish."""
@@ -37,7 +49,7 @@ def launch(
     from search.run_directory import RunDirectory
     from search.spec import load_spec
 
-    asked = overrides(set_, trials)
+    asked = overrides(set_, trials, force=force)
     spec = load_spec(study, asked)
     run = RunDirectory.of(spec, run_dir)
     arguments = passed_on(study, run_dir, asked)
@@ -49,7 +61,9 @@ def launch(
     print_answer(submit_study(spec, run, arguments, workers, say), json_, launched)
 
 
-def prepare(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None) -> None:
+def prepare(
+    study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, force: ForceBaseline = False
+) -> None:  # fmt: skip
     """Measure baseline and probes before the workers begin; many probes are left to them."""
     from search.launch import FAILED
     from search.prepare import prepare_alone
@@ -57,7 +71,7 @@ def prepare(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None) ->
     from search.storage import choose_storage, require_reachable
     from ssm_mp.errors import SsmMpError
 
-    spec, run = _study(study, run_dir, set_)
+    spec, run = _study(study, run_dir, set_, force)
     stop = Stop()
     with stop.listening(signal.SIGUSR1, signal.SIGTERM):
         try:
@@ -77,6 +91,7 @@ def worker(
     study: StudyPath,
     run_dir: RunDir = None,
     set_: Overrides = None,
+    force: ForceBaseline = False,
     finish_: Annotated[bool, typer.Option("--finish", help="Finish the study when its last trial is done.")] = False,
 ) -> None:
     """Evaluate trials beside other workers until the study has as many as asked for.
@@ -88,7 +103,7 @@ def worker(
     from search.stop import Stop, WorkInterruptedError
     from search.storage import choose_storage
 
-    spec, run = _study(study, run_dir, set_)
+    spec, run = _study(study, run_dir, set_, force)
     stop = Stop()
     with stop.listening(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         require_not_failed(run)
@@ -108,12 +123,14 @@ def worker(
     return _finish_last(spec, run) if finish_ else None
 
 
-def finish(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+def finish(
+    study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, force: ForceBaseline = False, json_: Json = False
+) -> None:  # fmt: skip
     """Finish a study that its workers have left: front, certificate, winner, plots, report."""
     from search.launch import require_not_failed
     from search.run import finish_study
 
-    spec, run = _study(study, run_dir, set_)
+    spec, run = _study(study, run_dir, set_, force)
     require_not_failed(run)
     conclude(finish_study(spec, run, say), run, json_)
 
@@ -172,11 +189,13 @@ def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _study(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[StudySpec, RunDirectory]:
+def _study(
+    study: Path, run_dir: Path | None, set_: list[str] | None, force: bool = False
+) -> tuple[StudySpec, RunDirectory]:
     from search.run_directory import RunDirectory
     from search.spec import load_spec
 
-    spec = load_spec(study, overrides(set_))
+    spec = load_spec(study, overrides(set_, force=force))
     return spec, RunDirectory.of(spec, run_dir)
 
 

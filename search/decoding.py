@@ -34,7 +34,9 @@ def generate(
     study: Annotated[
         Path | None, typer.Option("--study", help="Study file that says tokenizer and FP32 checkpoint.")
     ] = None,
-    tokenizer: Annotated[Path | None, typer.Option(help="tokenizer.json; default: the study's.")] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help='tokenizer.json, another tokenizer file, or "bytes"; default: the study\'s.')
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
     temperature: Annotated[
         float, typer.Option(min=0, help="0 takes the most likely token; above, tokens are drawn.")
@@ -51,7 +53,7 @@ def generate(
     from search.errors import StudyError
     from search.spec import load_spec
     from search.workspace import check_device
-    from ssm_mp.data import load_tokenizer
+    from ssm_mp.data import load_tokenizer, prompt_ids
     from ssm_mp.decode import generate_timed, require_room
 
     if compare and study is None:
@@ -59,8 +61,8 @@ def generate(
     spec = None if study is None else load_spec(study)
     device = check_device("cpu" if spec is None else spec.search.device)
     model = _opened(path, device, None if spec is None else spec.weights_of(path))
-    words = load_tokenizer(_tokenizer_file(path, spec, tokenizer), model.config.vocabulary)
-    ids = torch.tensor([words.encode(prompt, add_special_tokens=False).ids], dtype=torch.long)
+    words = load_tokenizer(_tokenizer_file(path, spec, tokenizer), model.config.vocabulary, say)
+    ids = torch.tensor([prompt_ids(words, prompt, model.config.vocabulary)], dtype=torch.long)
     if not ids.numel():
         raise StudyError(f"--prompt {prompt!r}: no token in it; give a text to go on from")
     require_room(model, ids.shape[1], tokens)
@@ -92,6 +94,7 @@ def drift(
     from search.plots_drift import plot_drift, require_writable, save_picture
     from search.spec import load_spec
     from search.workspace import check_device, load_splits, window_length
+    from ssm_mp.data import unigram_perplexity
     from ssm_mp.drift import LONG, too_long
     from ssm_mp.drift import drift as measure
     from ssm_mp.evaluate import require_better_than_guessing
@@ -102,8 +105,11 @@ def drift(
     device = check_device(spec.search.device)
     model = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
-    found = measure(model, fp32, load_splits(spec, fp32.config).search, buckets)
-    require_better_than_guessing(found.fp32, fp32.config.vocabulary)
+    splits = load_splits(spec, fp32.config, say)
+    found = measure(model, fp32, splits.search, buckets)
+    if not spec.search.force_baseline:
+        unigram = unigram_perplexity(splits.token_counts, splits.search)
+        require_better_than_guessing(found.fp32, fp32.config.vocabulary, unigram)
     length = LONG * (fp32.config.max_length or window_length(spec, fp32.config))
     refused, long = too_long(fp32.config, length), None
     if refused is None:
@@ -156,13 +162,14 @@ def _tokenizer_file(path: Path, spec: StudySpec | None, tokenizer: Path | None) 
     """The tokenizer asked for, else the study's, else the one beside the checkpoint."""
     from search.errors import StudyError
     from search.workspace import tokenizer_path
+    from ssm_mp.data import find_tokenizer
 
     if tokenizer is not None:
         return tokenizer
     if spec is not None:
         return tokenizer_path(spec)
-    beside = (path if path.is_dir() else path.parent) / "tokenizer.json"
-    if not beside.is_file():
+    beside = find_tokenizer(path if path.is_dir() else path.parent)
+    if beside is None:
         raise StudyError(f"no tokenizer beside {path}: say which with --study or --tokenizer")
     return beside
 

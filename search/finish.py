@@ -16,6 +16,7 @@ from search.certify import Certificate, Try, certify
 from search.export import export, provenance_of
 from search.front import Point, front_by_size, pareto_front
 from search.gates import judge
+from search.objective import require_knowing
 from search.prepare import Prepared, Say
 from search.probe import Probe
 from search.report import Result, front_json, render
@@ -68,6 +69,8 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
         latency=prepared.latency,
+        windows=workspace.splits.described(),
+        doubt=require_knowing(workspace, baseline.evaluation),
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
     run.write_text(REPORT, render(result))

@@ -11,8 +11,9 @@ import torch
 from search.racing import Reason, best_rival, judge, next_rung, rungs
 from search.workspace import Workspace
 from ssm_mp.components import fp32_bytes
-from ssm_mp.data import Windows
-from ssm_mp.evaluate import Evaluation, Increase, evaluate, paired_increase, require_better_than_guessing
+from ssm_mp.data import Windows, unigram_perplexity
+from ssm_mp.errors import EvaluationError
+from ssm_mp.evaluate import Evaluation, Increase, doubt, evaluate, paired_increase
 from ssm_mp.models import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.prefix_cache import PrefixCache, Prefixes, Reuse
@@ -54,8 +55,17 @@ class Baseline:
 def measure_baseline(workspace: Workspace) -> Baseline:
     """Evaluate the FP32 checkpoint. Raises EvaluationError where it is not finite or no better than guessing."""
     evaluation = evaluate(workspace.model, workspace.splits.search)
-    require_better_than_guessing(evaluation, workspace.checkpoint.config.vocabulary)
+    require_knowing(workspace, evaluation)
     return Baseline(evaluation, fp32_bytes(workspace.converter.components))
+
+
+def require_knowing(workspace: Workspace, baseline: Evaluation) -> str | None:
+    """What speaks against a baseline; raises EvaluationError for it unless the study says `force_baseline`."""
+    splits, vocabulary = workspace.splits, workspace.checkpoint.config.vocabulary
+    found = doubt(baseline, vocabulary, unigram_perplexity(splits.token_counts, splits.search))
+    if found is not None and not workspace.spec.search.force_baseline:
+        raise EvaluationError(f"{found}; `--force` (or [search] force_baseline = true) goes on all the same")
+    return found
 
 
 class Objective:

@@ -22,12 +22,16 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key of the study: section.key=value. May be repeated.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that is already there.")]
+ForceBaseline = Annotated[
+    bool, typer.Option("--force", help="Go on with a baseline that predicts no better than guessing.")
+]
 Trials = Annotated[int | None, typer.Option(min=1, help="Number of finished trials to reach.")]
 
 
-def overrides(set_: list[str] | None, trials: int | None = None) -> list[str]:
+def overrides(set_: list[str] | None, trials: int | None = None, *, force: bool = False) -> list[str]:
     """All overrides of a study file that a command was given."""
-    return [*(set_ or ()), *([] if trials is None else [f"search.trials={trials}"])]
+    forced = ["search.force_baseline=true"] if force else []
+    return [*(set_ or ()), *([] if trials is None else [f"search.trials={trials}"]), *forced]
 
 
 def passed_on(study: Path, run_dir: Path | None, set_: list[str]) -> list[str]:

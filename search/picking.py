@@ -77,7 +77,7 @@ def export_pick(
     certificate = stored_certificate(run, spec, front)
     winner = None if certificate is None else certificate.winner
     point = pick_point(pick, found, search.budget_percent, winner)
-    workspace = open_workspace(spec, say)
+    workspace = open_workspace(spec, say, run.path)
     run.check_fingerprint(workspace.fingerprint())
     if point.trial != winner:
         certificate = certify_front(workspace, run, [point], say)

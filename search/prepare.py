@@ -19,7 +19,7 @@ from search.file_lock import FileLock
 from search.gradient import gradient_probes, gradient_windows
 from search.knowledge import Knowledge, before_any_trial
 from search.latency import latency_table
-from search.objective import Baseline, measure_baseline
+from search.objective import Baseline, measure_baseline, require_knowing
 from search.probe import (
     GRADIENT,
     LOWEST,
@@ -105,11 +105,13 @@ class _Preparation:
 
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
-        workspace = open_workspace(spec, say)
+        workspace = open_workspace(spec, say, run.path)
         run.check_fingerprint(workspace.fingerprint())
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
             baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
             latency = latency_table(run, workspace, say, stop) if spec.search.asks_latency else None
+        if doubt := require_knowing(workspace, baseline.evaluation):
+            say(f"note: {doubt}")
         say(
             f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
             f"{baseline.bytes:,} bytes in FP32"

@@ -23,7 +23,10 @@ _MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """Everything that a finished search knows."""
+    """Everything that a finished search knows.
+
+    windows: sentences on the text's windows; doubt: what speaks against the baseline, where the search was forced.
+    """
 
     spec: StudySpec
     components: tuple[Component, ...]
@@ -40,6 +43,8 @@ class Result:
     benchmark: Benchmark | None
     provenance: Mapping[str, Any]
     latency: LatencyTable | None = None
+    windows: Sequence[str] = ()
+    doubt: str | None = None
 
     @property
     def winner(self) -> Point | None:
@@ -101,6 +106,7 @@ def render(result: Result) -> str:
         f"## Components\n\n{_components(result)}",
         f"## Sensitivities\n\n{_surrogate(result)}",
         *([] if result.latency is None else [f"## Latency\n\n{_latency(result.latency)}"]),
+        *([] if not result.windows else [f"## Text\n\n{_text(result)}"]),
         f"## Provenance\n\n```json\n{json.dumps(result.provenance, indent=2)}\n```",
     ]
     return "\n\n".join(sections) + "\n"
@@ -116,6 +122,8 @@ def _summary(result: Result) -> str:
         f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
         f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %.",
     ]
+    if result.doubt is not None:
+        lines.append(f"**Forced:** {result.doubt}.")
     if result.winner is not None:
         point = result.winner
         lines.append(
@@ -130,6 +138,11 @@ def _summary(result: Result) -> str:
     else:
         lines.append("**No map was certified.**")
     return "\n\n".join(lines)
+
+
+def _text(result: Result) -> str:
+    """The text and its windows."""
+    return "\n".join(f"- {line}." for line in (f"`{result.spec.data.text}`", *result.windows))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import parse_qs, urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -31,10 +31,15 @@ class CheckpointSection(_Section):
 
 
 class DataSection(_Section):
-    """`[data]`: the text, and how many windows each split gets. Paths are relative to the study file."""
+    """`[data]`: the text, and how many windows each split gets. Paths are relative to the study file.
+
+    bos: whether each window begins with the token that begins texts, or the id of that token.
+    """
 
     text: str = STDLIB
+    text_field: str = Field(default="text", min_length=1)
     tokenizer: str | None = None
+    bos: bool | Annotated[int, Field(ge=0)] = False
     window: int | None = Field(default=None, ge=2, le=65536)
     calibration: Literal["text", "synthetic"] = "text"
     calibration_windows: int | None = Field(default=None, ge=1)
@@ -110,6 +115,7 @@ class SearchSection(_Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    force_baseline: bool = False
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
 
     @property

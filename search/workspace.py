@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,22 @@ from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
 from ssm_mp.convert import Converter
-from ssm_mp.corpus import Part, stdlib_documents
-from ssm_mp.data import Splits, Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
+from ssm_mp.data import (
+    BYTES,
+    Pool,
+    Splits,
+    Windows,
+    bos_id,
+    cut,
+    draw,
+    find_tokenizer,
+    load_tokenizer,
+    overlap,
+    read_tokens,
+    synthetic_windows,
+    tokenize,
+)
+from ssm_mp.data.corpus import Part, stdlib_documents
 from ssm_mp.embedding_blocks import split_embedding
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
@@ -32,6 +46,9 @@ from ssm_mp.precision_map import PrecisionMap, pinned_names
 _LONGEST_DEFAULT_WINDOW = 1024
 _DEFAULT_WINDOW = 256
 """Window length where neither the study nor the model's positions say one."""
+
+Say = Callable[[str], None]
+"""Told a line for people."""
 
 _CALIBRATION_STRIDE = 10
 """Calibration windows are drawn from every tenth file of the training part: enough for ranges, quicker to tokenise."""
@@ -81,15 +98,18 @@ class Workspace:
         return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_workspace(spec: StudySpec, say: Callable[[str], None] = lambda line: None) -> Workspace:
-    """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit."""
+def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | None = None) -> Workspace:
+    """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit.
+
+    cache: folder in which the token ids of a long text are kept.
+    """
     keep_freed_memory()
     device = check_device(spec.search.device)
     checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
     for note in checkpoint.notes:
         say(f"note: {note}")
     model = build(checkpoint.config, checkpoint.tensors).to(device)
-    splits = load_splits(spec, checkpoint.config)
+    splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
     components = find_components(model)
     pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
@@ -150,50 +170,79 @@ def window_length(spec: StudySpec, config: Config) -> int:
     return spec.data.window
 
 
-def load_splits(spec: StudySpec, config: Config) -> Splits:
-    """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short."""
-    data, length = spec.data, window_length(spec, config)
-    if data.text == STDLIB:
-        tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary)
+def load_splits(
+    spec: StudySpec, config: Config, say: Say = lambda line: None, cache: Path | None = None
+) -> Splits:  # fmt: skip
+    """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short.
 
-        def part(name: Part) -> Windows:
-            documents = stdlib_documents(name)
-            return cut(tokenize(documents[::_CALIBRATION_STRIDE] if name == "train" else documents, tokenizer), length)
+    cache: as in `open_workspace`. `say` is told what repeats and was left out.
+    """
+    splits = _stdlib_splits(spec, config, say) if spec.data.text == STDLIB else _file_splits(spec, config, say, cache)
+    certify = overlap(splits.certify, splits.search, splits.bos)
+    for note in (*splits.dropped, *([certify.sentence()] if certify.near_duplicates else [])):
+        say(f"note: {note}")
+    return replace(splits, overlap=certify)
 
-        search = draw(part("search"), [data.search_windows], data.seed, "the library's search part")[0]
-        certify = draw(part("certify"), [data.certify_windows], data.seed, "the library's certify part")[0]
-        return _splits(spec, config, part("train"), "the library's train part", search, certify)
-    path = spec.resolve(data.text)
-    text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(tokenizer_path(spec), config.vocabulary)
-    windows = cut(read_tokens(path, text_tokenizer, config.vocabulary), length)
+
+def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
+    """Each split from its own part of the library, less what another split has drawn already."""
+    data, length, path = spec.data, window_length(spec, config), tokenizer_path(spec)
+    tokenizer = load_tokenizer(path, config.vocabulary, say)
+    bos = bos_id(data.bos, tokenizer, path.parent, config.vocabulary)
+
+    def part(name: Part) -> Pool:
+        documents = stdlib_documents(name)
+        documents = documents[::_CALIBRATION_STRIDE] if name == "train" else documents
+        return cut(tokenize(documents, tokenizer), length, f"the library's {name} part", bos)
+
+    search_pool = part("search")
+    search = draw(search_pool, [data.search_windows], data.seed)[0]
+    text = part("train")
+    calibration = text.without([search])
+    counts = text.counts(config.vocabulary, repeats=True)
+    drawn = _calibration(spec, calibration, counts)
+    certify_pool = part("certify").without([search, drawn])
+    certify = draw(certify_pool, [data.certify_windows], data.seed)[0]
+    dropped = [line for pool in (calibration, search_pool, certify_pool) for line in pool.dropped()]
+    return Splits(drawn, search, certify, counts, bos, tuple(dropped))
+
+
+def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) -> Splits:
+    """All splits from one text."""
+    data, path = spec.data, spec.resolve(spec.data.text)
+    tokenizer, folder = None, None
+    if path.suffix != ".npy":
+        tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary, say)
+        folder = tokenizer_path(spec).parent
+    bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
+    ids = read_tokens(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
+    pool = cut(ids, window_length(spec, config), str(path), bos)
     # calibration windows first: a larger certify split then leaves the other two as they are
-    counts = [
-        0 if data.calibration == "synthetic" else data.calibration_count,
-        data.search_windows,
-        data.certify_windows,
-    ]
-    unused = max(0, len(windows) - sum(counts))
-    own, search, certify, rest = draw(windows, [*counts, unused], data.seed, str(path))
+    own = 0 if data.calibration == "synthetic" else data.calibration_count
+    calibration, search, certify = draw(pool, [own, data.search_windows, data.certify_windows], data.seed)
     if data.calibration == "text":
         # not the unused windows: there are fewer of them where more windows certify
-        return Splits(own, search, certify, torch.bincount(own.ids.flatten(), minlength=config.vocabulary))
-    return _splits(spec, config, rest, str(path), search, certify)
-
-
-def _splits(spec: StudySpec, config: Config, text: Windows, what: str, search: Windows, certify: Windows) -> Splits:
-    """All splits; calibration windows are drawn from `text`, or made up from the frequencies of its tokens."""
-    data = spec.data
-    counts = torch.bincount(text.ids.flatten(), minlength=config.vocabulary)
-    if data.calibration == "text":
-        calibration = draw(text, [data.calibration_count], data.seed, what)[0]
+        counts = torch.bincount(calibration.ids.flatten(), minlength=config.vocabulary)
     else:
-        calibration = synthetic_windows(counts.numpy(), data.calibration_count, text.length, data.seed)
-    return Splits(calibration, search, certify, counts)
+        counts = pool.without([search, certify]).counts(config.vocabulary)
+        calibration = _calibration(spec, pool, counts)
+    return Splits(calibration, search, certify, counts, bos, pool.dropped())
+
+
+def _calibration(spec: StudySpec, pool: Pool, counts: torch.Tensor) -> Windows:
+    """Calibration windows of a text, or made up from the frequencies of its tokens."""
+    data = spec.data
+    if data.calibration == "text":
+        return draw(pool, [data.calibration_count], data.seed)[0]
+    return synthetic_windows(counts.numpy(), data.calibration_count, pool.length, data.seed, pool.bos)
 
 
 def tokenizer_path(spec: StudySpec) -> Path:
-    """The study's tokenizer, else the `tokenizer.json` beside the checkpoint."""
-    if spec.data.tokenizer is not None:
-        return spec.resolve(spec.data.tokenizer)
+    """The study's tokenizer, else the one found beside the checkpoint."""
+    asked = spec.data.tokenizer
+    if asked is not None:
+        named = spec.resolve(asked)
+        return Path(BYTES) if asked == BYTES and not named.exists() else named
     checkpoint = spec.checkpoint_path
-    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return find_tokenizer(folder) or folder / "tokenizer.json"

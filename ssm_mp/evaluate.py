@@ -175,14 +175,33 @@ def finish_against(
     return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
 
 
-def require_better_than_guessing(baseline: Evaluation, vocabulary: int) -> None:
-    """Raise EvaluationError where a baseline predicts no better than uniform guessing over the vocabulary."""
+def require_better_than_guessing(baseline: Evaluation, vocabulary: int, unigram: float = math.inf) -> None:
+    """Raise EvaluationError where `doubt` finds that a baseline does not know its text."""
+    found = doubt(baseline, vocabulary, unigram)
+    if found is not None:
+        raise EvaluationError(found)
+
+
+def doubt(baseline: Evaluation, vocabulary: int, unigram: float = math.inf) -> str | None:
+    """Why a baseline does not seem to know its text, in a sentence; None where nothing is wrong with it.
+
+    It predicts no better than uniform guessing over the vocabulary, or no better than the frequencies of tokens do:
+    unigram: their perplexity on the same windows, learned from another text.
+    """
     if baseline.perplexity >= vocabulary:
-        raise EvaluationError(
+        return (
             f"the FP32 model's perplexity on this text is {baseline.perplexity:.6g}, no better than guessing uniformly "
             f"among {vocabulary} tokens; the text, the tokenizer and the checkpoint do not belong together, or the "
             "model is not trained. No precision can be judged on it"
         )
+    if baseline.perplexity >= unigram:
+        return (
+            f"the FP32 model's perplexity on this text is {baseline.perplexity:.6g}, no better than that of mere token "
+            f"frequencies, counted in the calibration text ({unigram:.6g}). That usually means another tokenizer than "
+            "the model was trained with, token ids that are shifted, or weights read in a wrong layout (see `ssm-mp "
+            "inspect`). No precision can be judged on it"
+        )
+    return None
 
 
 def paired_increase(candidate: Evaluation, reference: Evaluation) -> Increase:

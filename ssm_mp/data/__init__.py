@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from ssm_mp.data.windows import (
-    END_OF_TEXT,
-    Splits,
-    TokenIds,
-    Windows,
-    cut,
-    draw,
-    load_tokenizer,
-    read_tokens,
-    synthetic_windows,
-    tokenize,
-)
+from ssm_mp.data.encoding import END_OF_TEXT, tokenize
+from ssm_mp.data.overlap import Overlap, overlap
+from ssm_mp.data.special_tokens import bos_id
+from ssm_mp.data.splits import Splits
+from ssm_mp.data.token_files import read_tokens
+from ssm_mp.data.tokenizer_files import BYTES, find_tokenizer, load_tokenizer, prompt_ids
+from ssm_mp.data.unigram import unigram_perplexity
+from ssm_mp.data.windows import Pool, TokenIds, Windows, cut, draw, synthetic_windows
 
 __all__ = [
+    "BYTES",
     "END_OF_TEXT",
+    "Overlap",
+    "Pool",
     "Splits",
     "TokenIds",
     "Windows",
+    "bos_id",
     "cut",
     "draw",
+    "find_tokenizer",
     "load_tokenizer",
+    "overlap",
+    "prompt_ids",
     "read_tokens",
     "synthetic_windows",
     "tokenize",
+    "unigram_perplexity",
 ]

@@ -1,25 +1,26 @@
-"""Texts and token files → windows, and their division into disjoint splits.
+"""Fixed-length windows of token ids, and the pool of different windows that a text gives.
 
-Dimensions: `w` windows, `L` window length.
+Dimensions: `w` windows, `L` window length, `n` rows of a text, `t` tokens of a row.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ssm_mp.errors import DataError
 
-END_OF_TEXT = "<|endoftext|>"
+TokenIds = np.ndarray[tuple[int], np.dtype[Any]]
+"""Token ids `[tokens]`, of any integer type, perhaps mapped from a file."""
 
-TokenIds = np.ndarray[tuple[int], np.dtype[np.int64]]
+_COUNTED_AT_ONCE = 1 << 22
+"""Tokens that are counted at a time: what is mapped from a file is never in memory as a whole."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,111 +51,99 @@ class Windows:
 
 
 @dataclass(frozen=True, eq=False)
-class Splits:
-    """Disjoint windows: activation ranges, probes and trials, and the winner's certificate.
+class Pool:
+    """The consecutive windows that a text gives, without a copy of its ids; of equal ones only the first is drawn.
 
-    token_counts: how often each token occurs in the calibration text, `[V]`.
+    rows `[n, t]`: the text's tokens of each window; free `[n]`: whether a window may be drawn. bos: the id that
+    every window begins with, before its t = L − 1 tokens of text; without it t = L. repeated, elsewhere: how many
+    windows may not be drawn, since an earlier one, or one of another split, is equal.
     """
 
-    calibration: Windows
-    search: Windows
-    certify: Windows
-    token_counts: Tensor
+    rows: np.ndarray[tuple[int, int], np.dtype[Any]]
+    free: np.ndarray[tuple[int], np.dtype[np.bool_]]
+    what: str
+    bos: int | None = None
+    repeated: int = 0
+    elsewhere: int = 0
+
+    def __len__(self) -> int:
+        """How many different windows may be drawn."""
+        return int(self.free.sum())
+
+    @property
+    def length(self) -> int:
+        return self.rows.shape[1] + (self.bos is not None)
+
+    def windows(self, numbers: Sequence[int] | Tensor) -> Windows:
+        """Windows by their numbers."""
+        text = torch.from_numpy(self.rows[np.asarray(numbers, dtype=np.int64)].astype(np.int64))
+        if self.bos is None:
+            return Windows(text)
+        return Windows(torch.cat([torch.full((text.shape[0], 1), self.bos), text], dim=1))
+
+    def without(self, taken: Iterable[Windows]) -> Pool:
+        """The pool less the windows that are equal to one of `taken`."""
+        known = {key for windows in taken for key in _keys(_text(windows, self.bos), self.rows.dtype)}
+        same = np.fromiter((key in known for key in _keys(self.rows)), dtype=bool, count=len(self.rows))
+        gone = int((same & self.free).sum())
+        return replace(self, free=self.free & ~same, elsewhere=self.elsewhere + gone)
+
+    def counts(self, vocabulary: int, *, repeats: bool = False) -> Tensor:
+        """How often each token occurs in the windows that may be drawn, `[V]`; with `repeats` in all windows."""
+        counted = np.ones_like(self.free) if repeats else self.free
+        found = np.zeros(vocabulary, dtype=np.int64)
+        step = max(1, _COUNTED_AT_ONCE // max(1, self.rows.shape[1]))
+        for first in range(0, len(self.rows), step):
+            part = self.rows[first : first + step][counted[first : first + step]]
+            found += np.bincount(part.ravel().astype(np.int64), minlength=vocabulary)
+        if self.bos is not None:
+            found[self.bos] += int(counted.sum())
+        return torch.from_numpy(found)
+
+    def dropped(self) -> tuple[str, ...]:
+        """What may not be drawn, in sentences; empty where all windows differ."""
+        of = f"of {len(self.rows):,} windows of {self.what}"
+        again = f"{self.repeated:,} {of} repeat an earlier one and are left out"
+        seen = f"{self.elsewhere:,} {of} are windows of another split and are left out"
+        return (*([again] if self.repeated else []), *([seen] if self.elsewhere else []))
 
 
-def load_tokenizer(path: str | Path, vocabulary: int) -> Tokenizer:
-    """A `tokenizer.json`. Raises DataError where it cannot be read or has more entries than the model's vocabulary."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no tokenizer at {path}: expected a tokenizer.json of the `tokenizers` library")
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every unreadable file
-        raise DataError(f"{path}: not a tokenizer.json of the `tokenizers` library ({error})") from None
-    tokenizer.no_truncation()  # whatever was saved with it, a text is read whole
-    tokenizer.no_padding()
-    size = tokenizer.get_vocab_size()
-    if size > vocabulary:
-        raise DataError(
-            f"{path}: the tokenizer has {size} entries, the model's vocabulary {vocabulary}; "
-            "this tokenizer does not belong to this checkpoint"
-        )
-    return tokenizer
+def cut(tokens: TokenIds, length: int, what: str = "the text", bos: int | None = None) -> Pool:
+    """Consecutive windows of `length` tokens, BOS included; what is left over is dropped."""
+    taken = length - (bos is not None)
+    rows = tokens[: tokens.size // taken * taken].reshape(-1, taken)
+    seen: set[bytes] = set()
+    free = np.ones(len(rows), dtype=bool)
+    for number, key in enumerate(_keys(rows)):
+        free[number] = key not in seen
+        seen.add(key)
+    return Pool(rows, free, what, bos, repeated=len(rows) - len(seen))
 
 
-def tokenize(documents: Sequence[str], tokenizer: Tokenizer) -> TokenIds:
-    """Token ids of all documents, each followed by the end of text where the tokenizer has one."""
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    tail = [] if end is None or len(documents) < 2 else [end]
-    texts = tokenizer.encode_batch(list(documents), add_special_tokens=False)
-    encoded = [np.array([*text.ids, *tail], dtype=np.int64) for text in texts]
-    return np.concatenate(encoded) if encoded else np.zeros(0, dtype=np.int64)
-
-
-def read_tokens(path: str | Path, tokenizer: Tokenizer | None, vocabulary: int) -> TokenIds:
-    """Token ids of a `.npy` file, or of a text file through the tokenizer.
-
-    Raises DataError for a missing file, ids outside the vocabulary, or a text without a tokenizer.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"no text or token file at {path}")
-    if path.suffix == ".npy":
-        return _read_ids(path, vocabulary)
-    if tokenizer is None:
-        raise DataError(
-            f'{path}: a text needs a tokenizer ([data] tokenizer = "…/tokenizer.json"), or give token ids as .npy'
-        )
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a UTF-8 text ({error.reason} at byte {error.start})") from None
-    return _within_vocabulary(tokenize([text], tokenizer), vocabulary, path)
-
-
-def _read_ids(path: Path, vocabulary: int) -> TokenIds:
-    try:
-        ids = np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path}: not a readable .npy file of numbers ({error})") from None
-    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
-        raise DataError(f"{path}: expected integer token ids, found {getattr(ids, 'dtype', type(ids).__name__)}")
-    return _within_vocabulary(ids.reshape(-1), vocabulary, path).astype(np.int64)
-
-
-def _within_vocabulary(ids: TokenIds, vocabulary: int, path: Path) -> TokenIds:
-    wrong = np.flatnonzero((ids < 0) | (ids >= vocabulary))
-    if wrong.size:
-        raise DataError(
-            f"{path}: token id {int(ids[wrong[0]])} at position {wrong[0]} is outside the model's vocabulary "
-            f"of {vocabulary}"
-        )
-    return ids
-
-
-def cut(tokens: TokenIds, length: int) -> Windows:
-    """Consecutive windows of `length` tokens; what is left over is dropped."""
-    count = tokens.size // length
-    return Windows(torch.from_numpy(tokens[: count * length].reshape(count, length).copy()))
-
-
-def draw(windows: Windows, counts: Sequence[int], seed: int, what: str) -> list[Windows]:
-    """Disjoint random windows, `counts` of each, the same for the same seed.
+def draw(pool: Pool, counts: Sequence[int], seed: int) -> list[Windows]:
+    """Disjoint random windows, `counts` of each, all different, the same for the same seed.
 
     Drawn at random rather than as stretches, so that each split is a fair sample of the whole text, which is
-    what the certificate's statistics assume. Raises DataError where there are too few.
+    what the certificate's statistics assume. The order is drawn over all windows and those that may not be drawn
+    are passed over: the draw is a fair one of the different windows, and changes only where a repeated one would
+    have been drawn. Raises DataError where there are too few.
     """
     needed = sum(counts)
-    if len(windows) < needed:
+    if len(pool) < needed:
+        different = " different" if len(pool) < len(pool.rows) else ""
+        reasons = f" ({'; '.join(pool.dropped())})" if different else ""
         raise DataError(
-            f"{what} gives {len(windows)} windows of {windows.length} tokens, {needed} are asked for "
-            f"({' + '.join(map(str, counts))}); give a longer text or ask for fewer windows"
+            f"{pool.what} gives {len(pool)}{different} windows of {pool.length} tokens{reasons}, {needed} are asked "
+            f"for ({' + '.join(map(str, counts))}); give a longer text or ask for fewer windows"
         )
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))[:needed]
-    return [Windows(windows.ids[part.sort().values]) for part in order.split(list(counts))]
+    order = torch.randperm(len(pool.rows), generator=torch.Generator().manual_seed(seed))
+    order = order[torch.from_numpy(pool.free)[order]][:needed]
+    return [pool.windows(part.sort().values) for part in order.split(list(counts))]
 
 
-def synthetic_windows(counts: TokenIds, windows: int, length: int, seed: int) -> Windows:
+def synthetic_windows(
+    counts: TokenIds, windows: int, length: int, seed: int, bos: int | None = None
+) -> Windows:  # fmt: skip
     """Made-up calibration sequences, for when no text may be used: a mix of three kinds, in turn.
 
     counts `[V]`: how often each token occurs, from any text, or zeros where nothing is known. A third of the
@@ -164,5 +153,17 @@ def synthetic_windows(counts: TokenIds, windows: int, length: int, seed: int) ->
     by_frequency = np.argsort(-counts, kind="stable")
     pools = (by_frequency, by_frequency[: max(1, vocabulary // 10)], by_frequency[vocabulary // 2 :])
     rng = np.random.default_rng(seed)
-    rows = [rng.choice(pools[i % len(pools)], size=length) for i in range(windows)]
-    return Windows(torch.from_numpy(np.stack(rows).astype(np.int64)))
+    ids = np.stack([rng.choice(pools[i % len(pools)], size=length) for i in range(windows)]).astype(np.int64)
+    if bos is not None:
+        ids[:, 0] = bos
+    return Windows(torch.from_numpy(ids))
+
+
+def _text(windows: Windows, bos: int | None) -> np.ndarray[Any, np.dtype[Any]]:
+    """The text's tokens of windows, `[w, t]`."""
+    return windows.ids.numpy()[:, 0 if bos is None else 1 :]
+
+
+def _keys(rows: np.ndarray[Any, np.dtype[Any]], dtype: np.dtype[Any] | None = None) -> Iterable[bytes]:
+    """128 bits of each row's content, as numbers of type `dtype`."""
+    return (hashlib.blake2b(row.astype(dtype or row.dtype).tobytes(), digest_size=16).digest() for row in rows)

@@ -25,7 +25,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
 from ssm_mp.config import MambaConfig
-from ssm_mp.corpus import Part, stdlib_documents
+from ssm_mp.data.corpus import Part, stdlib_documents
 from ssm_mp.models import LanguageModel, build
 
 VOCABULARY, LENGTH, CHUNK = 8000, 128, 32

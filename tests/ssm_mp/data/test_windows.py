@@ -7,92 +7,90 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssm_mp.corpus import part_of, stdlib_documents, stdlib_files
-from ssm_mp.data import Windows, cut, draw, load_tokenizer, read_tokens, synthetic_windows, tokenize
+from ssm_mp.data import Windows, cut, draw, synthetic_windows
+from ssm_mp.data.corpus import part_of, stdlib_documents, stdlib_files
 from ssm_mp.errors import DataError, MachineError
-
-
-def word_tokenizer(words: list[str]) -> Tokenizer:
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0]))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return tokenizer
 
 
 @given(st.integers(0, 300), st.integers(2, 40))
 def test_cutting_keeps_the_order_and_drops_the_rest(count: int, length: int) -> None:
-    windows = cut(np.arange(count), length)
-    assert windows.ids.flatten().tolist() == list(range(count // length * length))
+    pool = cut(np.arange(count), length)
+    assert pool.windows(range(len(pool))).ids.flatten().tolist() == list(range(count // length * length))
 
 
 @given(st.integers(0, 99), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
 def test_splits_are_disjoint_and_the_same_for_the_same_seed(seed: int, a: int, b: int, c: int) -> None:
-    windows = Windows(torch.arange(2 * 30).reshape(30, 2))
-    parts = draw(windows, (a, b, c), seed, "text")
+    windows = cut(np.arange(60), 2)
+    parts = draw(windows, (a, b, c), seed)
     assert [len(part) for part in parts] == [a, b, c]
     firsts = torch.cat([part.ids[:, 0] for part in parts]).tolist()
     assert len(set(firsts)) == a + b + c
-    again = draw(windows, (a, b, c), seed, "text")
+    again = draw(windows, (a, b, c), seed)
     assert [part.digest for part in parts] == [part.digest for part in again]
 
 
 def test_more_certify_windows_leave_the_other_splits_alone() -> None:
-    windows = Windows(torch.arange(200).reshape(100, 2))
-    few, many = draw(windows, (5, 10, 20), 0, "text"), draw(windows, (5, 10, 60), 0, "text")
+    windows = cut(np.arange(200), 2)
+    few, many = draw(windows, (5, 10, 20), 0), draw(windows, (5, 10, 60), 0)
     assert few[0].digest == many[0].digest
     assert few[1].digest == many[1].digest
 
 
 def test_a_text_too_short_says_how_much_is_asked() -> None:
     with pytest.raises(DataError, match=r"book gives 3 windows of 2 tokens, 9 are asked for \(4 \+ 5\)"):
-        draw(Windows(torch.zeros(3, 2, dtype=torch.long)), (4, 5), 0, "book")
+        draw(cut(np.arange(6), 2, "book"), (4, 5), 0)
 
 
-def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    for wrong in (64, -1):
-        np.save(tmp_path / "ids.npy", np.array([3, 5, wrong]))
-        with pytest.raises(DataError, match=f"token id {wrong} at position 2 is outside the model's vocabulary of 64"):
-            read_tokens(tmp_path / "ids.npy", None, 64)
+def test_where_nothing_repeats_windows_are_drawn_as_ever() -> None:
+    parts = draw(cut(np.arange(1000) * 7919 % 1009, 10), (5, 20, 40), 3)
+    rows = torch.from_numpy(np.arange(1000) * 7919 % 1009).reshape(100, 10)
+    order = torch.randperm(100, generator=torch.Generator().manual_seed(3))[:65]
+    expected = [Windows(rows[part.sort().values]).digest for part in order.split([5, 20, 40])]
+    assert [part.digest for part in parts] == expected
 
 
-def test_token_files_of_another_kind_are_refused(tmp_path: Path) -> None:
-    np.save(tmp_path / "float.npy", np.zeros(3))
-    with pytest.raises(DataError, match="integer token ids, found float64"):
-        read_tokens(tmp_path / "float.npy", None, 64)
-    (tmp_path / "text.npy").write_text("hello")
-    with pytest.raises(DataError, match="not a readable .npy"):
-        read_tokens(tmp_path / "text.npy", None, 64)
-    with pytest.raises(DataError, match="no text or token file"):
-        read_tokens(tmp_path / "absent.txt", None, 64)
+@given(st.lists(st.integers(0, 12), min_size=8, max_size=60), st.integers(0, 99), st.booleans())
+def test_equal_windows_are_drawn_once_however_a_text_repeats_itself(blocks: list[int], seed: int, begins: bool) -> None:
+    contents = np.random.default_rng(0).integers(1, 50, size=(13, 6))
+    pool = cut(contents[blocks].ravel(), 6 + begins, "book", 0 if begins else None)
+    different = len({tuple(contents[block]) for block in blocks})
+    assert len(pool) == different
+    assert pool.repeated == len(blocks) - different
+    third = different // 3
+    parts = draw(pool, (third, different - 2 * third, third), seed)
+    drawn = [tuple(row) for part in parts for row in part.ids.tolist()]
+    assert len(set(drawn)) == len(drawn) == different
+    assert all(not begins or row[0] == 0 for row in drawn)
+    with pytest.raises(DataError, match=f"{different + 1} are asked for"):
+        draw(pool, (different + 1,), seed)
 
 
-def test_a_text_goes_through_the_tokenizer(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("b a b")
-    word_tokenizer(["a", "b"]).save(str(tmp_path / "t.json"))
-    tokenizer = load_tokenizer(tmp_path / "t.json", 64)
-    assert read_tokens(tmp_path / "a.txt", tokenizer, 64).tolist() == [1, 0, 1]
-    with pytest.raises(DataError, match="needs a tokenizer"):
-        read_tokens(tmp_path / "a.txt", None, 64)
-    (tmp_path / "latin.txt").write_bytes(b"\xe9t\xe9")
-    with pytest.raises(DataError, match="not a UTF-8 text"):
-        read_tokens(tmp_path / "latin.txt", tokenizer, 64)
+def test_too_few_different_windows_say_how_many_repeat() -> None:
+    pool = cut(np.tile(np.arange(8), 40), 8, "book")
+    assert pool.dropped() == ("39 of 40 windows of book repeat an earlier one and are left out",)
+    with pytest.raises(DataError, match=r"book gives 1 different windows of 8 tokens \(39 of 40 .* repeat"):
+        draw(pool, (2, 2), 0)
 
 
-def test_documents_are_parted_by_the_end_of_text() -> None:
-    tokenizer = word_tokenizer(["<|endoftext|>", "a", "b"])
-    assert tokenize(["a b", "b"], tokenizer).tolist() == [1, 2, 0, 2, 0]
+def test_windows_of_another_split_are_not_drawn() -> None:
+    pool = cut(np.arange(80), 8, "book")
+    taken = pool.windows([2, 5])
+    left = pool.without([taken])
+    assert (len(left), left.elsewhere) == (8, 2)
+    drawn = draw(left, (8,), 0)[0].ids[:, 0].tolist()
+    assert not {16, 40} & set(drawn)
+    assert left.dropped() == ("2 of 10 windows of book are windows of another split and are left out",)
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    word_tokenizer([f"w{i}" for i in range(65)]).save(str(tmp_path / "t.json"))
-    with pytest.raises(DataError, match="65 entries, the model's vocabulary 64"):
-        load_tokenizer(tmp_path / "t.json", 64)
-    (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(DataError, match="not a tokenizer.json"):
-        load_tokenizer(tmp_path / "bad.json", 64)
-    with pytest.raises(DataError, match="no tokenizer at"):
-        load_tokenizer(tmp_path / "absent.json", 64)
+def test_windows_that_begin_with_bos_hold_one_token_of_the_text_less() -> None:
+    pool = cut(np.arange(10, 40), 6, "book", 3)
+    assert pool.length == 6
+    assert pool.windows([0, 5]).ids.tolist() == [[3, 10, 11, 12, 13, 14], [3, 35, 36, 37, 38, 39]]
+    assert pool.counts(50)[[3, 10, 39, 40]].tolist() == [6, 1, 1, 0]
+    assert len(pool.without([pool.windows([4])])) == 5
+    made = synthetic_windows(np.ones(50, dtype=np.int64), 6, 8, 0, bos=3)
+    assert made.ids[:, 0].tolist() == [3] * 6
 
 
 def test_synthetic_windows_mix_uniform_frequent_and_rare_tokens() -> None:

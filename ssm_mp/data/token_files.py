@@ -1,0 +1,166 @@
+"""Token ids in files: those that a user gives as `.npy`, and those that a run keeps so that a text is read once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, __version__
+
+from ssm_mp.data.encoding import END_OF_TEXT, tokenize
+from ssm_mp.data.texts import READ, documents, is_json_lines
+from ssm_mp.data.windows import TokenIds
+from ssm_mp.errors import DataError
+
+Say = Callable[[str], None]
+
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]")
+"""Names of the token that stands after each document of a file, the first that a tokenizer knows counts."""
+
+KEPT_FROM = 1 << 20
+"""Bytes of a text from which on its ids are kept: less is encoded in a moment."""
+
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def read_tokens(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    vocabulary: int,
+    field: str = "text",
+    *,
+    cache: Path | None = None,
+    say: Say = lambda line: None,
+) -> TokenIds:
+    """Token ids of a `.npy` file, or of a text or JSON lines through the tokenizer.
+
+    field: which field of JSON lines is the text. cache: folder in which the ids of a long text are kept, and found
+    again by whoever reads the same text with the same tokenizer; they are mapped then.
+    Raises DataError for a missing file, ids outside the vocabulary, a text without a tokenizer, or another kind of
+    file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, expected one file: {READ}")
+    if not path.is_file():
+        raise DataError(f"no text or token file at {path}")
+    if path.suffix == ".npy":
+        return within_vocabulary(_read_ids(path), vocabulary, str(path))
+    if tokenizer is None:
+        raise DataError(
+            f'{path}: a text needs a tokenizer ([data] tokenizer = "…/tokenizer.json"), or give token ids as .npy'
+        )
+    ends = ENDS_OF_TEXT if is_json_lines(path) else ()
+
+    def encoded() -> TokenIds:
+        return encode_documents(path, tokenizer, field, ends)
+
+    if cache is None or path.stat().st_size < KEPT_FROM:
+        ids = encoded()
+    else:
+        ids = kept(cache / f"tokens-{_key(path, tokenizer, field, ends)[:16]}.npy", encoded, say)
+    return within_vocabulary(ids, vocabulary, str(path), tokenizer)
+
+
+def encode_documents(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> TokenIds:
+    """Ids of a file's documents. Raises DataError where the tokenizer has none for a word."""
+    try:
+        return tokenize(documents(path, field), tokenizer, ends)
+    except DataError:
+        raise
+    except Exception as error:  # the library raises bare Exception for words without an id
+        raise DataError(f"{path}: {no_id(tokenizer, error)}") from None
+
+
+def no_id(tokenizer: Tokenizer, error: Exception) -> str:
+    """Why a text cannot be encoded, in a sentence."""
+    if "unk" in str(error).lower():
+        return (
+            f"it holds words or characters that the tokenizer's {tokenizer.get_vocab_size()} entries lack, and there "
+            "is no entry for unknown ones; give the tokenizer that the model was trained with, or token ids as .npy"
+        )
+    return f"the tokenizer cannot encode it ({error})"
+
+
+def within_vocabulary(ids: TokenIds, vocabulary: int, where: str, tokenizer: Tokenizer | None = None) -> TokenIds:
+    """The same ids; raises DataError where one is outside the model's vocabulary, and says which token that is."""
+    if not ids.size or (int(ids.min()) >= 0 and int(ids.max()) < vocabulary):
+        return ids
+    at = int(np.flatnonzero((ids < 0) | (ids >= vocabulary))[0])
+    token = None if tokenizer is None else tokenizer.id_to_token(int(ids[at]))
+    named = "" if token is None else f" ({token!r})"
+    raise DataError(
+        f"{where}: token id {int(ids[at])}{named} at position {at} is outside the model's vocabulary of {vocabulary}"
+    )
+
+
+def _read_ids(path: Path) -> TokenIds:
+    try:
+        ids = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise DataError(f"{path}: not a readable .npy file of numbers ({error})") from None
+    if not isinstance(ids, np.ndarray) or not np.issubdtype(ids.dtype, np.integer):
+        raise DataError(f"{path}: expected integer token ids, found {getattr(ids, 'dtype', type(ids).__name__)}")
+    return ids.reshape(-1)
+
+
+def _key(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> str:
+    """What ids depend on: the text's bytes, how they are read, the tokenizer, the library."""
+    with path.open("rb") as file:
+        text = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = "\0".join((text, "".join(path.suffixes[-2:]), field, *ends, __version__, tokenizer.to_str()))
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def kept(path: Path, make: Callable[[], TokenIds], say: Say) -> TokenIds:
+    """The ids of a file, mapped; where it is missing or damaged they are made, and written whole.
+
+    The file is a `.npy` followed by the SHA-256 of all before it.
+    """
+    found = _mapped(path)
+    if found is not None:
+        return found
+    say(f"encoding the text; its ids are kept in {path}")
+    ids = make()
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(ids))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            for part in (header.getvalue(), ids.data, _digest(header.getvalue(), ids)):
+                file.write(part)
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        say(f"note: the ids of the text cannot be kept, other processes encode it again ({error})")
+    return ids
+
+
+def _digest(header: bytes, ids: TokenIds) -> bytes:
+    digest = hashlib.sha256(header)
+    digest.update(ids.data)
+    return digest.digest()
+
+
+def _mapped(path: Path) -> TokenIds | None:
+    """The ids of a file that was written whole and is as it was written; None for any other."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size - _DIGEST_BYTES
+            digest = hashlib.sha256()
+            while size > 0 and (block := file.read(min(size, 1 << 20))):
+                digest.update(block)
+                size -= len(block)
+            if size or file.read() != digest.digest():
+                return None
+        ids: TokenIds = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return None
+    return ids
