@@ -29,6 +29,7 @@ from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, Pen
 from search.errors import StudyError
 from search.file_lock import FileLock
 from search.journal import PATIENCE, Journal
+from search.optuna_storage import storage_of
 from search.run_directory import DATABASE, JOURNAL, RunDirectory
 from search.spec import StudySpec
 from ssm_mp.errors import MachineError
@@ -285,7 +286,7 @@ def serve_proxy(choice: StorageChoice, run: RunDirectory, host: str, port: int, 
     _require_grpc()
     if not choice.proxy:
         raise StudyError('expected [storage] kind = "postgresql" with proxy = "host:port", where its workers find it')
-    storage = connect(replace(choice, proxy=""), run, say).study._storage  # tables and study are there from now on
+    storage = storage_of(connect(replace(choice, proxy=""), run, say).study)  # tables and study are there from now on
     say(f"proxy of {shown_url(choice.url)} at {host}:{port}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
