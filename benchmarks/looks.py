@@ -10,8 +10,9 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.synthetic import Floats, Ints
-from search.certify import Try, certify
+from search.certify import certify
 from search.front import Point, pareto_front
+from search.ledger import Try
 from ssm_mp.evaluate import Evaluation, Increase, paired_increase
 
 BUDGET_PERCENT = 5.0

@@ -75,7 +75,7 @@ def fill(opened: OpenStudy, trials: int) -> None:
             state=TrialState.COMPLETE, values=[catalogue.fp32_bytes / size, rise], params=catalogue.decode(choices),
             distributions=dict(space), user_attrs=attributes,
         )  # fmt: skip
-        study._storage.create_new_trial(study._study_id, template_trial=trial)
+        study.add_trial(trial)
 
 
 def measure(choice: StorageChoice, name: str, run: RunDirectory, trials: int, server: PrivatePostgres | None) -> Scale:

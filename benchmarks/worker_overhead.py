@@ -34,6 +34,7 @@ from search.front_sampler import FrontSampler, Proposal
 from search.knowledge import before_any_trial
 from search.measured import ORIGIN, map_of
 from search.objective import Measured
+from search.optuna_storage import stored
 from search.owner import Owner, this_process
 from search.run_directory import RunDirectory
 from search.sampler import Unrepeated
@@ -177,7 +178,7 @@ def work(opened: OpenStudy, owner: Owner, asked: int, sampler: str, number: int)
             time.sleep(_LOOK_EVERY)
             continue
         reading, _ = timed(lambda trial=claimed: _rivals(opened, trial))  # type: ignore[misc]
-        measured = _made_up(map_of(opened.study._storage.get_trial(claimed._trial_id)))
+        measured = _made_up(map_of(stored(opened.study, claimed)))
         telling, told = timed(
             lambda trial=claimed, made=measured: tell(opened, trial, made, BUDGET_PERCENT, 0.0)  # type: ignore[misc]
         )
@@ -204,7 +205,7 @@ def _effects(wrong: float) -> dict[str, dict[str, float]]:
 
 def _rivals(opened: OpenStudy, trial: Trial) -> None:
     """What a worker reads between claim and evaluation."""
-    frozen = opened.study._storage.get_trial(trial._trial_id)
+    frozen = stored(opened.study, trial)
     if frozen.user_attrs.get(ORIGIN) in SAMPLERS:
         finished_differences(opened.study)
 

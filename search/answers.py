@@ -83,11 +83,17 @@ def fronted(answer: Mapping[str, Any]) -> str:
     certificate = answer["certificate"]
     if certificate is not None:
         lines.append(
-            f"{certificate['verdict']}: {certificate['increase_percent']:+.3f} % "
-            f"on {certificate['windows']} unseen windows, at most {certificate['upper_percent']:+.3f} %"
+            f"{certificate['verdict']}: {_percent(certificate['increase_percent'])} % "
+            f"on {certificate['windows']} unseen windows, at most {_percent(certificate['upper_percent'])} %"
         )
+        lines += answer.get("outlook", [])
     lines += [f"{gate['verdict']:>4}  {gate['name']}: {gate['figures']}" for gate in answer.get("gates", [])]
     return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    """A figure that may be infinite, which JSON says as null."""
+    return "+inf" if value is None else f"{value:+.3f}"
 
 
 def listed(answer: Mapping[str, Any]) -> str:

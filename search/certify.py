@@ -1,9 +1,8 @@
 """The winner's certificate: its increase on windows that the search never saw, with a confidence bound.
 
 The front is tried from the smallest map on, on windows that are the same or overlap from try to try, so the error
-allowed in all (1 − confidence) is divided among the tries: half of it for the first try that a study ever makes,
-a quarter for the second, and so on. A study keeps the list of its tries, so that continuing it, enlarging the
-certify split or exporting other maps spends what is left, not the whole again.
+allowed in all (1 − confidence) is divided among the tries (`ledger.py`). A study keeps the list of its tries, so that
+continuing it, enlarging the certify split or exporting other maps spends what is left, not the whole again.
 """
 
 from __future__ import annotations
@@ -11,36 +10,30 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 from search.confidence import reach
 from search.errors import StudyError
 from search.front import Point
-from ssm_mp.evaluate import Increase
-
-Verdict = Literal["certified", "not certified", "inconclusive"]
-
-
-@dataclass(frozen=True)
-class Try:
-    """One map held against the budget. Bounds are one-sided, each at `confidence`, in percent."""
-
-    trial: int
-    verdict: Verdict
-    confidence: float
-    increase_percent: float
-    lower_percent: float
-    upper_percent: float
-    budget_percent: float
-    windows: int
-    windows_digest: str
+from search.ledger import (
+    Try,
+    Verdict,
+    allowed_error,
+    error_left,
+    finite_or_none,
+    infinite_if_none,
+    still_good,
+    try_from_json,
+)
+from ssm_mp.evaluate import Increase, percent_of
 
 
 @dataclass(frozen=True)
 class Certificate:
     """What the certify windows say: the verdict, and the figures of the try that decided it.
 
-    `winner` is the trial that was certified, None where none was.
+    `winner` is the trial that was certified, None where none was. `error_left`: what is left of 1 − confidence for
+    further tries of the study; `next_error`: what the next of them may spend. None in those of version 0.4.
     """
 
     verdict: Verdict
@@ -51,14 +44,19 @@ class Certificate:
     upper_percent: float
     windows: int
     tries: tuple[Try, ...]
+    error_left: float | None = None
+    next_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Without infinities, which JSON does not know: a bound of None is +∞."""
+        figures = {name: finite_or_none(getattr(self, name)) for name in ("increase_percent", "upper_percent")}
+        return {**asdict(self), **figures, "tries": [tried.to_json() for tried in self.tries]}
 
 
 def certificate_from_json(values: Mapping[str, Any]) -> Certificate:
     """Inverse of `Certificate.to_json`."""
-    return Certificate(**{**values, "tries": tuple(Try(**tried) for tried in values["tries"])})
+    figures = {name: infinite_if_none(values[name]) for name in ("increase_percent", "upper_percent")}
+    return Certificate(**{**values, **figures, "tries": tuple(try_from_json(tried) for tried in values["tries"])})
 
 
 def standing_certificate(
@@ -79,24 +77,21 @@ def standing_certificate(
     return certificate if same and stands else None
 
 
-def bounds(increase: Increase, confidence: float) -> tuple[float, float]:
-    """One-sided lower and upper bounds of the perplexity increase in percent, each at `confidence`.
+def bounds(increase: Increase, error: float) -> tuple[float, float]:
+    """One-sided lower and upper bounds of the perplexity increase in percent, each wrong with a chance of `error`.
 
     Student's t, moved outwards on the side where the differences have their long tail: a few windows that lose much
     are easily missed, and the mean and the standard error are then too low together. The skewness is taken to be two
-    standard errors more than was seen, for the same reason.
+    standard errors more than was seen, for the same reason. The upper bound may be +∞, the lower one −100.
     """
+    if increase.log_stderr == 0:
+        return increase.percent, increase.percent
     unseen = 2 * math.sqrt(6 / increase.windows)
-    below, above = (reach(confidence, sign * increase.skewness + unseen, increase.windows) for sign in (-1, 1))
+    below, above = (reach(error, sign * increase.skewness + unseen, increase.windows) for sign in (-1, 1))
     return (
-        100 * math.expm1(increase.log_mean - below * increase.log_stderr),
-        100 * math.expm1(increase.log_mean + above * increase.log_stderr),
+        percent_of(increase.log_mean - below * increase.log_stderr),
+        percent_of(increase.log_mean + above * increase.log_stderr),
     )
-
-
-def error_share(number: int, error: float) -> float:
-    """The error allowed to a study's try of this number (from 1); all of them together stay below `error`."""
-    return error / 2.0**number
 
 
 def certify(
@@ -114,19 +109,14 @@ def certify(
     made; one of the same map on the same windows and budget is not made again unless more confidence is asked for
     now, and all of them raise the confidence that a new try must reach.
     """
-    known = {
-        (tried.trial, tried.windows_digest, tried.budget_percent): tried
-        for tried in former
-        if tried.confidence >= confidence
-    }
-    made = len(former)
-    tries: list[Try] = []
+    error = 1 - confidence
+    known = {(tried.trial, tried.windows_digest, tried.budget_percent): tried for tried in still_good(former, error)}
+    ledger, tries = list(former), list[Try]()
     for point in front:
         tried = known.get((point.trial, windows_digest, budget_percent))
         if tried is None:
-            made += 1
-            needed = 1 - error_share(made, 1 - confidence)
-            tried = _try(point.trial, measure(point), needed, budget_percent, windows_digest)
+            tried = _try(point.trial, measure(point), allowed_error(ledger, error), budget_percent, windows_digest)
+            ledger.append(tried)
         tries.append(tried)
         if tried.verdict == "certified":
             break
@@ -142,19 +132,22 @@ def certify(
         upper_percent=decisive.upper_percent,
         windows=decisive.windows,
         tries=tuple(tries),
+        error_left=error_left(ledger, error),
+        next_error=allowed_error(ledger, error),
     )
 
 
-def _try(trial: int, increase: Increase, confidence: float, budget_percent: float, windows_digest: str) -> Try:
-    lower, upper = bounds(increase, confidence)
+def _try(trial: int, increase: Increase, error: float, budget_percent: float, windows_digest: str) -> Try:
+    lower, upper = bounds(increase, error)
     verdict: Verdict = "inconclusive"
     if upper < budget_percent:
         verdict = "certified"
     elif lower > budget_percent:
         verdict = "not certified"
     return Try(
-        trial, verdict, confidence, increase.percent, lower, upper, budget_percent, increase.windows, windows_digest
-    )
+        trial, verdict, 1 - error, increase.percent, lower, upper, budget_percent, increase.windows, windows_digest,
+        error,
+    )  # fmt: skip
 
 
 def _decisive(tries: Sequence[Try]) -> Try:

@@ -32,6 +32,7 @@ from search.measured import (
     packed,
 )
 from search.objective import Measured
+from search.optuna_storage import annotate, change_state, create, handle, stored, trial_id
 from search.owner import Owner, owner_from_json
 from search.sampler import map_key, proposer, seen_maps
 from search.storage import OpenStudy
@@ -77,7 +78,7 @@ def enqueue(study: Study, seeds: Iterable[Seed], space: Choices) -> int:
 def queue(study: Study, seed: Seed, space: Choices, attributes: Mapping[str, Any] | None = None) -> None:
     """Queue one map, all of its parameters in one operation of the storage."""
     template = _template(TrialState.WAITING, seed.params, space, {ORIGIN: seed.origin, **(attributes or {})})
-    study._storage.create_new_trial(study._study_id, template_trial=template)
+    create(study, template)
 
 
 def _template(
@@ -121,7 +122,7 @@ def claim(
                 continue
             user = {ORIGIN: sampler, OWNER: owner.to_json()}
             template = _template(TrialState.RUNNING, proposal.params, space, user, proposal.attributes)
-            return Trial(study, study._storage.create_new_trial(study._study_id, template_trial=template))
+            return handle(study, create(study, template))
 
 
 def _room(trials: Sequence[FrozenTrial], asked: int) -> int:
@@ -132,7 +133,7 @@ def _room(trials: Sequence[FrozenTrial], asked: int) -> int:
 def _queued(study: Study, space: Choices, owner: Owner, asked: int, held: Collection[int]) -> Trial | Idle | None:
     """The next queued trial, now running; None where a new map must be proposed."""
     trials = study.get_trials(deepcopy=False)
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING and trial._trial_id not in held]
+    running = [trial for trial in trials if trial.state == TrialState.RUNNING and trial_id(trial) not in held]
     for mine in (trial for trial in running if _owner(trial) == owner):
         # its answer was lost, perhaps with the lock: then another may have been let in meanwhile
         if any(other.state != TrialState.WAITING for other in _same_map(trials, mine)):
@@ -140,7 +141,7 @@ def _queued(study: Study, space: Choices, owner: Owner, asked: int, held: Collec
         elif _room(trials, asked) < 0:
             _put_back(study, mine, space, "claimed beyond the number asked for")
         else:
-            return Trial(study, mine._trial_id)
+            return handle(study, trial_id(mine))
         return None
     if sum(trial.state in FINISHED for trial in trials) >= asked:
         return Idle.finished
@@ -150,13 +151,13 @@ def _queued(study: Study, space: Choices, owner: Owner, asked: int, held: Collec
         # two that queue at once, one of them without the lock, which a restarted server has let go
         states = {other.state for other in _same_map(trials, waiting)}
         if states.intersection(FINISHED):
-            study._storage.set_trial_user_attr(waiting._trial_id, REASON, "queued twice")
-            study._storage.set_trial_state_values(waiting._trial_id, TrialState.FAIL)
+            annotate(study, waiting, REASON, "queued twice")
+            change_state(study, waiting, TrialState.FAIL)
         if states.intersection((*FINISHED, TrialState.RUNNING)):
             continue
-        study._storage.set_trial_user_attr(waiting._trial_id, OWNER, owner.to_json())  # before anyone sees it run
-        if study._storage.set_trial_state_values(waiting._trial_id, TrialState.RUNNING):
-            trial = Trial(study, waiting._trial_id)
+        annotate(study, waiting, OWNER, owner.to_json())  # before anyone sees it run
+        if change_state(study, waiting, TrialState.RUNNING):
+            trial = handle(study, trial_id(waiting))
             for name, choices in space.items():  # a write only for a map that an older version queued
                 trial.suggest_categorical(name, choices)
             return trial
@@ -194,7 +195,7 @@ def tell(opened: OpenStudy, trial: Trial, measured: Measured | str, budget_perce
     """
     study = opened.study
     with opened.locked():
-        held = study._storage.get_trial(trial._trial_id)
+        held = stored(study, trial)
         if held.state.is_finished():
             return held.state in FINISHED or isinstance(measured, str)
         try:
@@ -239,7 +240,7 @@ def _tell_measured(
 def give_back(opened: OpenStudy, trial: Trial, space: Choices, reason: str) -> None:
     """Put an unfinished trial's map back in the queue."""
     with opened.locked():
-        held = opened.study._storage.get_trial(trial._trial_id)
+        held = stored(opened.study, trial)
         if held.state == TrialState.RUNNING:
             _put_back(opened.study, held, space, reason)
 
@@ -280,5 +281,5 @@ def _put_back(study: Study, trial: FrozenTrial, space: Choices, reason: str) -> 
         again = Seed(chosen, trial.user_attrs.get(ORIGIN, ""))
         kept = {key: trial.user_attrs[key] for key in (REOPENED,) if key in trial.user_attrs}
         queue(study, again, space, {**kept, FIRST: _first(trial), ATTEMPT: attempt + 1})
-    study._storage.set_trial_user_attr(trial._trial_id, REASON, reason)
-    study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+    annotate(study, trial, REASON, reason)
+    change_state(study, trial, TrialState.FAIL)

@@ -244,6 +244,7 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     from search.answers import fronted
     from search.front import pareto_front
     from search.latency import stored_latency
+    from search.outlook import outlook
     from search.report import front_json
     from search.results import stored_baseline, stored_certificate
     from search.trials import points
@@ -261,6 +262,7 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
         spec.search.budget_percent,
         certificate.to_json() if certificate else None,
         stored_latency(run),
+        outlook(certificate),
     )
     print_answer(content, json_, fronted)
 

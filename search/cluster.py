@@ -205,8 +205,8 @@ def _has_all_trials(spec: StudySpec, run: RunDirectory) -> bool:
 
     if not exists(run):
         return False
-    opened, asked = opened_as_it_is(run, spec, say), spec.search
-    found = opened.patiently(lambda: is_finished(opened.study, asked.trials, asked.budget_percent))
+    opened = opened_as_it_is(run, spec, say)
+    found = opened.patiently(lambda: is_finished(opened.study, spec))
     opened.close()
     return found
 

@@ -14,6 +14,7 @@ import torch
 from search.certify import Certificate, bounds
 from search.gates import Facts
 from search.latency import summary
+from search.ledger import finite_or_none
 from search.objective import Baseline, Objective
 from search.plots import allocation_png
 from search.workspace import Workspace
@@ -60,7 +61,7 @@ def export(
     measured = Objective(workspace, baseline)(precision_map)
     model = workspace.converter.convert(precision_map)
     speed = benchmark(model, workspace.model, workspace.splits.search)
-    lower, upper = bounds(measured.increase, workspace.spec.search.confidence)
+    lower, upper = bounds(measured.increase, 1 - workspace.spec.search.confidence)
     metrics = {
         "fp32_bytes": baseline.bytes,
         "compression": measured.compression,
@@ -68,7 +69,7 @@ def export(
         "perplexity": measured.perplexity,
         "increase_percent": measured.increase.percent,
         "stderr_percent": measured.increase.stderr_percent,
-        "increase_interval_percent": [lower, upper],
+        "increase_interval_percent": [finite_or_none(lower), finite_or_none(upper)],
         "windows": measured.increase.windows,
         "certificate": certificate.to_json() if certificate else None,
         "benchmark": speed.to_json(),

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from optuna.study import Study
 
 from search import plots
-from search.certify import Certificate, Try, certify
+from search.certify import Certificate, certify
 from search.export import export, provenance_of
 from search.front import Point, front_by_size, pareto_front
 from search.gates import judge
+from search.ledger import tries_of
 from search.objective import require_knowing
+from search.outlook import outlook
 from search.prepare import Prepared, Say
 from search.probe import Probe
 from search.report import Result, front_json, render
@@ -90,18 +91,18 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
         model = workspace.converter.convert(workspace.space.map(point.map))
         return paired_increase(evaluate(model, windows), reference)
 
-    former = [Try(**line) for line in run.read_lines(TRIES)]
-    certificate = certify(
-        front,
-        measure,
-        budget_percent=spec.search.budget_percent,
-        confidence=spec.search.confidence,
-        windows_digest=windows.digest,
-        former=former,
-    )
-    for tried in certificate.tries if certificate else ():
-        if tried not in former:
-            run.append_lines(TRIES, [asdict(tried)])
+    with run.lock("certify").held():  # two exports at once must not spend the same share
+        former = tries_of(run.read_lines(TRIES), str(run / TRIES))
+        certificate = certify(
+            front,
+            measure,
+            budget_percent=spec.search.budget_percent,
+            confidence=spec.search.confidence,
+            windows_digest=windows.digest,
+            former=former,
+        )
+        new = [tried for tried in certificate.tries if tried not in former] if certificate else []
+        run.append_lines(TRIES, [tried.to_json() for tried in new])
     return certificate
 
 
@@ -147,5 +148,7 @@ def answer(result: Result) -> dict[str, Any]:
     certificate = None if result.certificate is None else result.certificate.to_json()
     baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes}
     budget = result.spec.search.budget_percent
-    content = front_json(result.points, result.front, baseline, budget, certificate, result.latency)
+    content = front_json(
+        result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate)
+    )
     return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

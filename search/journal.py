@@ -18,6 +18,7 @@ from typing import Any
 from optuna.storages.journal import JournalFileBackend
 
 from search.file_lock import FileLock
+from search.optuna_storage import known_offset
 from ssm_mp.errors import MachineError
 
 PATIENCE = 900.0
@@ -69,7 +70,7 @@ class Journal(JournalFileBackend):
 
     def read_logs(self, log_number_from: int) -> Generator[dict[str, Any], None, None]:
         """The whole lines; under the lock, for what a full disk takes back must never have been seen."""
-        known = self._log_number_offset.get(log_number_from)
+        known = known_offset(self, log_number_from)
         with self._path.open("rb") as file:  # over NFS, a size is true only of a file that was just opened
             if os.fstat(file.fileno()).st_size == known:
                 return

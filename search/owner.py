@@ -98,12 +98,22 @@ def dead_owners(
     return gone | {owner for owner in tasks if not _queued_alive(owner, queued.get(owner.job))}
 
 
+def living_leases(folder: Path) -> list[str]:
+    """Names of the leases that some process holds now; none is removed, for it may be about to be held."""
+    return sorted(path.name for path in folder.glob("*") if _locked(path))
+
+
 def _this_host() -> str:
     return socket.gethostname().split(".")[0]
 
 
 def _queued_alive(owner: Owner, task: QueuedTask | None) -> bool:
     return task is not None and task.state in _LIVING and task.restarts == owner.restart
+
+
+def _locked(path: Path) -> bool:
+    with FileLock(path).tried() as got:
+        return not got
 
 
 def _lease_held(folder: Path, owner: Owner) -> bool:

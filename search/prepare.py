@@ -40,6 +40,7 @@ from search.space import Space
 from search.spec import StudySpec
 from search.stop import Stop
 from search.surrogate import Surrogate, additive, effects_of_size, fit, predicted_front
+from search.widening import check_or_widen
 from search.workspace import Workspace, open_workspace
 from ssm_mp.components import fp32_bytes
 from ssm_mp.evaluate import Evaluation, paired_increase
@@ -106,7 +107,7 @@ class _Preparation:
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
         workspace = open_workspace(spec, say, run.path)
-        run.check_fingerprint(workspace.fingerprint())
+        check_or_widen(spec, run, workspace.fingerprint(), say)
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
             baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
             latency = latency_table(run, workspace, say, stop) if spec.search.asks_latency else None

@@ -22,7 +22,7 @@ from typing import Literal
 import numpy as np
 
 from search.confidence import reach
-from ssm_mp.evaluate import skewness
+from ssm_mp.evaluate import percent_of, skewness
 
 Reason = Literal["over budget", "dominated"]
 
@@ -56,7 +56,7 @@ def lower_bound(differences: np.ndarray, windows: int, error: float) -> float:
     """Lower confidence bound of the mean over all `windows` from the differences `[n]` of the first n."""
     n = differences.size
     spread = _standard_error(differences, n, windows)
-    return float(differences.mean()) - reach(1 - error, -skewness(differences), n) * spread
+    return float(differences.mean()) - reach(error, -skewness(differences), n) * spread
 
 
 def _standard_error(differences: np.ndarray, count: int, windows: int) -> float:
@@ -79,7 +79,7 @@ def judge(
     """
     share = _share(error, windows)
     bound = lower_bound(differences, windows, share)
-    shown = 100 * math.expm1(bound)
+    shown = percent_of(bound)
     if shown > budget_percent:
         return Stop("over budget", shown)
     if rival is not None and lower_bound(differences - rival, windows, share) > 0:
@@ -94,14 +94,14 @@ def next_rung(
 
     Arguments as in `judge`.
     """
-    n, confidence = differences.size, 1 - _share(error, windows)
+    n, share = differences.size, _share(error, windows)
     questions = [(differences, math.log1p(budget_percent / 100))]
     if rival is not None:
         questions.append((differences - rival, 0.0))
     for count in (c for c in rungs(windows) if n < c < windows):
         for values, limit in questions:
             hoped = float(values.mean()) + _standard_error(values, n, windows)
-            if hoped - reach(confidence, 0.0, count) * _standard_error(values, count, windows) > limit:
+            if hoped - reach(share, 0.0, count) * _standard_error(values, count, windows) > limit:
                 return count
     return windows
 

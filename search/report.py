@@ -11,6 +11,7 @@ from search.certify import Certificate
 from search.front import Point, fastest, hypervolume, hypervolume_with_latency
 from search.gates import Gate, overall
 from search.latency import summary
+from search.outlook import outlook
 from search.spec import StudySpec
 from search.surrogate import Surrogate
 from search.trials import Counts
@@ -76,8 +77,9 @@ def front_json(
     budget_percent: float,
     certificate: Mapping[str, Any] | None,
     latency: LatencyTable | None = None,
+    outlook: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The answer of `search` and `front`."""
+    """The answer of `search` and `front`; outlook: what is said about the certificate, in words."""
     quickest = None if latency is None else fastest(front)
     known = (
         {}
@@ -91,6 +93,7 @@ def front_json(
         "front": [point.to_json() for point in front],
         "winner": None if certificate is None else certificate["winner"],
         "certificate": certificate,
+        "outlook": list(outlook),
         **known,
     }
 
@@ -194,20 +197,16 @@ def _certificate(result: Result) -> str:
         return "Nothing to certify: no map is within the budget on the search windows."
     rows = [
         (
-            str(tried.trial), tried.verdict, f"{100 * tried.confidence:.2f} %", f"{tried.increase_percent:+.3f}",
+            str(tried.trial), tried.verdict, f"{100 * tried.spent:.3g} %", f"{tried.increase_percent:+.3f}",
             f"{tried.lower_percent:+.3f}", f"{tried.upper_percent:+.3f}",
         )
         for tried in certificate.tries
     ]  # fmt: skip
-    advice = (
-        " More windows are needed: raise `[data] certify_windows` and run the search again; no trial is repeated."
-        if certificate.verdict == "inconclusive"
-        else ""
-    )
+    said = "".join(f"\n\n{line}" for line in outlook(certificate))
     return (
         f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all tries, on {certificate.windows} "
-        f"windows that the search never saw, paired against the FP32 checkpoint.{advice}\n\n"
-        + _table(("trial", "verdict", "confidence", "increase %", "lower %", "upper %"), rows, left=2)
+        f"windows that the search never saw, paired against the FP32 checkpoint.{said}\n\n"
+        + _table(("trial", "verdict", "error spent", "increase %", "lower %", "upper %"), rows, left=2)
     )
 
 

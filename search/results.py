@@ -36,6 +36,11 @@ def stored_certificate(run: RunDirectory, spec: StudySpec, front: Sequence[Point
     return standing_certificate(run.read_json(CERTIFICATE), front, search.budget_percent, search.confidence, where)
 
 
+def _key(probe: dict[str, Any]) -> tuple[str, str, str]:
+    """Of probes with the same key the last counts: the others were measured before the space grew."""
+    return probe["end"], probe["component"], probe["precision"]
+
+
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     """Draw the pictures again. Raises StudyError where the checkpoint is not the one that was searched."""
     checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
@@ -43,6 +48,6 @@ def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())
     certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))
-    stored = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
-    probes = [probe for probe in stored if (probe.end == GRADIENT) == (spec.search.probe == "gradient")]
+    stored = {_key(line["probe"]): probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)}
+    probes = [probe for probe in stored.values() if (probe.end == GRADIENT) == (spec.search.probe == "gradient")]
     return draw(run, spec, find_components(blocked), found, probes, certificate, stored_baseline(run)["bytes"])

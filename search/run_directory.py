@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -154,6 +155,20 @@ class RunDirectory:
             raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
 
 
+def mark_of(fingerprint: Mapping[str, Any]) -> str:
+    """A fingerprint as one short word, to mark what was measured under it."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def grown_in(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints differ in nothing but more choices of the same components."""
+    before, now = stored.get("space"), current.get("space")
+    if not isinstance(before, dict) or not isinstance(now, dict) or before == now:
+        return False
+    others = _changed(stored, {**with_all(stored, current), "space": before})
+    return not others and before.keys() == now.keys() and all(set(held) <= set(now[c]) for c, held in before.items())
+
+
 def with_all(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
     """A fingerprint with None for what only the stored one has, so that this too is a difference."""
     return {**dict.fromkeys(stored), **current}
@@ -161,15 +176,26 @@ def with_all(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str,
 
 def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
     """Raise StudyError, saying what changed, where two fingerprints differ."""
-    # version 0.2 did not say which vector instructions it computed with
-    stored = {**stored, "compute": current.get("compute")} if stored.get("compute") == "cpu float32" else stored
-    changed = [key for key in current if stored.get(key) != current[key]]
+    changed = _changed(stored, current)
     if changed:
         details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
-        raise StudyError(
-            f"{where}: this study was begun with another {', another '.join(changed)} ({details}). Its trials "
-            "cannot be compared with new ones: restore what changed, or give --run-dir another directory"
+        rule = " (a space may get more choices, never lose any)" if changed == ["space"] else ""
+        advice = (
+            f"Its trials cannot be compared with new ones: restore what changed{rule}, or give --run-dir another "
+            "directory"
         )
+        if grown_in(stored, current):
+            advice = "`ssm-mp search` takes its trials over into the larger space"
+        raise StudyError(
+            f"{where}: this study was begun with another {', another '.join(changed)} ({details}). {advice}"
+        )
+
+
+def _changed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The parts of `current` that `stored` says otherwise."""
+    # version 0.2 did not say which vector instructions it computed with
+    stored = {**stored, "compute": current.get("compute")} if stored.get("compute") == "cpu float32" else stored
+    return [key for key in current if stored.get(key) != current[key]]
 
 
 def _difference(key: str, stored: object, current: object) -> str:

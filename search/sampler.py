@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import random
 import warnings
@@ -13,13 +12,13 @@ from typing import Any, Protocol
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.front_sampler import FrontSampler, Proposal
 from search.knowledge import Knowledge
 from search.measured import map_of
+from search.optuna_storage import drafted
 
 _ATTEMPTS = 4
 """Proposals asked of the inner sampler before the last of them is varied instead."""
@@ -61,20 +60,6 @@ def proposer(study: Study) -> Proposer:
     return sampler
 
 
-class _Draft:
-    """A storage for a trial that is not written yet: keeps what a sampler notes on it, and passes on all else."""
-
-    def __init__(self, storage: BaseStorage) -> None:
-        self._storage = storage
-        self.attributes: dict[str, Any] = {}
-
-    def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
-        self.attributes[key] = value
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._storage, name)
-
-
 class Unrepeated(BaseSampler):
     """Proposes through another sampler, over the whole space at once, and never a map that the study has.
 
@@ -92,12 +77,9 @@ class Unrepeated(BaseSampler):
         """The next map, with the attributes that the inner sampler notes on a trial (NSGA-II its generation)."""
         if len(self._seen(study)) >= prod(len(_choices(held)) for held in self._space.values()):
             return None
-        draft, drafted = _Draft(study._storage), copy.copy(study)
-        drafted._storage = draft  # type: ignore[assignment]  # all that a sampler asks of a storage
-        drafted._thread_local.cached_all_trials = None  # as `ask` does
-        trial = create_trial(state=TrialState.RUNNING)
-        params = self.sample_relative(drafted, trial, self._space)
-        return Proposal(params, draft.attributes)
+        draft, noted = drafted(study)
+        params = self.sample_relative(draft, create_trial(state=TrialState.RUNNING), self._space)
+        return Proposal(params, noted)
 
     def forget(self, proposal: Proposal) -> None:
         """Nothing to forget: what it has proposed is read from the study."""

@@ -29,6 +29,7 @@ from sqlalchemy.exc import IntegrityError, InterfaceError, OperationalError, Pen
 from search.errors import StudyError
 from search.file_lock import FileLock
 from search.journal import PATIENCE, Journal
+from search.optuna_storage import storage_of
 from search.run_directory import DATABASE, JOURNAL, RunDirectory
 from search.spec import StudySpec
 from ssm_mp.errors import MachineError
@@ -38,6 +39,8 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 STORAGE = "storage.json"
+MOVED = "continued as"
+"""User attribute of a study whose space has grown: the name of the one in the same storage that goes on."""
 STUDY_NAME = "precision search"
 """Name of the one study that a run's own file holds."""
 _PROXY_THREADS = 15
@@ -285,7 +288,7 @@ def serve_proxy(choice: StorageChoice, run: RunDirectory, host: str, port: int, 
     _require_grpc()
     if not choice.proxy:
         raise StudyError('expected [storage] kind = "postgresql" with proxy = "host:port", where its workers find it')
-    storage = connect(replace(choice, proxy=""), run, say).study._storage  # tables and study are there from now on
+    storage = storage_of(connect(replace(choice, proxy=""), run, say).study)  # tables and study are there from now on
     say(f"proxy of {shown_url(choice.url)} at {host}:{port}")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -308,13 +311,23 @@ def database(url: str, kind: Kind) -> RDBStorage:
 
 def _study(storage: BaseStorage, choice: StorageChoice) -> Study:
     with suppress(KeyError):  # looking at a study writes nothing, so that it works on a full folder too
-        return optuna.load_study(study_name=choice.study, storage=storage)
+        study = optuna.load_study(study_name=choice.study, storage=storage)
+        while (following := study.user_attrs.get(MOVED)) is not None:
+            study = optuna.load_study(study_name=following, storage=storage)
+        return study
     return optuna.create_study(
         study_name=choice.study,
         storage=storage,
         directions=[StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (2 if choice.latency else 1)],
         load_if_exists=True,
     )
+
+
+def name_metrics(study: Study) -> None:
+    """Name a study's objectives, for Optuna's own pictures."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        study.set_metric_names(["compression", "increase_percent", "latency_seconds"][: len(study.directions)])
 
 
 def shown_url(url: str) -> str:

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import optuna
 from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import TrialState
 
 from search.claim import Choices, Seed, enqueue, queue
+from search.errors import StudyError
 from search.front_sampler import FrontSampler
 from search.knowledge import Knowledge
 from search.measured import FINISHED, MEASURED, ORIGIN, REOPENED, map_of
 from search.run_directory import RunDirectory, require_same, with_all
 from search.sampler import complete_maps, make_sampler, map_key
 from search.spec import StudySpec
-from search.storage import OpenStudy, Say, choose_storage, connect
-from search.trials import ASKED, counts
+from search.storage import MOVED, OpenStudy, Say, choose_storage, connect, name_metrics
+from search.trials import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE, PRECISION, counts, precision_of
 from ssm_mp.latency import LatencyTable
-
-FINGERPRINT_ATTRIBUTE = "fingerprint"
 
 
 def open_study(
@@ -52,7 +49,9 @@ def open_study(
         opened = replace(opened, latency=latency.predict)
         fingerprint = {**fingerprint, "latency table": latency.digest}
     opened.patiently(lambda: _sign(opened, json.loads(json.dumps(fingerprint)), f"{run.path} ({opened.choice.kind})"))
-    study = opened.study
+    study, precision = opened.study, precision_of(spec)
+    if study.user_attrs.get(PRECISION) != precision:
+        opened.patiently(lambda: study.set_user_attr(PRECISION, precision))
     distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
     # another seed for every continuation and worker, or the sampler would propose the same maps again
     held = opened.patiently(lambda: study.get_trials(deepcopy=False))
@@ -71,25 +70,29 @@ def _sign(opened: OpenStudy, fingerprint: Mapping[str, Any], where: str) -> None
             require_same(stored, with_all(stored, fingerprint), where)
             return
         study.set_user_attr(FINGERPRINT_ATTRIBUTE, fingerprint)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            names = ["compression", "increase_percent", "latency_seconds"]
-            study.set_metric_names(names[: len(study.directions)])
+        name_metrics(study)
 
 
 def begin(opened: OpenStudy, seeds: Iterable[Seed], space: Choices, trials: int, budget_percent: float) -> int:
     """Queue the seeds, and what a lower budget stopped; returns how many finished trials the study is to have.
 
-    Whichever worker comes first does it; the others find it done.
+    Whichever worker comes first does it; the others find it done. Where the space has just grown, what is queued now
+    comes on top of what the smaller space has finished. Raises StudyError where it grew after the study was opened.
     """
     study, request = opened.study, {"trials": trials, "budget_percent": budget_percent}
     with opened.locked():
+        attributes = study.user_attrs
+        if MOVED in attributes:
+            raise StudyError("the space of this study has just grown, by another process; start this one again")
         enqueue(study, seeds, space)
-        stored = study.user_attrs.get(ASKED, {})
+        stored = attributes.get(ASKED, {})
         if {key: stored.get(key) for key in request} == request:
             return int(stored["asked"])
         reopened = reconsider(study, space, budget_percent)
-        asked = max(trials, counts(study).finished if reopened else 0) + reopened
+        found = counts(study)
+        asked = max(trials, found.finished if reopened else 0) + reopened
+        if not stored and CONTINUES in attributes:
+            asked = max(asked, found.finished + found.waiting)
         study.set_user_attr(ASKED, {**request, "asked": asked})
         return asked
 

@@ -12,10 +12,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.front import Point
 from search.measured import DIFFERENCES, FINISHED, LATENCY, MEASURED, ORIGIN, REASON, unpacked
+from search.spec import StudySpec
 from search.storage import OpenStudy
 
 ASKED = "asked"
 """User attribute of a study: how many finished trials it is to have, and for which request."""
+
+
+FINGERPRINT_ATTRIBUTE = "fingerprint"
+"""User attribute of a study: what its results depend on."""
+
+CONTINUES = "continues"
+"""User attribute of a study: the name of the one in a smaller space that its first trials come from."""
+
+PRECISION = "precision"
+"""User attribute of a study: what its study file says of the space, to tell a changed one without loading a model."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +101,20 @@ def point_of(trial: FrozenTrial, widest: Mapping[str, str]) -> Point:
     )
 
 
-def is_finished(study: Study, trials: int, budget_percent: float) -> bool:
+def is_finished(study: Study, spec: StudySpec) -> bool:
     """Whether a study certainly has what is asked of it, so that a worker that comes late need not load anything."""
-    stored = study.user_attrs.get(ASKED)
-    if not stored or (stored["trials"], stored["budget_percent"]) != (trials, budget_percent):
+    stored, asked = study.user_attrs.get(ASKED), spec.search
+    if not stored or (stored["trials"], stored["budget_percent"]) != (asked.trials, asked.budget_percent):
         return False
+    if study.user_attrs.get(PRECISION, precision_of(spec)) != precision_of(spec):
+        return False  # its space may have grown
     return counts(study).finished >= int(stored["asked"])
+
+
+def precision_of(spec: StudySpec) -> dict[str, list[str]]:
+    """What a study file says of the space."""
+    held = spec.precision
+    return {"choices": list(held.choices), "pin": list(held.pin), "unpin": list(held.unpin)}
 
 
 def asked_trials(study: Study, otherwise: int) -> int:

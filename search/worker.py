@@ -17,6 +17,7 @@ from optuna.trial import Trial
 from search.claim import Choices, Idle, claim, give_back, take_over, tell
 from search.measured import ORIGIN, map_of
 from search.objective import Measured
+from search.optuna_storage import stored, trial_id
 from search.owner import LEASES, Owner, dead_owners
 from search.run_directory import RunDirectory
 from search.spec import SAMPLERS
@@ -106,7 +107,7 @@ class Worker:
         trials: list[Trial] = []
         most = 1 if self.together is None else self.together.most
         while len(trials) < most and not (trials and self.stop):
-            held = {trial._trial_id for trial in trials}
+            held = {trial_id(trial) for trial in trials}
             claimed = partial(claim, self.opened, self.space, self.owner, self.asked, self.sampler, held)
             found = self.opened.patiently(claimed)
             if isinstance(found, Idle):
@@ -130,7 +131,7 @@ class Worker:
     def _task(self, trial: Trial) -> Task:
         """A claimed trial's map and rivals."""
         opened = self.opened
-        frozen = opened.patiently(lambda: opened.study._storage.get_trial(trial._trial_id))
+        frozen = opened.patiently(lambda: stored(opened.study, trial))
         seeded = frozen.user_attrs.get(ORIGIN) not in SAMPLERS
         return Task(map_of(frozen), [] if seeded else opened.patiently(lambda: rivals_of(opened, map_of(frozen))))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from search.errors import StudyError
+from search.run_directory import mark_of
 from search.space import Space, make_space
 from search.spec import STDLIB, StudySpec
 from ssm_mp.calibrate import calibrate
@@ -95,7 +95,7 @@ class Workspace:
     @property
     def fingerprint_digest(self) -> str:
         """The fingerprint as one short word, to mark what was measured under it."""
-        return hashlib.sha256(json.dumps(self.fingerprint(), sort_keys=True).encode()).hexdigest()[:16]
+        return mark_of(self.fingerprint())
 
 
 def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | None = None) -> Workspace:

@@ -64,12 +64,19 @@ class Increase:
     @property
     def percent(self) -> float:
         """Perplexity increase in percent."""
-        return 100 * math.expm1(self.log_mean)
+        return percent_of(self.log_mean)
 
     @property
     def stderr_percent(self) -> float:
         """Its standard error in percentage points, to first order."""
+        if self.log_mean > 700:
+            return math.inf if self.log_stderr > 0 else 0.0
         return 100 * math.exp(self.log_mean) * self.log_stderr
+
+
+def percent_of(log_increase: float) -> float:
+    """A rise of log-perplexity as a rise of perplexity in percent; infinite where no float can hold it."""
+    return math.inf if log_increase > 700 else 100 * math.expm1(log_increase)
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,7 +228,7 @@ def skewness(values: FloatArray) -> float:
     n = values.size
     centred = values - values.mean()
     variance = float(np.mean(centred**2))
-    if n < 3 or variance == 0:
+    if n < 3 or variance < 1e-200:  # whose power of 1.5 would be 0
         return 0.0
     return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
 

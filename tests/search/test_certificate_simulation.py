@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.certificate import scenario, simulate
 from search import certify as certificate
+from search import ledger
 from ssm_mp.evaluate import Increase
 
 SEARCHES = 1000
@@ -34,13 +35,13 @@ def test_at_most_5_percent_of_searches_certify_a_map_that_breaks_the_budget(name
 
 @pytest.mark.slow
 def test_without_dividing_the_error_among_tries_the_same_simulation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificate, "error_share", lambda number, error: error)
+    monkeypatch.setattr(ledger, "error_share", lambda number, error: error)
     assert simulate(scenario(HARDEST[2]), 300).broken_percent > 8
 
 
 @pytest.mark.slow
 def test_without_the_bound_the_same_simulation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(certificate, "bounds", lambda increase, confidence: (increase.percent, increase.percent))
+    monkeypatch.setattr(certificate, "bounds", lambda increase, error: (increase.percent, increase.percent))
     assert simulate(scenario(HARDEST[0]), 300).broken_percent > 20
 
 
@@ -50,8 +51,8 @@ def test_without_the_skewness_a_long_tail_breaks_the_budget_more_often(monkeypat
     corrected = simulate(scenario(name), 500).broken
     real = certificate.bounds
 
-    def blind(increase: Increase, confidence: float) -> tuple[float, float]:
-        return real(replace(increase, skewness=0.0), confidence)
+    def blind(increase: Increase, error: float) -> tuple[float, float]:
+        return real(replace(increase, skewness=0.0), error)
 
     monkeypatch.setattr(certificate, "bounds", blind)
     assert simulate(scenario(name), 500).broken > 1.5 * corrected

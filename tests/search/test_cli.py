@@ -284,6 +284,29 @@ def test_resuming_with_something_else_is_refused(searched: Path, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_one_more_precision_continues_a_search_with_its_trials_and_its_certificate(
+    searched: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(searched, folder)
+    before, run = json.loads((folder / "answer.json").read_text()), folder / "runs" / "tiny"
+    tries = (run / "tries.jsonl").read_text()
+    more = ["--set", 'precision.choices=["fp16", "int8", "nf4", "int4", "int3"]']
+    done = ssm_mp("search", "tiny.toml", "--trials", 12, *more, "--json", cwd=folder)
+    assert "10 finished trials, which count as trials of this study" in done.stderr
+    after = json.loads(done.stdout)
+    assert after["trials"] >= 12
+    assert (run / "tries.jsonl").read_text().startswith(tries)
+    found = answer("front", "tiny.toml", *more, cwd=folder)
+    shared = {point["trial"]: point for point in found["front"]}
+    for point in before["front"]:
+        if point["trial"] in shared:
+            assert shared[point["trial"]] == point
+    assert len(answer("plot", "tiny.toml", *more, cwd=folder)) > 4
+    assert "another space" in refused("search", "tiny.toml", cwd=folder)
+
+
+@pytest.mark.slow
 def test_an_inconclusive_certificate_is_answered_with_no_and_can_be_repeated(tmp_path: Path) -> None:
     write_study(tmp_path, windows=(4, 8, 2), extra="[search]\nconfidence = 0.9999\nseeds = 0\ntrials = 3\n")
     found = answer("search", "tiny.toml", cwd=tmp_path, code=1)
