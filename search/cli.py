@@ -104,7 +104,7 @@ def evaluate(
     from search.answers import listed
     from search.spec import load_spec
     from search.workspace import check_device, load_splits
-    from ssm_mp.artifact import MAP, read_artifact
+    from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.evaluate import evaluate as measure
     from ssm_mp.evaluate import require_better_than_guessing
@@ -112,14 +112,15 @@ def evaluate(
 
     spec = load_spec(study)
     device = check_device(spec.search.device)
-    if (path / MAP).exists():
+    converted = is_artifact(path)
+    if converted:
         model = read_artifact(path, str(device)).model
     else:
         checkpoint = load_checkpoint(path)
         model = build(checkpoint.config, checkpoint.tensors).to(device)
     splits = load_splits(spec, model.config)
     evaluation = measure(model, splits.certify if split is Split.certify else splits.search)
-    if not (path / MAP).exists():
+    if not converted:
         require_better_than_guessing(evaluation, model.config.vocabulary)
     content = {"perplexity": evaluation.perplexity, "windows": evaluation.windows, "tokens": evaluation.tokens}
     print_answer(content, json_, listed)

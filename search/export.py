@@ -16,8 +16,9 @@ from search.gates import Facts
 from search.latency import summary
 from search.objective import Baseline, Objective
 from search.plots import allocation_png
-from search.workspace import Workspace
-from ssm_mp.artifact import Artifact, read_artifact, require_free, save_artifact, stored_arrays
+from search.workspace import Workspace, tokenizer_json
+from ssm_mp.artifact import TOKENIZER, Artifact, read_artifact, require_free, save_artifact, stored_arrays
+from ssm_mp.artifact_folder import PICTURE
 from ssm_mp.benchmark import Benchmark, benchmark
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import evaluate
@@ -94,7 +95,7 @@ def export(
         scheme,
         metrics,
         pins=workspace.space.pins,
-        extra={"allocation.png": allocation_png(components, precision_map, scheme.activations)},
+        extra={PICTURE: allocation_png(components, precision_map, scheme.activations), **_tokenizer(workspace)},
         replace=replace,
         verify=verify,
     )
@@ -108,6 +109,12 @@ def export(
     return Exported(
         artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts, predicted_latency
     )
+
+
+def _tokenizer(workspace: Workspace) -> dict[str, bytes]:
+    """The file that lets an artifact read text by itself."""
+    content = tokenizer_json(workspace.spec, workspace.checkpoint.config)
+    return {} if content is None else {TOKENIZER: content}
 
 
 def _latency(table: LatencyTable, precision_map: PrecisionMap) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from search.spec import StudySpec
 from search.study import prediction_error
 from search.trials import counts, points
 from search.workspace import Workspace
+from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import Increase, evaluate, paired_increase
@@ -50,7 +51,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
             failure = str(error)
             say(f"error: {failure}")
     else:
-        shutil.rmtree(run / WINNER, ignore_errors=True)  # a former winner, which has lost
+        clear_winner(run / WINNER, say)
     run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
     result = Result(
         spec=spec,
@@ -73,6 +74,21 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     run.write_text(REPORT, render(result))
     run.write_json(FRONT, answer(result))
     return result
+
+
+def clear_winner(folder: Path, say: Say) -> None:
+    """Remove a former winner, which has lost; whatever else is in its folder is kept under another name."""
+    try:
+        if not remove_artifact(folder) or not folder.exists():
+            return
+        kept = next(
+            path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}-kept-{n}")).exists()
+        )
+        folder.rename(kept)
+    except (OSError, ArtifactError) as error:  # the report must still be written
+        say(f"note: {folder} is a former winner, which has lost, and cannot be removed ({error})")
+        return
+    say(f"note: the former winner was removed; the other files in {folder} are now in {kept}")
 
 
 def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:

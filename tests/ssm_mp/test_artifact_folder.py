@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from ssm_mp.artifact import MAP, METRICS, TENSORS, TOKENIZER, read_artifact, require_free, save_artifact
+from ssm_mp import artifact
+from ssm_mp.artifact import (
+    MAP,
+    METRICS,
+    TENSORS,
+    TOKENIZER,
+    read_artifact,
+    require_free,
+    save_artifact,
+    stored_arrays,
+)
 from ssm_mp.artifact_folder import PICTURE, is_artifact, remove_artifact, write_folder
 from ssm_mp.components import find_components
 from ssm_mp.convert import convert
@@ -90,8 +101,8 @@ def killed(folder: Path, before: int | None = None) -> list[Path]:
 def test_a_writer_killed_at_any_step_leaves_the_old_artifact_or_the_new_one_and_the_next_goes_on(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    written(tmp_path / "new", 2, allocation=b"2")
-    files = others(written(tmp_path / "template/artifact", 1, tokenizer=b"{}"))
+    written(tmp_path / "new", 2, tokenizer=b"[]")
+    files = others(written(tmp_path / "template/artifact", 1, tokenizer=b"{}", allocation=b"1"))
     cases = killed(tmp_path)
     found = [perplexity(case / "artifact") for case in cases]
     assert found == sorted(found)
@@ -110,8 +121,8 @@ def test_a_writer_killed_at_any_step_leaves_the_old_artifact_or_the_new_one_and_
 
 @pytest.mark.slow
 def test_whoever_goes_on_from_a_killed_writer_may_be_killed_too(tmp_path: Path) -> None:
-    written(tmp_path / "new", 2, allocation=b"2")
-    files = others(written(tmp_path / "template/artifact", 1, tokenizer=b"{}"))
+    written(tmp_path / "new", 2, tokenizer=b"[]")
+    files = others(written(tmp_path / "template/artifact", 1, tokenizer=b"{}", allocation=b"1"))
     steps = len(killed(tmp_path)) - 1
     for case in tmp_path.glob("case-*"):
         shutil.rmtree(case)
@@ -140,6 +151,26 @@ def test_a_first_writer_killed_at_any_step_leaves_nothing_or_the_whole(tmp_path:
             assert perplexity(case / "artifact") == 2
         assert perplexity(written(case / "artifact", 3)) == 3
         assert hidden(case) == []
+
+
+@pytest.mark.parametrize("at", ["_require_unchanged", "_tokenizer", "_restore"])
+def test_an_artifact_that_is_replaced_while_it_is_read_is_read_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    path = written(tmp_path / "artifact", 1)
+    step, waiting = getattr(artifact, at), [2.0]
+
+    def replaced_meanwhile(*arguments: Any) -> Any:
+        if waiting:
+            written(path, waiting.pop())
+        return step(*arguments)
+
+    monkeypatch.setattr(artifact, at, replaced_meanwhile)
+    found = read_artifact(path)
+    assert found.metrics["perplexity"] == 2
+    assert torch.equal(
+        stored_arrays(found.model)["embedding.weight.q"], load_file(path / TENSORS)["embedding.weight.q"]
+    )
 
 
 def test_what_a_living_writer_has_written_so_far_is_not_cleared_away(tmp_path: Path) -> None:
@@ -263,7 +294,8 @@ def test_files_of_the_users_stay_and_those_of_the_old_artifact_go(tmp_path: Path
 
 @pytest.mark.parametrize("kind", ["unlisted", "changed", "folder"])
 def test_a_file_of_the_users_where_the_new_artifact_has_one_is_not_replaced(tmp_path: Path, kind: str) -> None:
-    path = written(tmp_path / "artifact", 1, **({"tokenizer": b"{}"} if kind == "changed" else {}))
+    path = tmp_path / "artifact"
+    written(path, 1, tokenizer=b"{}") if kind == "changed" else written(path, 1)
     if kind == "folder":
         (path / TOKENIZER).mkdir()
     else:
