@@ -56,7 +56,7 @@ def test_what_stands_in_the_winners_place_and_is_no_artifact_is_left_alone(tmp_p
         (tmp_path / name).write_text("mine")
     (tmp_path / "link").symlink_to("folder")
     for name in ("file", "folder", "link", "nothing"):
-        clear_winner(tmp_path / name, lambda line: pytest.fail(line))
+        clear_winner(tmp_path / name, pytest.fail)
         assert not is_artifact(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]
     assert (tmp_path / "link/notes.txt").read_text() == "mine"
