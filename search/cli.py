@@ -163,6 +163,7 @@ def convert(
     content = {
         "path": str(out),
         "compression": exported.compression,
+        **({} if exported.source_compression is None else {"source_compression": exported.source_compression}),
         "bytes": exported.artifact.tensor_bytes,
         "file_bytes": exported.artifact.file_bytes,
         "perplexity": exported.perplexity,
@@ -286,6 +287,7 @@ def export(
         "path": str(out),
         "map": exported.artifact.precision_map.to_json(),
         "compression": exported.compression,
+        **({} if exported.source_compression is None else {"source_compression": exported.source_compression}),
         "bytes": exported.artifact.tensor_bytes,
         "file_bytes": exported.artifact.file_bytes,
         "perplexity": exported.perplexity,

@@ -20,6 +20,7 @@ from search.prepare import Prepared, Say
 from search.probe import Probe
 from search.report import Result, front_json, render
 from search.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINNER, RunDirectory
+from search.source import source_of
 from search.spec import StudySpec
 from search.study import prediction_error
 from search.trials import counts, points
@@ -69,6 +70,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
         latency=prepared.latency,
+        source=source_of(workspace.checkpoint),
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
     run.write_text(REPORT, render(result))
@@ -158,7 +160,8 @@ def describe(certificate: Certificate | None, any_within: bool) -> str:
 def answer(result: Result) -> dict[str, Any]:
     """What `search` and `front` answer, with the gates."""
     certificate = None if result.certificate is None else result.certificate.to_json()
-    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes}
+    source = {} if result.source is None else result.source.to_json()
+    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}
     budget = result.spec.search.budget_percent
     content = front_json(result.points, result.front, baseline, budget, certificate, result.latency)
     return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

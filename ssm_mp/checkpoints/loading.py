@@ -8,7 +8,7 @@ import pickle
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class Checkpoint:
     """A model's float32 tensors under canonical names.
 
     `digest` is the SHA-256 of config, names, shapes and values; `notes` are remarks for the user, e.g. where a
-    stored config disagrees with the shapes.
+    stored config disagrees with the shapes. `file_types` are the types in the file → how many parameters have them,
+    `file_bytes` what these take there; a tied head counts once.
     """
 
     path: Path
@@ -49,6 +50,8 @@ class Checkpoint:
     config: Config
     tensors: Mapping[str, Tensor]
     notes: tuple[str, ...] = ()
+    file_types: Mapping[str, int] = field(default_factory=dict)
+    file_bytes: int = 0
 
     @property
     def family(self) -> str:
@@ -87,7 +90,13 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         _refuse_non_finite(kept)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return Checkpoint(path, found.layout, config, kept, notes)
+    held = [tensors[name] for name in kept]
+    types: dict[str, int] = {}
+    for tensor in held:
+        name = str(tensor.dtype).removeprefix("torch.")
+        types[name] = types.get(name, 0) + tensor.numel()
+    file_bytes = sum(tensor.numel() * tensor.dtype.itemsize for tensor in held)
+    return Checkpoint(path, found.layout, config, kept, notes, types, file_bytes)
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -223,8 +232,8 @@ def _drop_tied_head(tensors: dict[str, Tensor], stored: Mapping[str, Any]) -> di
 def _with_stored(config: Config, stored: Mapping[str, Any]) -> tuple[Config, tuple[str, ...]]:
     """The config with what shapes cannot show taken from the stored one, and notes where the two disagree."""
     notes = []
-    for field, aliases in _STORED_NAMES.items():
-        inferred = getattr(config, field, None)
+    for size, aliases in _STORED_NAMES.items():
+        inferred = getattr(config, size, None)
         for alias in aliases:
             value = stored.get(alias)
             if isinstance(value, int) and inferred is not None and value != inferred:
