@@ -53,22 +53,26 @@ def probed(answer: Mapping[str, Any]) -> str:
 
 def fronted(answer: Mapping[str, Any]) -> str:
     """The front as a table, the winner and its certificate."""
-    winner = answer["winner"]
+    winner, baseline = answer["winner"], answer["baseline"]
+    own = baseline.get("source_bytes")
     rows = [
         (
             ("* " if point["trial"] == winner else "  ") + str(point["trial"]), point["origin"],
-            f"{point['compression']:.3f}×", f"{point['bytes']:,}", f"{point['perplexity']:.4f}",
+            f"{point['compression']:.3f}×", *([f"{own / point['bytes']:.3f}×"] if own else []),
+            f"{point['bytes']:,}", f"{point['perplexity']:.4f}",
             f"{point['increase_percent']:+.3f}", f"{1.96 * point['stderr_percent']:.3f}",
             *([f"{1e3 * point['latency_seconds']:.3f}"] if "latency_seconds" in point else []),
         )
         for point in answer["front"]
     ]  # fmt: skip
     latency = answer.get("latency")
-    head = ["  trial", "from", "compression", "bytes", "perplexity", "increase %", "± 95 %"]
+    head = ["  trial", "from", "compression", *(["of the file"] if own else []), "bytes", "perplexity"]
+    head += ["increase %", "± 95 %"]
     head += [] if latency is None else ["latency ms"]
-    baseline = answer["baseline"]
+    in_file = f" ({own:,} in the file's own {' and '.join(baseline['source_types'])})" if own else ""
     lines = [
-        f"{answer['trials']} trials; FP32 perplexity {baseline['perplexity']:.4f}, {baseline['bytes']:,} bytes; "
+        f"{answer['trials']} trials; FP32 perplexity {baseline['perplexity']:.4f}, {baseline['bytes']:,} bytes"
+        f"{in_file}; "
         f"budget {answer['budget_percent']:g} %",
         table(head, rows, left=2) if rows else "no evaluated map is within the budget",
     ]

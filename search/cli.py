@@ -112,7 +112,7 @@ def evaluate(
     from search.answers import listed
     from search.spec import load_spec
     from search.workspace import check_device, load_splits
-    from ssm_mp.artifact import MAP, read_artifact
+    from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluate import evaluate as measure
@@ -121,7 +121,8 @@ def evaluate(
 
     spec = load_spec(study)
     device = check_device(spec.search.device)
-    if (path / MAP).exists():
+    converted = is_artifact(path)
+    if converted:
         model = read_artifact(path, str(device)).model
     else:
         checkpoint = load_checkpoint(path, weights or spec.weights_of(path))
@@ -131,7 +132,7 @@ def evaluate(
     splits = load_splits(spec, model.config, say)
     windows = splits.certify if split is Split.certify else splits.search
     evaluation = measure(model, windows)
-    if not (path / MAP).exists() and not spec.search.force_baseline:
+    if not converted and not spec.search.force_baseline:
         unigram = unigram_perplexity(splits.token_counts, windows)
         require_better_than_guessing(evaluation, model.config.vocabulary, unigram)
     content = {"perplexity": evaluation.perplexity, "windows": evaluation.windows, "tokens": evaluation.tokens}
@@ -178,6 +179,7 @@ def convert(
     content = {
         "path": str(out),
         "compression": exported.compression,
+        **({} if exported.source_compression is None else {"source_compression": exported.source_compression}),
         "bytes": exported.artifact.tensor_bytes,
         "file_bytes": exported.artifact.file_bytes,
         "perplexity": exported.perplexity,
@@ -306,6 +308,7 @@ def export(
         "path": str(out),
         "map": exported.artifact.precision_map.to_json(),
         "compression": exported.compression,
+        **({} if exported.source_compression is None else {"source_compression": exported.source_compression}),
         "bytes": exported.artifact.tensor_bytes,
         "file_bytes": exported.artifact.file_bytes,
         "perplexity": exported.perplexity,

@@ -35,7 +35,10 @@ def generate(
         Path | None, typer.Option("--study", help="Study file that says tokenizer and FP32 checkpoint.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help='tokenizer.json, another tokenizer file, or "bytes"; default: the study\'s.')
+        Path | None,
+        typer.Option(
+            help="tokenizer.json, another tokenizer file, or \"bytes\"; default: the artifact's own, else the study's."
+        ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="New tokens.")] = 64,
     temperature: Annotated[
@@ -60,8 +63,8 @@ def generate(
         raise StudyError("--compare needs --study: it says which checkpoint is the FP32 model")
     spec = None if study is None else load_spec(study)
     device = check_device("cpu" if spec is None else spec.search.device)
-    model = _opened(path, device, None if spec is None else spec.weights_of(path))
-    words = load_tokenizer(_tokenizer_file(path, spec, tokenizer), model.config.vocabulary, say)
+    model, own_tokenizer = _opened(path, device, None if spec is None else spec.weights_of(path))
+    words = load_tokenizer(tokenizer or own_tokenizer or _tokenizer_file(path, spec), model.config.vocabulary, say)
     ids = torch.tensor([prompt_ids(words, prompt, model.config.vocabulary)], dtype=torch.long)
     if not ids.numel():
         raise StudyError(f"--prompt {prompt!r}: no token in it; give a text to go on from")
@@ -103,7 +106,7 @@ def drift(
         require_writable(out)
     spec = load_spec(study, overrides(set_))
     device = check_device(spec.search.device)
-    model = _opened(path, device, spec.weights_of(path))
+    model, _ = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
     splits = load_splits(spec, fp32.config, say)
     found = measure(model, fp32, splits.search, buckets)
@@ -131,16 +134,17 @@ def drift(
     print_answer(content, json_, _drifted)
 
 
-def _opened(path: Path, device: torch.device, weights: str | None = None) -> LanguageModel:
-    """The model of an artifact folder, else of a checkpoint, whose `weights` are taken."""
-    from ssm_mp.artifact import MAP, read_artifact
+def _opened(path: Path, device: torch.device, weights: str | None = None) -> tuple[LanguageModel, Path | None]:
+    """The model of an artifact folder and the artifact's tokenizer, else the model of a checkpoint, of `weights` in it."""
+    from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.models import build
 
-    if (path / MAP).exists():
-        return read_artifact(path, str(device)).model
+    if is_artifact(path):
+        artifact = read_artifact(path, str(device))
+        return artifact.model, artifact.tokenizer
     checkpoint = load_checkpoint(path, weights)
-    return build(checkpoint.config, checkpoint.tensors).to(device)
+    return build(checkpoint.config, checkpoint.tensors).to(device), None
 
 
 def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.device) -> LanguageModel:
@@ -149,7 +153,7 @@ def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.de
 
     from search.errors import StudyError
 
-    fp32 = _opened(spec.checkpoint_path, device, spec.checkpoint.weights)
+    fp32, _ = _opened(spec.checkpoint_path, device, spec.checkpoint.weights)
     if replace(model.config, embedding_blocks=()) != replace(fp32.config, embedding_blocks=()):
         raise StudyError(
             f"{path} is no version of {spec.checkpoint_path}, the checkpoint of {spec.path}: their sizes differ; give "
@@ -158,20 +162,24 @@ def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.de
     return fp32
 
 
-def _tokenizer_file(path: Path, spec: StudySpec | None, tokenizer: Path | None) -> Path:
-    """The tokenizer asked for, else the study's, else the one beside the checkpoint."""
+def _tokenizer_file(path: Path, spec: StudySpec | None) -> Path:
+    """The study's tokenizer, else the one beside the checkpoint, or beside the files of an artifact without its own."""
     from search.errors import StudyError
     from search.workspace import tokenizer_path
+    from ssm_mp.artifact import is_artifact
     from ssm_mp.data import find_tokenizer
 
-    if tokenizer is not None:
-        return tokenizer
     if spec is not None:
         return tokenizer_path(spec)
     beside = find_tokenizer(path if path.is_dir() else path.parent)
-    if beside is None:
-        raise StudyError(f"no tokenizer beside {path}: say which with --study or --tokenizer")
-    return beside
+    if beside is not None:
+        return beside
+    lacking = (
+        f"{path} holds no tokenizer (it was made from token ids, or by a version before 0.5)"
+        if is_artifact(path)
+        else f"no tokenizer beside {path}"
+    )
+    raise StudyError(f"{lacking}: say which with --study or --tokenizer")
 
 
 def _long_windows(
@@ -198,7 +206,7 @@ def _long_windows(
 
 def _contenders(path: Path, model: LanguageModel, spec: StudySpec, device: torch.device) -> dict[str, LanguageModel]:
     """FP32, all-FP16, and the model itself where it is not the FP32 one."""
-    from ssm_mp.artifact import MAP
+    from ssm_mp.artifact import is_artifact
     from ssm_mp.components import find_components
     from ssm_mp.convert import convert
     from ssm_mp.precision_map import PrecisionMap
@@ -206,7 +214,7 @@ def _contenders(path: Path, model: LanguageModel, spec: StudySpec, device: torch
 
     fp32 = _fp32_of(path, model, spec, device)
     half = convert(fp32, PrecisionMap.uniform("fp16", find_components(fp32)), Scheme("none"))
-    own = {"artifact": model} if (path / MAP).exists() else {}
+    own = {"artifact": model} if is_artifact(path) else {}
     return {"fp32": fp32, "fp16": half, **own}
 
 

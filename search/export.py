@@ -17,8 +17,10 @@ from search.latency import summary
 from search.ledger import finite_or_none
 from search.objective import Baseline, Objective
 from search.plots import allocation_png
-from search.workspace import Workspace
-from ssm_mp.artifact import Artifact, read_artifact, require_free, save_artifact, stored_arrays
+from search.source import source_of
+from search.workspace import Workspace, tokenizer_json
+from ssm_mp.artifact import TOKENIZER, Artifact, read_artifact, require_free, save_artifact, stored_arrays
+from ssm_mp.artifact_folder import PICTURE
 from ssm_mp.benchmark import Benchmark, benchmark
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import evaluate
@@ -30,7 +32,11 @@ _VERSIONS = ("torch", "optuna", "numpy", "scipy", "safetensors")
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """A written artifact, as it was found when read back; latency: predicted, in seconds, where it is asked for."""
+    """A written artifact, as it was found when read back.
+
+    latency: predicted, in seconds, where it is asked for. source_compression: over the checkpoint's own bytes, where
+    they are not those of FP32.
+    """
 
     artifact: Artifact
     compression: float
@@ -39,6 +45,7 @@ class Exported:
     benchmark: Benchmark
     facts: Facts
     latency: float | None = None
+    source_compression: float | None = None
 
 
 def export(
@@ -62,9 +69,12 @@ def export(
     model = workspace.converter.convert(precision_map)
     speed = benchmark(model, workspace.model, workspace.splits.search)
     lower, upper = bounds(measured.increase, 1 - workspace.spec.search.confidence)
+    source = source_of(workspace.checkpoint)
+    own = None if source is None else source.bytes / measured.bytes
     metrics = {
         "fp32_bytes": baseline.bytes,
         "compression": measured.compression,
+        **({} if source is None else {**source.to_json(), "source_compression": own}),
         "baseline_perplexity": baseline.perplexity,
         "perplexity": measured.perplexity,
         "increase_percent": measured.increase.percent,
@@ -95,7 +105,7 @@ def export(
         scheme,
         metrics,
         pins=workspace.space.pins,
-        extra={"allocation.png": allocation_png(components, precision_map, scheme.activations)},
+        extra={PICTURE: allocation_png(components, precision_map, scheme.activations), **_tokenizer(workspace)},
         replace=replace,
         verify=verify,
     )
@@ -107,8 +117,21 @@ def export(
     )
     predicted_latency = None if latency is None else latency.predict(precision_map.to_json())
     return Exported(
-        artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts, predicted_latency
+        artifact,
+        facts.compression,
+        measured.perplexity,
+        measured.increase.percent,
+        speed,
+        facts,
+        predicted_latency,
+        own,
     )
+
+
+def _tokenizer(workspace: Workspace) -> dict[str, bytes]:
+    """The file that lets an artifact read text by itself."""
+    content = tokenizer_json(workspace.spec, workspace.checkpoint.config)
+    return {} if content is None else {TOKENIZER: content}
 
 
 def _latency(table: LatencyTable, precision_map: PrecisionMap) -> dict[str, Any]:

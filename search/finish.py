@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ from search.prepare import Prepared, Say
 from search.probe import Probe
 from search.report import Result, front_json, render
 from search.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINNER, RunDirectory
+from search.source import source_of
 from search.spec import StudySpec
 from search.study import prediction_error
 from search.trials import counts, points
 from search.workspace import Workspace
+from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluate import Increase, evaluate, paired_increase
@@ -52,7 +54,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
             failure = str(error)
             say(f"error: {failure}")
     else:
-        shutil.rmtree(run / WINNER, ignore_errors=True)  # a former winner, which has lost
+        clear_winner(run / WINNER, say)
     run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
     result = Result(
         spec=spec,
@@ -72,11 +74,27 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         latency=prepared.latency,
         windows=workspace.splits.described(),
         doubt=require_knowing(workspace, baseline.evaluation),
+        source=source_of(workspace.checkpoint),
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
     run.write_text(REPORT, render(result))
     run.write_json(FRONT, answer(result))
     return result
+
+
+def clear_winner(folder: Path, say: Say) -> None:
+    """Remove a former winner, which has lost; whatever else is in its folder is kept under another name."""
+    try:
+        if not remove_artifact(folder) or not folder.exists():
+            return
+        kept = next(
+            path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}-kept-{n}")).exists()
+        )
+        folder.rename(kept)
+    except (OSError, ArtifactError) as error:  # the report must still be written
+        say(f"note: {folder} is a former winner, which has lost, and cannot be removed ({error})")
+        return
+    say(f"note: the former winner was removed; the other files in {folder} are now in {kept}")
 
 
 def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:
@@ -146,7 +164,8 @@ def describe(certificate: Certificate | None, any_within: bool) -> str:
 def answer(result: Result) -> dict[str, Any]:
     """What `search` and `front` answer, with the gates."""
     certificate = None if result.certificate is None else result.certificate.to_json()
-    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes}
+    source = {} if result.source is None else result.source.to_json()
+    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}
     budget = result.spec.search.budget_percent
     content = front_json(
         result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate)

@@ -1,9 +1,9 @@
-"""The three pictures of a study: Pareto front, sensitivities, the winner's allocation."""
+"""The pictures of a study: its Pareto front; its components are in `plots_components`."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,17 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch, Rectangle
 
 from search.front import Point, fastest, front_by_size, pareto_front
-from search.probe import LOWEST, Probe
+from search.plots_components import plot_allocation, plot_sensitivities
+from search.plots_style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from ssm_mp.components import Component
 from ssm_mp.errors import MachineError
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme
 
-# Okabe & Ito (2008): told apart under every common colour blindness; marks differ in shape as well
-BLUE, ORANGE, GREEN, RED, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999", "#000000"
-PRECISION_COLOURS = {"fp16": "#56B4E9", "int8": "#E69F00", "nf4": "#009E73", "int4": "#F0E442", "int3": "#CC79A7"}
+__all__ = ["allocation_png", "plot_allocation", "plot_front", "plot_sensitivities", "save"]
+
 _NAMED = {
     "uniform fp16": ("s", GREEN),
     "conservative": ("^", ORANGE),
@@ -31,10 +30,6 @@ _NAMED = {
     "uniform int8": ("D", "#CC79A7"),
     "cumulative": ("P", "#56B4E9"),
 }
-_STYLE: Any = {
-    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#E6E6E6", "axes.axisbelow": True, "svg.hashsalt": "ssm-mp", "savefig.dpi": 150,
-}  # fmt: skip
 
 
 def plot_front(
@@ -46,7 +41,7 @@ def plot_front(
     known, the front is coloured by it, and its line joins what is on it for size and quality alone.
     certified: a sentence about the winner's certificate, for the title.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.4), layout="constrained")
         shown = _shown(points, budget_percent)
         tops = [p.increase_percent + 2 * p.stderr_percent for p in shown] or [budget_percent]
@@ -217,116 +212,6 @@ def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget_percent: fl
         ),
     ]
     axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
-
-
-def plot_sensitivities(probes: Sequence[Probe], components: Sequence[Component]) -> Figure:
-    """Perplexity cost of lowering each component, measured from both ends, the costliest on top."""
-    share = {component.name: component.count for component in components}
-    total = sum(share.values())
-    lowered = [p for p in probes if p.end != LOWEST]
-    raised = {(p.component, p.origin): p for p in probes if p.end == LOWEST}
-    rows = sorted(lowered, key=lambda p: p.log_increase)
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(8.4, 1.6 + 0.27 * len(rows)), layout="constrained")
-        axes = figure.subplots()
-        for y, probe in enumerate(rows):
-            values = probe.to_json()
-            axes.errorbar(
-                values["increase_percent"], y + 0.14, xerr=1.96 * values["stderr_percent"], fmt="o", color=BLUE,
-                markersize=5, capsize=2,
-            )  # fmt: skip
-            other = raised.get((probe.component, probe.precision))
-            if other is not None:
-                back = other.to_json()
-                axes.errorbar(
-                    -back["increase_percent"], y - 0.14, xerr=1.96 * back["stderr_percent"], fmt="s", color=ORANGE,
-                    markersize=4.5, capsize=2,
-                )  # fmt: skip
-        axes.axvline(0, color=BLACK, linewidth=0.8)
-        axes.set_yticks(
-            range(len(rows)),
-            [f"{p.component} → {p.precision}  ({share[p.component] / total:.1%})" for p in rows],
-            fontsize=8.5,
-        )
-        axes.set_ylim(-0.7, len(rows) - 0.3)
-        axes.set_xlabel("perplexity cost of the lower precision (%), 95 % interval")
-        figure.suptitle(
-            "What each component costs at lower precision (in brackets: its share of the parameters)",
-            fontsize=10.5,
-            x=0.01,
-            ha="left",
-        )
-        handles = [
-            Line2D([], [], marker="o", color=BLUE, linestyle="none", label="lowered alone, others at their widest"),
-            Line2D([], [], marker="s", color=ORANGE, linestyle="none", label="low over raised, others at their lowest"),
-        ]  # fmt: skip
-        figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9)
-    return figure
-
-
-def plot_allocation(components: Sequence[Component], precision_map: PrecisionMap, scheme: ActivationScheme) -> Figure:
-    """The map as a grid, layers down and component kinds across, each cell with its precision and bytes."""
-    held = precision_map.to_json()
-    rows, columns = _grid(components)
-    with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        width, height = 1.5 + 0.95 * len(columns), 1.5 + 0.52 * len(rows)
-        figure = Figure(figsize=(max(6.0, width), height), layout="constrained")
-        axes = figure.subplots()
-        cells: dict[tuple[int, int], list[Component]] = {}
-        for component in components:
-            cells.setdefault((rows.index(component.layer), columns.index(component.kind)), []).append(component)
-        for (row, column), group in cells.items():
-            _cell(axes, row, column, group, held, scheme)
-        axes.set_xlim(0, len(columns))
-        axes.set_ylim(len(rows), 0)
-        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, rotation=30, ha="right")
-        axes.set_yticks(np.arange(len(rows)) + 0.5, ["model" if row is None else f"layer {row}" for row in rows])
-        axes.tick_params(length=0)
-        axes.spines[["left", "bottom"]].set_visible(False)
-        stored = precision_map.bytes(components, scheme)
-        full = sum(component.fp32_bytes for component in components)
-        used = [name for name in PRECISION_COLOURS if name in held.values()]
-        handles = [Patch(facecolor=PRECISION_COLOURS[name], edgecolor="white", label=name) for name in used]
-        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
-        figure.suptitle(
-            f"Precision and size of each component: {stored / 1e6:.2f} MB, {full / stored:.2f}× smaller than FP32",
-            fontsize=10.5, x=0.01, ha="left",
-        )  # fmt: skip
-    return figure
-
-
-def _grid(components: Sequence[Component]) -> tuple[list[int | None], list[str]]:
-    """Rows (the model, then its layers) and columns (kinds in the order of the data flow)."""
-    rows: list[int | None] = [None]
-    rows += sorted({component.layer for component in components if component.layer is not None})
-    return rows, list(dict.fromkeys(component.kind for component in components))
-
-
-def _cell(
-    axes: Axes, row: int, column: int, group: Sequence[Component], held: Mapping[str, str], scheme: ActivationScheme
-) -> None:
-    """One cell, split into strips where several components (experts) share it."""
-    for i, component in enumerate(group):
-        colour = PRECISION_COLOURS.get(held[component.name], GREY)
-        height = 0.94 / len(group)
-        axes.add_patch(
-            Rectangle((column + 0.03, row + 0.03 + i * height), 0.94, height, facecolor=colour, edgecolor="white")
-        )
-    size = sum(component.bytes(held[component.name], scheme) for component in group)
-    names = sorted({held[component.name] for component in group})
-    axes.text(
-        column + 0.5,
-        row + 0.5,
-        f"{'/'.join(names)}\n{_size(size)}",
-        ha="center",
-        va="center",
-        fontsize=8,
-        linespacing=1.05,
-    )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def allocation_png(components: Sequence[Component], precision_map: PrecisionMap, scheme: ActivationScheme) -> bytes:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from search.errors import StudyError
-from search.plots import BLACK, BLUE, GREY, RED
+from search.plots_style import BLACK, BLUE, GREY, RED
 from ssm_mp.drift import Drift
 from ssm_mp.errors import MachineError
 

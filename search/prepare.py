@@ -36,6 +36,7 @@ from search.probe import (
 )
 from search.progress import Progress
 from search.run_directory import BASELINE, PROBES, RunDirectory
+from search.source import source_of
 from search.space import Space
 from search.spec import StudySpec
 from search.stop import Stop
@@ -197,6 +198,7 @@ def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tup
     content = {
         "perplexity": baseline.perplexity,
         "bytes": baseline.bytes,
+        **({} if (source := source_of(workspace.checkpoint)) is None else source.to_json()),
         "ends": {WIDEST: widest, LOWEST: lowest},
         "fingerprint": workspace.fingerprint_digest,
         "predicted": baseline.evaluation.predicted,

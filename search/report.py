@@ -12,6 +12,7 @@ from search.front import Point, fastest, hypervolume, hypervolume_with_latency
 from search.gates import Gate, overall
 from search.latency import summary
 from search.outlook import outlook
+from search.source import Source
 from search.spec import StudySpec
 from search.surrogate import Surrogate
 from search.trials import Counts
@@ -46,6 +47,7 @@ class Result:
     latency: LatencyTable | None = None
     windows: Sequence[str] = ()
     doubt: str | None = None
+    source: Source | None = None
 
     @property
     def winner(self) -> Point | None:
@@ -119,7 +121,8 @@ def _summary(result: Result) -> str:
     spec = result.spec
     lines = [
         f"Checkpoint `{spec.checkpoint.path}`, {sum(c.count for c in result.components):,} parameters, "
-        f"{result.baseline_bytes:,} bytes in FP32, perplexity {result.baseline_perplexity:.4f} on the search windows.",
+        f"{result.baseline_bytes:,} bytes in FP32{_own_bytes(result)}, "
+        f"perplexity {result.baseline_perplexity:.4f} on the search windows.",
         f"{result.counts.finished} precision maps were converted and evaluated, {result.counts.stopped} of them "
         f"stopped early ({result.counts.failed} failed), with "
         f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
@@ -129,8 +132,11 @@ def _summary(result: Result) -> str:
         lines.append(f"**Forced:** {result.doubt}.")
     if result.winner is not None:
         point = result.winner
+        smaller = f"{point.compression:.2f}× smaller"
+        if result.source is not None:
+            smaller = f"{point.compression:.2f}× of FP32, {result.source.told(point.bytes)}"
         lines.append(
-            f"**Winner: trial {point.trial}, {point.compression:.2f}× smaller ({point.bytes:,} bytes), "
+            f"**Winner: trial {point.trial}, {smaller} ({point.bytes:,} bytes), "
             f"perplexity {point.increase_percent:+.2f} %** on the search windows."
         )
         if result.latency is not None and point.latency is not None:
@@ -146,6 +152,11 @@ def _summary(result: Result) -> str:
 def _text(result: Result) -> str:
     """The text and its windows."""
     return "\n".join(f"- {line}." for line in (f"`{result.spec.data.text}`", *result.windows))
+
+
+def _own_bytes(result: Result) -> str:
+    source = result.source
+    return "" if source is None else f" and {source.bytes:,} in the file's own {' and '.join(source.types)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -165,6 +176,7 @@ def _front(result: Result) -> str:
             str(point.trial),
             point.origin,
             f"{point.compression:.3f}×",
+            *([] if result.source is None else [f"{result.source.bytes / point.bytes:.3f}×"]),
             f"{point.bytes:,}",
             f"{point.perplexity:.4f}",
             f"{point.increase_percent:+.3f} ± {1.96 * point.stderr_percent:.3f}",
@@ -173,7 +185,8 @@ def _front(result: Result) -> str:
         )
         for point in result.front
     ]
-    head = ["trial", "from", "compression", "bytes", "perplexity", "increase % (95 %)", "below fp16"]
+    own = [] if result.source is None else ["of the file"]
+    head = ["trial", "from", "compression", *own, "bytes", "perplexity", "increase % (95 %)", "below fp16"]
     head += [] if result.latency is None else ["latency ms"]
     if not rows:
         return "No evaluated map is within the budget."

@@ -27,7 +27,8 @@ def stored_baseline(run: RunDirectory) -> dict[str, Any]:
     baseline = run.read_json(BASELINE)
     if not isinstance(baseline, dict) or not {"perplexity", "bytes"} <= baseline.keys():
         raise StudyError(f"{run / BASELINE}: missing or damaged; `ssm-mp probe` or `search` writes it again")
-    return {name: baseline[name] for name in ("perplexity", "bytes")}
+    wanted = ("perplexity", "bytes", "source_bytes", "source_types")
+    return {name: baseline[name] for name in wanted if name in baseline}
 
 
 def stored_certificate(run: RunDirectory, spec: StudySpec, front: Sequence[Point]) -> Certificate | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +56,7 @@ class RunDirectory:
     def owned(self) -> Iterator[None]:
         """Hold the directory for this process; raises StudyError where another process holds it."""
         try:
+            made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             lock = self.lock("owner")
         except OSError as error:
@@ -70,8 +70,17 @@ class RunDirectory:
             try:
                 yield
             finally:
-                if [path.name for path in self.path.iterdir()] == [LOCKS]:  # nothing came of it
-                    shutil.rmtree(self.path)
+                if made and [path.name for path in self.path.iterdir()] == [LOCKS]:  # nothing came of it
+                    self._remove_locks()
+
+    def _remove_locks(self) -> None:
+        """Remove the directory with its locks, which are empty files; with anything else it stays."""
+        with suppress(OSError):
+            for path in (self / LOCKS).iterdir():
+                if path.stat().st_size == 0:
+                    path.unlink()
+            (self / LOCKS).rmdir()
+            self.path.rmdir()
 
     def require(self) -> None:
         """Raise StudyError where nothing has been run here yet."""

@@ -246,3 +246,10 @@ def tokenizer_path(spec: StudySpec) -> Path:
     checkpoint = spec.checkpoint_path
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
     return find_tokenizer(folder) or folder / "tokenizer.json"
+
+
+def tokenizer_json(spec: StudySpec, config: Config) -> bytes | None:
+    """The tokenizer that the study's text is read with, as a `tokenizer.json`; None where the text is token ids."""
+    if Path(spec.data.text).suffix == ".npy":
+        return None
+    return load_tokenizer(tokenizer_path(spec), config.vocabulary).to_str().encode()

@@ -1,18 +1,14 @@
 """Save and load a converted model: a folder that is as small as it says, and loads.
 
 `model.safetensors` holds the packed tensors, `precision_map.json` the resolved map with its scheme, pins and the
-checksum of the tensors, `metrics.json` what was measured. The folder is written under a temporary name beside
-its place and renamed when complete.
+checksums of the tensors and further files, `metrics.json` what was measured, `tokenizer.json` the tokenizer where
+there is one. How the folder is written, and replaced, is in `artifact_folder`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ssm_mp.artifact_folder import (
+    MAP,
+    METRICS,
+    TENSORS,
+    TOKENIZER,
+    is_artifact,
+    say_where,
+    sha256,
+    state_of,
+    write_folder,
+)
+from ssm_mp.artifact_folder import require_free as require_free_folder
 from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config, config_from_json, config_to_json
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
@@ -32,13 +40,33 @@ from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.scheme import Scheme
 from ssm_mp.stored import ArraySpec, Stored
 
+__all__ = [
+    "FORMAT",
+    "MAP",
+    "METRICS",
+    "TENSORS",
+    "TOKENIZER",
+    "Artifact",
+    "is_artifact",
+    "load_artifact",
+    "read_artifact",
+    "require_free",
+    "save_artifact",
+    "stored_arrays",
+    "tensor_bytes",
+]
+
 FORMAT = "ssm-mp/1"
-TENSORS, MAP, METRICS = "model.safetensors", "precision_map.json", "metrics.json"
+_LOOKS = 5
+"""How often an artifact is read that is replaced meanwhile, before that is an error."""
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """A loaded artifact folder. `tensor_bytes` is what the tensors take, `file_bytes` the file with its header."""
+    """A loaded artifact folder. `tensor_bytes` is what the tensors take, `file_bytes` the file with its header.
+
+    tokenizer: the file, verified; None where the artifact has none.
+    """
 
     path: Path
     model: LanguageModel
@@ -47,6 +75,7 @@ class Artifact:
     metrics: Mapping[str, Any]
     tensor_bytes: int
     file_bytes: int
+    tokenizer: Path | None = None
 
 
 def stored_arrays(model: LanguageModel) -> dict[str, Tensor]:
@@ -83,44 +112,32 @@ def save_artifact(
 ) -> Path:
     """Write an artifact folder, whole or not at all.
 
-    extra: further files by name. verify: is given the written folder before it is put in its place; where it
-    raises, nothing is. replace: an existing artifact at `path` gives way; anything else there never does.
+    extra: further files by name, e.g. `tokenizer.json`. verify: is given the written folder before it is put in its
+    place; where it raises, nothing is. replace: an existing artifact at `path` gives way, file by file: other files in
+    its folder stay as they are. Anything else there never gives way.
     Raises ArtifactError where the folder cannot be written or something is in the way.
     """
     path = Path(path)
-    require_free(path, replace)
-    new_parents = [parent for parent in path.parents if not parent.exists()]
-    partial: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        _write(partial, model, precision_map, scheme, metrics, pins, extra or {})
-        partial.chmod(0o755)
+    further = extra or {}
+    wrong = [name for name in further if not name or Path(name).name != name or name in (TENSORS, MAP, METRICS)]
+    if wrong:
+        raise ArtifactError(f"{path}: {', '.join(wrong)} cannot be the name of a further file in an artifact")
+
+    def fill(folder: Path) -> None:
+        _write(folder, model, precision_map, scheme, metrics, pins, further)
         if verify is not None:
-            verify(partial)
-        _put_in_place(partial, path)
+            verify(folder)
+
+    try:
+        write_folder(path, fill, replace=replace)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: the artifact could not be written ({error}); nothing was left behind") from None
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-        if not path.exists():
-            for parent in new_parents:
-                with suppress(OSError):
-                    parent.rmdir()
     return path
 
 
 def require_free(path: str | Path, replace: bool) -> None:
     """Raise ArtifactError where something other than an empty folder, or an artifact to replace, is in the way."""
-    path = Path(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return
-    if (path / MAP).exists():
-        if not replace:
-            raise ArtifactError(f"{path} already exists; replace it with --force, or choose another folder")
-        return
-    raise ArtifactError(f"{path} already exists and is no artifact; remove it, or choose another folder")
+    require_free_folder(Path(path), replace)
 
 
 def _write(
@@ -132,55 +149,58 @@ def _write(
     arrays = {name: array.detach().cpu().contiguous() for name, array in stored_arrays(model).items()}
     save_file(arrays, folder / TENSORS, metadata=metadata)
     (folder / TENSORS).chmod(0o644)  # safetensors makes it the owner's alone
+    for name, data in extra.items():
+        (folder / name).write_bytes(data)
     content = {
         "format": FORMAT,
-        "checksum": f"sha256:{_sha256(folder / TENSORS)}",
+        "checksum": sha256(folder / TENSORS),
+        "files": {name: sha256(folder / name) for name in sorted(extra)},
         **said,
     }
     _write_json(folder / MAP, content)
     file_bytes = (folder / TENSORS).stat().st_size
     _write_json(folder / METRICS, {**metrics, "bytes": tensor_bytes(model), "file_bytes": file_bytes})
-    for name, data in extra.items():
-        (folder / name).write_bytes(data)
 
 
 def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _put_in_place(partial: Path, path: Path) -> None:
-    """Rename; an artifact in the way is moved aside first and put back if the renaming fails."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-    path.rename(aside / path.name)
-    try:
-        partial.rename(path)
-    except OSError:
-        (aside / path.name).rename(path)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
-    """Load an artifact folder and verify its checksum and the shape and type of every array.
+    """Load an artifact folder and verify its checksums and the shape and type of every array.
 
+    Where replacing it was interrupted, the artifact that is whole is read, and a warning says from where.
     Raises ArtifactError for anything missing, changed or of another format.
     """
     path = Path(path)
+    for _ in range(_LOOKS):
+        before = state_of(path)
+        failure, found = None, None
+        try:
+            found = _read(before[0], device)
+        except ArtifactError as error:
+            failure = error
+        if state_of(path) == before:
+            break
+    else:
+        raise ArtifactError(f"{path}: it is being replaced again and again by another process")
+    if found is None:
+        assert failure is not None
+        raise failure
+    say_where(path, found.path)
+    return found
+
+
+def _read(path: Path, device: str) -> Artifact:
     if not (path / MAP).is_file():
         raise ArtifactError(f"{path}: not an artifact folder, it has no {MAP}")
     try:
-        content = json.loads((path / MAP).read_text())
-        metrics = json.loads((path / METRICS).read_text())
+        content = json.loads((path / MAP).read_text(encoding="utf-8-sig"))
+        metrics = json.loads((path / METRICS).read_text(encoding="utf-8-sig"))
         if content["format"] != FORMAT:
             raise ArtifactError(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}")
-        if content["checksum"] != f"sha256:{_sha256(path / TENSORS)}":
-            raise ArtifactError(
-                f"{path / TENSORS}: its checksum is not the one in {MAP}; the file was changed or damaged"
-            )
+        _require_unchanged(path / TENSORS, content["checksum"])
+        tokenizer = _tokenizer(path, content.get("files", {}))
         with safe_open(path / TENSORS, framework="pt", device=device) as file:
             config = config_from_json(json.loads(file.metadata()["config"]))
             said = json.loads(file.metadata()["precision_map"])
@@ -196,7 +216,22 @@ def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
         raise error if str(path) in str(error) else ArtifactError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, SsmMpError) as error:
         raise ArtifactError(f"{path}: not a readable artifact ({type(error).__name__}: {error})") from None
-    return Artifact(path, model, precision_map, scheme, metrics, tensor_bytes(model), (path / TENSORS).stat().st_size)
+    file_bytes = (path / TENSORS).stat().st_size
+    return Artifact(path, model, precision_map, scheme, metrics, tensor_bytes(model), file_bytes, tokenizer)
+
+
+def _require_unchanged(path: Path, checksum: str) -> None:
+    if sha256(path) != checksum:
+        raise ArtifactError(f"{path}: its checksum is not the one in {MAP}; the file was changed or damaged")
+
+
+def _tokenizer(path: Path, checksums: Mapping[str, str]) -> Path | None:
+    """The artifact's own tokenizer; one that it does not list is somebody else's."""
+    file = path / TOKENIZER
+    if TOKENIZER not in checksums or not file.exists():
+        return None
+    _require_unchanged(file, checksums[TOKENIZER])
+    return file
 
 
 def load_artifact(path: str | Path, device: str = "cpu") -> LanguageModel:
@@ -283,8 +318,3 @@ def _joined(name: str, suffix: str) -> str:
 
 def _described(spec: ArraySpec | None) -> str:
     return "nothing" if spec is None else f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,53 @@ def test_generate_continues_the_prompt_as_the_library_does(
     assert found["text"] == " ".join(f"w{i}" for i in expected)
     assert (found["prompt_tokens"], found["new_tokens"]) == (3, 6)
     assert min(found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) > 0
+
+
+def test_an_artifact_that_was_exported_needs_neither_study_nor_tokenizer(command: Command, folder: Folder) -> None:
+    here = folder(MAMBA)
+    rng = np.random.default_rng(0)
+    text = " ".join(f"w{i}" for i in np.repeat(rng.integers(0, VOCABULARY, size=300), 8))
+    (here / "text.txt").write_text(text)
+    study = (here / "tiny.toml").read_text().replace("tokens.npy", "text.txt")
+    (here / "tiny.toml").write_text(study.replace("[data]", '[data]\ntokenizer = "words.json"'))
+    (here / "tokenizer.json").rename(here / "words.json")
+    convert = ("convert", "model.safetensors", "--map", "conservative", "--study", "tiny.toml", "--json")
+    answered(command(*convert, "--out", "own"))
+    own = here / "moved/own"
+    own.parent.mkdir()
+    (here / "own").rename(own)
+    expected = command("generate", own, "--prompt", "w5 w9 w2", "--study", "tiny.toml", "--tokens", 4, "--json")
+    other = Tokenizer(WordLevel({f"v{i}": i for i in range(VOCABULARY)}, unk_token="v0"))
+    other.pre_tokenizer = Whitespace()
+    other.save(str(here / "other.json"))
+    overridden = ("generate", own, "--prompt", "v5 v9 v2", "--tokens", 4, "--tokenizer", "other.json", "--json")
+    ids = answered(command(*overridden))["ids"]
+    for name in ("words.json", "text.txt", "tiny.toml", "model.safetensors"):
+        (here / name).unlink()
+    found = answered(command("generate", own, "--prompt", "w5 w9 w2", "--tokens", 4, "--json"))
+    assert found["ids"] == answered(expected)["ids"] == ids
+    assert found["text"].startswith("w5 w9 w2 w")
+    content = json.loads((own / "tokenizer.json").read_text())
+    content["model"]["vocab"] |= {"w5": 6, "w6": 5}
+    (own / "tokenizer.json").write_text(json.dumps(content))
+    assert "tokenizer.json: its checksum is not the one in" in refused(command("generate", own, "--prompt", "w5"))
+    (own / "tokenizer.json").unlink()
+    assert f"{own} holds no tokenizer" in refused(command("generate", own, "--prompt", "w5"))
+    assert answered(command(*overridden))["ids"] == ids
+
+
+def test_an_artifact_of_token_ids_says_what_to_give(command: Command, folder: Folder) -> None:
+    here = folder(MAMBA)
+    answered(command("convert", "model.safetensors", "--map", "conservative", "--study", "tiny.toml", "--out", "own",
+                     "--json"))  # fmt: skip
+    assert not (here / "own/tokenizer.json").exists()
+    said = refused(command("generate", "own", "--prompt", "w5"))
+    assert "own holds no tokenizer (it was made from token ids, or by a version before 0.5): say which with" in said
+    assert answered(command("generate", "own", "--prompt", "w5", "--study", "tiny.toml", "--tokens", 4, "--json"))[
+        "text"
+    ]
+    shutil.copy(here / "tokenizer.json", here / "own")  # put there by hand, as one did with 0.4
+    assert answered(command("generate", "own", "--prompt", "w5", "--tokens", 4, "--json"))["text"]
 
 
 def test_a_seed_and_a_temperature_are_those_of_the_library(command: Command, folder: Folder) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from search.answers import fronted, inspected, listed, probed
 from search.finish import describe
@@ -15,7 +22,7 @@ from search.plots import allocation_png, plot_allocation, plot_front, plot_sensi
 from search.probe import LOWEST, WIDEST, Probe
 from search.progress import Progress
 from search.report import component_rows, front_json
-from ssm_mp.components import find_components
+from ssm_mp.components import Component, find_components
 from ssm_mp.latency import Check, LatencyTable
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from tests.tiny import ITERA, MAMBA, random_model
@@ -120,6 +127,106 @@ def test_the_allocation_shows_every_kind_with_its_bytes(tmp_path: Path, config: 
     assert "int8" in said
     assert "kB" in said
     assert allocation_png(components, chosen, "static")[:4] == b"\x89PNG"
+
+
+def model_of(layers: int) -> tuple[Component, ...]:
+    return find_components(SimpleNamespace(config=replace(MAMBA, n_layers=layers)))
+
+
+def probed_from_both_ends(components: Sequence[Component], precisions: Sequence[str], seed: int = 0) -> list[Probe]:
+    effects = np.random.default_rng(seed).exponential(1e-3, (len(components), len(precisions), 2))
+    return [
+        probe
+        for component, of_component in zip(components, effects, strict=True)
+        for precision, (down, up) in zip(precisions, of_component, strict=True)
+        for probe in (
+            Probe(component.name, precision, WIDEST, "fp16", down, 1e-4, 0),
+            Probe(component.name, "fp16", LOWEST, precision, -up, 1e-4, 0),
+        )
+    ]
+
+
+def pixels(figure: Figure) -> tuple[int, int]:
+    width, height = figure.get_size_inches() * 150
+    return int(width), int(height)
+
+
+def labels_of(figure: Figure) -> list[str]:
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    layers=st.one_of(st.integers(1, 12), st.integers(1, 800)),
+    precisions=st.integers(1, 40),
+    seed=st.integers(0, 99),
+)
+def test_pictures_of_any_number_of_components_and_precisions_are_below_4000_pixels(
+    layers: int, precisions: int, seed: int
+) -> None:
+    components = model_of(layers)
+    sample = components[:: max(1, len(components) * precisions // 500)]
+    names = [f"p{i}" for i in range(precisions)]
+    figure = plot_sensitivities(probed_from_both_ends(sample, names, seed), components)
+    assert max(pixels(figure)) < 4000
+    assert len(labels_of(figure)) <= min(60 + precisions, len(sample) * precisions)
+    chosen = np.random.default_rng(seed).choice(["fp16", "int8", "nf4", "int3"], len(components))
+    allocation = PrecisionMap(tuple((c.name, str(p)) for c, p in zip(components, chosen, strict=True)))
+    assert max(pixels(plot_allocation(components, allocation, "static"))) < 4000
+
+
+@pytest.mark.parametrize("count", [3, 61, 62, 1000])
+def test_the_60_costliest_are_shown_and_the_others_summed(count: int, tmp_path: Path) -> None:
+    components = model_of(111)[:count]
+    probes = probed_from_both_ends(components, ["int8"])
+    figure = plot_sensitivities(probes, components)
+    labels = labels_of(figure)
+    costliest = sorted((p for p in probes if p.end == WIDEST), key=lambda p: p.log_increase)
+    if count <= 61:  # one other takes no more room than a sum of one
+        assert [label.split(" ")[0] for label in labels] == [p.component for p in costliest]
+        return
+    assert [label.split(" ")[0] for label in labels[1:]] == [p.component for p in costliest[-60:]]
+    others = costliest[:-60]
+    share = sum(c.count for c in components if c.name in {p.component for p in others})
+    total = sum(c.count for c in components)
+    assert labels[0] == f"{len(costliest) - 60} others, together → int8  ({share / total:.1%})"
+    summed = 100 * math.expm1(sum(p.log_increase for p in others))
+    error = 1.96e-2 * math.exp(sum(p.log_increase for p in others)) * math.sqrt(len(others))
+    raised = {p.component: p.log_increase for p in probes if p.end == LOWEST}
+    back = -100 * math.expm1(sum(raised[p.component] for p in others))
+    assert f"{summed:+.3g} ± {error:.2g} %, {back:+.3g} ±" in texts(save(figure, tmp_path, "s")[1])
+    assert figure.axes[0].get_xlim()[1] < 3  # the sum does not hide what single components cost
+
+
+def test_what_is_summed_is_summed_for_each_precision(tmp_path: Path) -> None:
+    components = model_of(110)
+    figure = plot_sensitivities(probed_from_both_ends(components, ["int8", "nf4", "int3"]), components)
+    sums = [label for label in labels_of(figure) if "others, together" in label]
+    assert sorted(label.split("→ ")[1].split(" ")[0] for label in sums) == ["int3", "int8", "nf4"]
+    assert sum(int(label.split()[0]) for label in sums) == 3 * len(components) - 60
+    assert all(path.stat().st_size > 0 for path in save(figure, tmp_path, "s"))
+
+
+def test_long_names_leave_room_for_the_picture(tmp_path: Path) -> None:
+    long = [replace(component, name="x" * 300 + component.name) for component in COMPONENTS]
+    figure = plot_sensitivities(probed_from_both_ends(long, ["int8"]), long)
+    save(figure, tmp_path, "s")
+    assert figure.axes[0].get_position().width > 0.4
+    assert all("…" in label and len(label) < 80 for label in labels_of(figure))
+
+
+@pytest.mark.parametrize(("layers", "rows"), [(1, 2), (40, 41), (41, 22), (110, 38)])
+def test_the_allocation_of_many_layers_shows_neighbours_in_one_row(layers: int, rows: int, tmp_path: Path) -> None:
+    components = model_of(layers)
+    chosen = PrecisionMap.uniform("int8", components)
+    figure = plot_allocation(components, chosen, "static")
+    assert len(labels_of(figure)) == rows
+    assert labels_of(figure)[-1].endswith(str(layers - 1))
+    shown = [line.get_text() for line in figure.axes[0].texts]
+    sizes = [float(line.split("\n")[1].split()[0]) * (1e6 if "MB" in line else 1e3) for line in shown]
+    assert sum(sizes) == pytest.approx(chosen.bytes(components, "static"), rel=0.1)  # figures are rounded
+    assert save(figure, tmp_path, "a")[0].stat().st_size > 0
 
 
 def test_answers_hold_their_figures() -> None:

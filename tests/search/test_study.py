@@ -294,6 +294,16 @@ def test_a_run_that_came_to_nothing_leaves_no_directory(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_came_to_nothing_removes_only_what_it_made(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with RunDirectory(tmp_path / "empty").owned():
+        pass
+    assert (tmp_path / "empty").is_dir()
+    with RunDirectory(tmp_path / "run").owned():
+        (tmp_path / "run/locks/keys.txt").write_text("mine")
+    assert (tmp_path / "run/locks/keys.txt").read_text() == "mine"
+
+
 def test_a_line_cut_short_does_not_count(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     run.append_lines("probes.jsonl", [{"a": 1}])

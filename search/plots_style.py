@@ -1,0 +1,13 @@
+"""Colours and type of a study's pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Okabe & Ito (2008): told apart under every common colour blindness; marks differ in shape as well
+BLUE, ORANGE, GREEN, RED, GREY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999", "#000000"
+PRECISION_COLOURS = {"fp16": "#56B4E9", "int8": "#E69F00", "nf4": "#009E73", "int4": "#F0E442", "int3": "#CC79A7"}
+STYLE: Any = {
+    "font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#E6E6E6", "axes.axisbelow": True, "svg.hashsalt": "ssm-mp", "savefig.dpi": 150,
+}  # fmt: skip

@@ -1,0 +1,62 @@
+"""The end of a search: what becomes of a former winner."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from search.finish import clear_winner
+from ssm_mp.artifact import is_artifact, save_artifact
+from ssm_mp.components import find_components
+from ssm_mp.convert import convert
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import Scheme
+from tests.tiny import MAMBA, random_model
+
+
+@pytest.fixture
+def winner(tmp_path: Path) -> Path:
+    model = random_model(MAMBA)
+    chosen = PrecisionMap.uniform("int8", find_components(model))
+    converted = convert(model, chosen, Scheme("none"))
+    return save_artifact(tmp_path / "winner", converted, chosen, Scheme("none"), {}, extra={"allocation.png": b"1"})
+
+
+def test_a_former_winner_goes(winner: Path) -> None:
+    said: list[str] = []
+    clear_winner(winner, said.append)
+    clear_winner(winner, said.append)
+    assert os.listdir(winner.parent) == []
+    assert said == []
+
+
+def test_files_of_the_users_beside_a_former_winner_are_kept(winner: Path, tmp_path: Path) -> None:
+    for text in ("first", "second"):
+        if not winner.exists():
+            winner.mkdir()
+            again = random_model(MAMBA)
+            chosen = PrecisionMap.uniform("fp16", find_components(again))
+            save_artifact(winner, convert(again, chosen, Scheme("none")), chosen, Scheme("none"), {})
+        (winner / "notes.txt").write_text(text)
+        said: list[str] = []
+        clear_winner(winner, said.append)
+        assert len(said) == 1
+        assert not winner.exists()
+    kept = [tmp_path / "winner-kept-1", tmp_path / "winner-kept-2"]
+    assert [(folder / "notes.txt").read_text() for folder in kept] == ["first", "second"]
+    assert str(kept[1]) in said[0]
+    assert [os.listdir(folder) for folder in kept] == [["notes.txt"], ["notes.txt"]]
+
+
+def test_what_stands_in_the_winners_place_and_is_no_artifact_is_left_alone(tmp_path: Path) -> None:
+    for name in ("file", "folder/notes.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "link").symlink_to("folder")
+    for name in ("file", "folder", "link", "nothing"):
+        clear_winner(tmp_path / name, pytest.fail)
+        assert not is_artifact(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]
+    assert (tmp_path / "link/notes.txt").read_text() == "mine"
