@@ -135,7 +135,7 @@ def drift(
 
 
 def _opened(path: Path, device: torch.device, weights: str | None = None) -> tuple[LanguageModel, Path | None]:
-    """The model of an artifact folder and the artifact's tokenizer, else the model of a checkpoint, of `weights` in it."""
+    """The model of an artifact folder and its tokenizer, else the model of a checkpoint, of `weights` in it."""
     from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.models import build
