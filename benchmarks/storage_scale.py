@@ -119,7 +119,8 @@ def proxy_of(run: RunDirectory, url: str, environment: dict[str, str]) -> Iterat
     port = free_ports(1)[0]
     study = run.path.parent / f"{run.path.name}.toml"
     study.write_text(
-        f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n'
+        f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n',
+        encoding="utf-8",
     )
     command = [sys.executable, "-m", "search.cli", "proxy", str(study), "--port", str(port), "--run-dir", str(run.path)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, stderr=subprocess.DEVNULL) as process:

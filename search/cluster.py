@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search.options import Json, Overrides, RunDir, StudyPath, Trials, overrides, passed_on, print_answer, say
+from search.streams import write_out
 
 if TYPE_CHECKING:
     from search.report import Result
@@ -44,7 +45,7 @@ def launch(
     if note := idle_gpu_note(spec):
         say(note)
     if dry_run:
-        print(dry_run_text(spec, run, arguments, workers))
+        write_out(dry_run_text(spec, run, arguments, workers) + "\n")
         return
     print_answer(submit_study(spec, run, arguments, workers, say), json_, launched)
 
@@ -132,7 +133,7 @@ def status(
     while True:
         content = _standing(spec, run)
         if watch and not json_:
-            print("\x1b[2J\x1b[H", end="")  # clears the screen
+            write_out("\x1b[2J\x1b[H")  # clears the screen
         print_answer(content, json_, stood)
         if not watch or (content["finished"] >= content["asked"] and not content["running"]):
             return

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.options import Json, Overrides, StudyOption, overrides, print_answer, say
+from search.options import Json, Overrides, StudyOption, overrides, print_answer, say, typed
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,7 @@ def generate(
     device = check_device("cpu" if spec is None else spec.search.device)
     model = _opened(path, device)
     words = load_tokenizer(_tokenizer_file(path, spec, tokenizer), model.config.vocabulary)
-    ids = torch.tensor([words.encode(prompt, add_special_tokens=False).ids], dtype=torch.long)
+    ids = torch.tensor([words.encode(typed(prompt, "--prompt"), add_special_tokens=False).ids], dtype=torch.long)
     if not ids.numel():
         raise StudyError(f"--prompt {prompt!r}: no token in it; give a text to go on from")
     require_room(model, ids.shape[1], tokens)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from search.directives import SlurmSection
 from search.errors import StudyError
+from search.paths import PathError, absolute
 from ssm_mp.scheme import PRECISION_NAMES, ActivationScheme, ScaleMethod, ScaleRule, Scheme
 
 STDLIB = "python-stdlib"
@@ -191,13 +192,23 @@ class StudySpec(_Section):
         """The study's name: that of its file, without `.toml`."""
         return self.path.stem
 
-    def resolve(self, path: str) -> Path:
-        """A path of the study file, which is relative to the file itself."""
-        return (self.path.parent / path).resolve() if not Path(path).is_absolute() else Path(path)
+    def resolve(self, path: str, key: str) -> Path:
+        """A path of the study file, relative to the file itself, as an absolute one; `key` is where it stands.
+
+        Raises StudyError for a variable or a home that is not known.
+        """
+        try:
+            return absolute(path, self.path.parent)
+        except PathError as error:
+            raise StudyError(f"{self.path}: {key} = {path!r}: {error}") from None
+
+    def with_checkpoint(self, path: Path) -> Self:
+        """This study for another checkpoint. A name of any bytes will do, which a study file could not hold."""
+        return self.model_copy(update={"checkpoint": CheckpointSection.model_construct(path=str(path.absolute()))})
 
     @property
     def checkpoint_path(self) -> Path:
-        return self.resolve(self.checkpoint.path)
+        return self.resolve(self.checkpoint.path, "[checkpoint] path")
 
 
 def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
@@ -209,8 +220,10 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
     if not path.is_file():
         raise StudyError(f"no study file at {path}: expected a .toml file, e.g. studies/reference.toml")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path}: not a TOML file ({error})") from None
     for override in overrides:
         content = _overridden(content, override)

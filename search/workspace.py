@@ -163,7 +163,7 @@ def load_splits(spec: StudySpec, config: Config) -> Splits:
         search = draw(part("search"), [data.search_windows], data.seed, "the library's search part")[0]
         certify = draw(part("certify"), [data.certify_windows], data.seed, "the library's certify part")[0]
         return _splits(spec, config, part("train"), "the library's train part", search, certify)
-    path = spec.resolve(data.text)
+    path = spec.resolve(data.text, "[data] text")
     text_tokenizer = None if path.suffix == ".npy" else load_tokenizer(tokenizer_path(spec), config.vocabulary)
     windows = cut(read_tokens(path, text_tokenizer, config.vocabulary), length)
     # calibration windows first: a larger certify split then leaves the other two as they are
@@ -194,6 +194,6 @@ def _splits(spec: StudySpec, config: Config, text: Windows, what: str, search: W
 def tokenizer_path(spec: StudySpec) -> Path:
     """The study's tokenizer, else the `tokenizer.json` beside the checkpoint."""
     if spec.data.tokenizer is not None:
-        return spec.resolve(spec.data.tokenizer)
+        return spec.resolve(spec.data.tokenizer, "[data] tokenizer")
     checkpoint = spec.checkpoint_path
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "tokenizer.json"

@@ -145,7 +145,7 @@ def _write(
 
 
 def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def _put_in_place(partial: Path, path: Path) -> None:
@@ -173,8 +173,8 @@ def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
     if not (path / MAP).is_file():
         raise ArtifactError(f"{path}: not an artifact folder, it has no {MAP}")
     try:
-        content = json.loads((path / MAP).read_text())
-        metrics = json.loads((path / METRICS).read_text())
+        content = json.loads((path / MAP).read_text(encoding="utf-8-sig"))
+        metrics = json.loads((path / METRICS).read_text(encoding="utf-8-sig"))
         if content["format"] != FORMAT:
             raise ArtifactError(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}")
         if content["checksum"] != f"sha256:{_sha256(path / TENSORS)}":

@@ -96,7 +96,9 @@ def _compiler() -> list[str]:
 def _run(command: list[str], doing: str) -> str:
     """What a command prints; raises where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _NotCompiledError(f"{doing} failed ({error})") from None
     if done.returncode != 0:
