@@ -7,6 +7,7 @@ Heavy imports stand inside the commands, so that help and small questions answer
 
 from __future__ import annotations
 
+import logging
 import sys
 import traceback
 from enum import StrEnum
@@ -312,6 +313,7 @@ def _opened(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[
 def main() -> None:
     """Run the command line; a known failure is one clear line and its exit code, never a traceback."""
     streams = open_streams()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises on its cache where there is no home
     code: int | str | None
     try:
         app(prog_name="ssm-mp")

@@ -6,12 +6,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from search.command import COMMAND
 from search.directives import SlurmSection, quoted, unwritable
 from search.errors import StudyError
 from search.paths import shown
@@ -113,8 +113,7 @@ def _own_directives(step: Step, section: SlurmSection, workers: int, logs: str |
 
 def command_of_this_python(section: SlurmSection) -> str | None:
     """This interpreter's `ssm-mp`, shell-quoted, so that nothing need be activated; None where `setup` says how."""
-    # -P: imports nothing that happens to lie in the folder where the job runs
-    return None if section.setup else shlex.join([sys.executable, "-P", "-m", "search.cli"])
+    return None if section.setup else shlex.join(COMMAND)
 
 
 @dataclass(frozen=True)
