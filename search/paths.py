@@ -8,6 +8,9 @@ from pathlib import Path
 
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
+_ESCAPED = re.compile("[\udc80-\udcff]+")
+"""Bytes of file names as Python holds them where they are no characters of the locale."""
+
 
 class PathError(Exception):
     """What in a path cannot be made out."""
@@ -40,7 +43,9 @@ def _value(found: re.Match[str]) -> str:
 
 def shown(text: str) -> str:
     """A text with paths in it, to be read: bytes that the locale could not decode as the UTF-8 that they mostly are."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")
+    return _ESCAPED.sub(
+        lambda found: found[0].encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape"), text
+    )
 
 
 def _on_disk(path: str) -> str:
