@@ -102,7 +102,7 @@ def write_study(folder: Path, trials: int, choices: Sequence[str], sampler: str)
     study = folder / "huggingface.toml"
     tokenizer = json.dumps(str(TOKENIZER.resolve()))
     said = {"tokenizer": tokenizer, "trials": trials, "choices": json.dumps(list(choices)), "sampler": sampler}
-    study.write_text(_STUDY.format(**said))
+    study.write_text(_STUDY.format(**said), encoding="utf-8")
     return load_spec(study), model
 
 

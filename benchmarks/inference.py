@@ -88,7 +88,7 @@ def winner_of(run: Path) -> dict[str, str] | None:
     path = run / WINNER / MAP
     if not path.is_file():
         return None
-    held: dict[str, str] = json.loads(path.read_text())["map"]
+    held: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["map"]
     return held if "embedding" in held else None
 
 

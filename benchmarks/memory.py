@@ -32,7 +32,7 @@ _TINY = MambaConfig(64, 16, 32, 4, 2, 4, 1)
 def measure(path: Path) -> dict[str, int]:
     """`before` and `peak` resident bytes of this process around loading and running one model."""
     _run(_tiny())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here
     before = _status("VmRSS")
     model = load_artifact(path) if path.is_dir() else load_model(path)
     loaded = _status("VmRSS")
@@ -43,7 +43,7 @@ def measure(path: Path) -> dict[str, int]:
 def measure_apart(path: Path) -> dict[str, int]:
     """The same in a new process."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.memory", str(path)], stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, "-m", "benchmarks.memory", str(path)], stdout=subprocess.PIPE, encoding="utf-8", check=True
     )
     found: dict[str, int] = json.loads(done.stdout)
     return found
@@ -67,7 +67,7 @@ def _tiny() -> LanguageModel:
 
 def _status(name: str) -> int:
     """A figure of /proc/self/status in bytes."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    found = re.search(rf"^{name}:\s+(\d+) kB$", Path("/proc/self/status").read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None
     return 1024 * int(found[1])
 

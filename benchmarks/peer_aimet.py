@@ -146,7 +146,7 @@ def _simulate(problem: Problem, folder: Path) -> Any:
 
     QuantizationMixin.ignore(PlainScan)
     config = folder / "quantizers.json"
-    config.write_text(json.dumps(_QUANTIZER_CONFIG))
+    config.write_text(json.dumps(_QUANTIZER_CONFIG), encoding="utf-8")
     window = problem.batches[0][:1]
     simulated = QuantizationSimModel(
         problem.model(selective_scan), dummy_input=window, default_param_bw=8, config_file=str(config)

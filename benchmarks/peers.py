@@ -104,7 +104,7 @@ def compare(study: Path, run: Path | None) -> dict[str, Any]:
 def beside_former(former: Path, study: Path, run: Path) -> dict[str, Any]:
     """The saved answer of an earlier comparison, with this run of ours put beside the points measured then."""
     ours = _ours(open_workspace(load_spec(study), _say), run)
-    answers: dict[str, Any] = json.loads(former.read_text())
+    answers: dict[str, Any] = json.loads(former.read_text(encoding="utf-8"))
     for answer in answers.values():
         if "points" in answer:
             theirs = [PeerPoint(**point) for point in answer["points"]]

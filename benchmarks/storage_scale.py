@@ -123,7 +123,8 @@ def proxy_of(run: RunDirectory, url: str, environment: dict[str, str]) -> Iterat
 def _proxy_at(port: int, run: RunDirectory, url: str, environment: dict[str, str]) -> Iterator[str]:
     study = run.path.parent / f"{run.path.name}.toml"
     study.write_text(
-        f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n'
+        f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n',
+        encoding="utf-8",
     )
     command = [sys.executable, "-m", "search.cli", "proxy", str(study), "--port", str(port), "--run-dir", str(run.path)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, stderr=subprocess.DEVNULL) as process:

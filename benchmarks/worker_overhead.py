@@ -127,7 +127,7 @@ def measure(choice: StorageChoice, folder: Path, *, workers: int, trials: int, s
     command = [sys.executable, "-m", "benchmarks.worker_overhead", str(folder), sampler, str(trials)]
     outside = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([*command, str(number)], env=outside, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(number)], env=outside, stdout=subprocess.PIPE, encoding="utf-8")
         for number in range(workers)
     ]
     while not all(_ready(folder, number).exists() for number in range(workers)):

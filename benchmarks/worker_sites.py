@@ -62,8 +62,8 @@ class LocalSite:
             if process.poll() is not None:
                 del self._running[pid]
                 if process.returncode != 0 and pid not in self._killed:
-                    log = self._log.read_text(errors="replace")[-2000:]
-                    raise RuntimeError(f"a worker that nobody killed ended with {process.returncode}:\n{log}")
+                    ended = f"a worker that nobody killed ended with {process.returncode}"
+                    raise RuntimeError(f"{ended}:\n{self._end_of_log()}")
         while len(self._running) < self.workers:
             outside = self.server.environment
             process = started("worker", STUDY, *self.options, cwd=self.folder, log=self._log, environment=outside)
@@ -82,9 +82,12 @@ class LocalSite:
     def leave(self) -> None:
         wait_until(
             lambda: all(process.poll() is not None for process in self._running.values()),
-            lambda: f"expected all workers to leave a finished study: {self._log.read_text(errors='replace')[-2000:]}",
+            lambda: f"expected all workers to leave a finished study: {self._end_of_log()}",
             _LEAVING_SECONDS,
         )
+
+    def _end_of_log(self) -> str:
+        return self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
 
     @property
     def _log(self) -> Path:
@@ -130,7 +133,7 @@ class SlurmSite:
     def leave(self) -> None:
         self.slurm.wait(lambda jobs: not self._living(jobs), _LEAVING_SECONDS)
         for log in sorted((run_of(self.folder) / "logs").glob("*.log")):
-            text = log.read_text(errors="replace")
+            text = log.read_text(encoding="utf-8", errors="replace")
             if "Traceback" in text or any(line.startswith("error: ") for line in text.splitlines()):
                 raise RuntimeError(f"a worker that nobody killed failed: {text[-2000:]}")
 
@@ -146,7 +149,7 @@ class SlurmSite:
         command = f"env PYTHONPATH={shlex.quote(str(ROOT))} {shlex.quote(sys.executable)} -P -m search.cli"
         section = load_spec(self.folder / STUDY).slurm
         script = run / f"search-{count}.sbatch"
-        script.write_text(render("search", section, command=command, workers=count, logs=str(logs)))
+        script.write_text(render("search", section, command=command, workers=count, logs=str(logs)), encoding="utf-8")
         where = ["--parsable", f"--chdir={self.folder}"]
         return self.slurm.run("sbatch", *where, str(script), STUDY).strip()
 
@@ -175,7 +178,7 @@ def _kill(pid: int, owners: Iterable[Owner]) -> list[Owner]:
 def lock_holder(path: Path) -> int | None:
     """The process that holds the `flock` of a file, as /proc/locks has it."""
     inode = str(path.stat().st_ino)
-    for line in Path("/proc/locks").read_text().splitlines():
+    for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines():
         fields = line.split()
         if fields[1] == "FLOCK" and fields[5].rpartition(":")[2] == inode:
             return int(fields[4])

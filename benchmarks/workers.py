@@ -79,7 +79,7 @@ def throughput(workers: Sequence[int], server: PrivatePostgres, top: Path) -> di
             log, outside = top / f"{run.name}.log", server.environment
             processes = [started(*arguments, cwd=top, log=log, environment=outside) for _ in range(count)]
             if {process.wait() for process in processes} != {0}:
-                raise RuntimeError(f"a worker failed: {log.read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(f"a worker failed: {log.read_text(encoding='utf-8', errors='replace')[-2000:]}")
             found.setdefault(kind, {})[count] = trials_per_second(RunDirectory(run), count)
             _say(f"reference model, {kind}, {count} workers: {found[kind][count]:.2f} trials a second")
     return found

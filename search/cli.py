@@ -1,12 +1,13 @@
 """The command line, `ssm-mp`. Answers go to standard output, everything else to standard error.
 
-Exit codes: 0 done, 1 the answer is no, 2 the user's mistake, 3 the environment's.
+Exit codes: 0 done, 1 the answer is no, 2 the user's mistake, 3 the environment's,
+141 nobody read standard output to its end.
 Heavy imports stand inside the commands, so that help and small questions answer at once.
 """
 
 from __future__ import annotations
 
-import json
+import logging
 import sys
 import traceback
 from enum import StrEnum
@@ -31,6 +32,7 @@ from search.options import (
     print_answer,
     say,
 )
+from search.streams import READER_GONE, close_streams, open_streams
 
 if TYPE_CHECKING:
     from optuna.study import Study
@@ -166,9 +168,7 @@ def convert(
     if map_ not in PRESETS and not Path(map_).exists():
         raise PrecisionMapError(f"--map {map_}: expected {', '.join(PRESETS)} or an existing map file")
     rules = None if map_ in PRESETS else read_rules(map_)
-    # without --weights, the study's own choice stands
-    taken = [] if weights is None else [f"checkpoint.weights={json.dumps(weights)}"]
-    spec = load_spec(study, [f"checkpoint.path={json.dumps(str(checkpoint.resolve()))}", *taken])
+    spec = load_spec(study, ["checkpoint.path=given"]).with_checkpoint(checkpoint, weights)
     workspace = open_workspace(spec, say)
     components, pins = workspace.space.components, workspace.space.pins
     if rules is None:
@@ -334,12 +334,21 @@ def _opened(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[
 
 def main() -> None:
     """Run the command line; a known failure is one clear line and its exit code, never a traceback."""
+    streams = open_streams()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises on its cache where there is no home
+    code: int | str | None
     try:
-        app()
+        app(prog_name="ssm-mp")
+        code = 0
+    except SystemExit as ended:
+        # typer's own code for a pipe whose reader left is 1, which here means "the answer is no"
+        code = READER_GONE if isinstance(ended.__context__, BrokenPipeError) else ended.code
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except Exception as error:  # every failure is told apart in one place
-        sys.exit(_explained(error))
+        code = _explained(error)
+    close_streams(streams)
+    sys.exit(code)
 
 
 def _explained(error: Exception) -> int:

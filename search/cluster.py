@@ -22,6 +22,7 @@ from search.options import (
     print_answer,
     say,
 )
+from search.streams import write_out
 
 if TYPE_CHECKING:
     from search.report import Result
@@ -56,7 +57,7 @@ def launch(
     if note := idle_gpu_note(spec):
         say(note)
     if dry_run:
-        print(dry_run_text(spec, run, arguments, workers))
+        write_out(dry_run_text(spec, run, arguments, workers) + "\n")
         return
     print_answer(submit_study(spec, run, arguments, workers, say), json_, launched)
 
@@ -149,7 +150,7 @@ def status(
     while True:
         content = _standing(spec, run)
         if watch and not json_:
-            print("\x1b[2J\x1b[H", end="")  # clears the screen
+            write_out("\x1b[2J\x1b[H")  # clears the screen
         print_answer(content, json_, stood)
         if not watch or (content["finished"] >= content["asked"] and not content["running"]):
             return

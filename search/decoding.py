@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.options import Json, Overrides, StudyOption, overrides, print_answer, say
+from search.options import Json, Overrides, StudyOption, overrides, print_answer, say, typed
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +65,7 @@ def generate(
     device = check_device("cpu" if spec is None else spec.search.device)
     model, own_tokenizer = _opened(path, device, None if spec is None else spec.weights_of(path))
     words = load_tokenizer(tokenizer or own_tokenizer or _tokenizer_file(path, spec), model.config.vocabulary, say)
-    ids = torch.tensor([prompt_ids(words, prompt, model.config.vocabulary)], dtype=torch.long)
+    ids = torch.tensor([prompt_ids(words, typed(prompt, "--prompt"), model.config.vocabulary)], dtype=torch.long)
     if not ids.numel():
         raise StudyError(f"--prompt {prompt!r}: no token in it; give a text to go on from")
     require_room(model, ids.shape[1], tokens)

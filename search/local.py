@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from search.command import COMMAND
 from search.front import pareto_front
 from search.prepare import Say, prepare_alone
 from search.progress import Progress
@@ -53,9 +53,7 @@ def _start(arguments: Sequence[str], log: Path, workers: int) -> subprocess.Pope
     threads = str(max(1, (os.cpu_count() or 1) // workers))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "search.cli", "worker", *arguments], stdout=file, stderr=file, env=environment
-        )
+        return subprocess.Popen([*COMMAND, "worker", *arguments], stdout=file, stderr=file, env=environment)
 
 
 def _watch(spec: StudySpec, run: RunDirectory, processes: Sequence[subprocess.Popen[bytes]], say: Say) -> None:

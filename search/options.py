@@ -11,6 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from search.paths import shown
+from search.streams import write_out
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 StudyPath = Annotated[Path, typer.Argument(help="Study file, TOML.", metavar="STUDY")]
 StudyOption = Annotated[Path, typer.Option("--study", help="Study file that says text, windows and scheme.")]
@@ -31,7 +34,21 @@ Trials = Annotated[int | None, typer.Option(min=1, help="Number of finished tria
 def overrides(set_: list[str] | None, trials: int | None = None, *, force: bool = False) -> list[str]:
     """All overrides of a study file that a command was given."""
     forced = ["search.force_baseline=true"] if force else []
-    return [*(set_ or ()), *([] if trials is None else [f"search.trials={trials}"]), *forced]
+    asked = [typed(one, "--set") for one in set_ or ()]
+    return [*asked, *([] if trials is None else [f"search.trials={trials}"]), *forced]
+
+
+def typed(text: str, option: str) -> str:
+    """A text of the command line, which is in UTF-8 even where the locale (`LC_ALL=C`) knows ASCII alone.
+
+    Raises StudyError for bytes that are no text.
+    """
+    from search.errors import StudyError
+
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{option} {text!r}: expected UTF-8 ({error.reason} at byte {error.start})") from None
 
 
 def passed_on(study: Path, run_dir: Path | None, set_: list[str]) -> list[str]:
@@ -42,7 +59,13 @@ def passed_on(study: Path, run_dir: Path | None, set_: list[str]) -> list[str]:
 
 def print_answer(content: Mapping[str, Any], as_json: bool, text: Callable[[Mapping[str, Any]], str]) -> None:
     """Print an answer, as JSON or for people."""
-    print(json.dumps(content) if as_json else text(content))
+    write_out((_json(content) if as_json else text(content)) + "\n")
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    """One JSON object, in ASCII whatever the encoding: signs can only stand in strings, as escapes."""
+    text = shown(json.dumps(content, ensure_ascii=False))
+    return "".join(sign if sign.isascii() else json.dumps(sign)[1:-1] for sign in text)
 
 
 def say(line: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from search.errors import StudyError
 from search.file_lock import FileLock
+from search.paths import shown
 from search.spec import StudySpec
 from ssm_mp.errors import MachineError
 
@@ -123,7 +124,7 @@ class RunDirectory:
         """Write a text whole: under another name first, then renamed."""
         partial = self / f".{name}.{os.getpid()}.partial"
         try:
-            partial.write_text(text, encoding="utf-8")
+            partial.write_text(shown(text), encoding="utf-8", errors="backslashreplace")
             partial.replace(self / name)
         except OSError as error:
             partial.unlink(missing_ok=True)

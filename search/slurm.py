@@ -6,14 +6,15 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from search.command import COMMAND
 from search.directives import SlurmSection, quoted, unwritable
 from search.errors import StudyError
+from search.paths import shown
 from ssm_mp.errors import MachineError
 
 Step = Literal["prepare", "search", "finish"]
@@ -97,7 +98,7 @@ def _own_directives(step: Step, section: SlurmSection, workers: int, logs: str |
         yield f"--array=0-{workers - 1}" + (f"%{section.throttle}" if section.throttle else "")
     pattern = "%x-%A_%a.log" if step == "search" else "%x-%j.log"
     if logs is not None:
-        if unwritable(logs):
+        if unwritable(shown(logs)):
             raise StudyError(
                 f"{logs}: Slurm cannot write logs there: expected a path without quotes, backslashes or control "
                 "characters; choose another with --run-dir"
@@ -112,8 +113,7 @@ def _own_directives(step: Step, section: SlurmSection, workers: int, logs: str |
 
 def command_of_this_python(section: SlurmSection) -> str | None:
     """This interpreter's `ssm-mp`, shell-quoted, so that nothing need be activated; None where `setup` says how."""
-    # -P: imports nothing that happens to lie in the folder where the job runs
-    return None if section.setup else shlex.join([sys.executable, "-P", "-m", "search.cli"])
+    return None if section.setup else shlex.join(COMMAND)
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def submit(plan: Plan) -> Submitted:
     plan.logs.mkdir(parents=True, exist_ok=True)  # Slurm would not: the job would fail without a word
     for script in plan.scripts:
         script.path.parent.mkdir(parents=True, exist_ok=True)
-        script.path.write_text(script.text, encoding="utf-8")
+        script.path.write_text(script.text, encoding="utf-8", errors="surrogateescape")  # paths of any bytes
     jobs: dict[Step, str] = {}
     try:
         for script in plan.scripts:
@@ -346,7 +346,7 @@ def _asked(command: Sequence[str], seconds: float) -> subprocess.CompletedProces
         command,
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         errors="replace",
         timeout=seconds,
         env=environ,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from search.directives import SlurmSection
 from search.errors import StudyError
+from search.paths import PathError, absolute
 from ssm_mp.scheme import PRECISION_NAMES, ActivationScheme, ScaleMethod, ScaleRule, Scheme
 
 STDLIB = "python-stdlib"
@@ -198,13 +199,27 @@ class StudySpec(_Section):
         """The study's name: that of its file, without `.toml`."""
         return self.path.stem
 
-    def resolve(self, path: str) -> Path:
-        """A path of the study file, which is relative to the file itself."""
-        return (self.path.parent / path).resolve() if not Path(path).is_absolute() else Path(path)
+    def resolve(self, path: str, key: str) -> Path:
+        """A path of the study file, relative to the file itself, as an absolute one; `key` is where it stands.
+
+        Raises StudyError for a variable or a home that is not known.
+        """
+        try:
+            return absolute(path, self.path.parent)
+        except PathError as error:
+            raise StudyError(f"{self.path}: {key} = {path!r}: {error}") from None
+
+    def with_checkpoint(self, path: Path, weights: str | None = None) -> Self:
+        """This study for another checkpoint, and other weights in it where they are given.
+
+        A name of any bytes will do, which a study file could not hold.
+        """
+        changed = {"path": str(path.absolute()), **({} if weights is None else {"weights": weights})}
+        return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update=changed)})
 
     @property
     def checkpoint_path(self) -> Path:
-        return self.resolve(self.checkpoint.path)
+        return self.resolve(self.checkpoint.path, "[checkpoint] path")
 
     def weights_of(self, path: Path) -> str | None:
         """The weights that the study takes, where `path` is its checkpoint; else None."""
@@ -220,8 +235,10 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
     if not path.is_file():
         raise StudyError(f"no study file at {path}: expected a .toml file, e.g. studies/reference.toml")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path}: not a TOML file ({error})") from None
     for override in overrides:
         content = _overridden(content, override)

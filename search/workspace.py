@@ -209,7 +209,7 @@ def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
 
 def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) -> Splits:
     """All splits from one text."""
-    data, path = spec.data, spec.resolve(spec.data.text)
+    data, path = spec.data, spec.resolve(spec.data.text, "[data] text")
     tokenizer, folder = None, None
     if path.suffix != ".npy":
         tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary, say)
@@ -241,7 +241,7 @@ def tokenizer_path(spec: StudySpec) -> Path:
     """The study's tokenizer, else the one found beside the checkpoint."""
     asked = spec.data.tokenizer
     if asked is not None:
-        named = spec.resolve(asked)
+        named = spec.resolve(asked, "[data] tokenizer")
         return Path(BYTES) if asked == BYTES and not named.exists() else named
     checkpoint = spec.checkpoint_path
     folder = checkpoint if checkpoint.is_dir() else checkpoint.parent

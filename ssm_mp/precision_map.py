@@ -143,7 +143,7 @@ def read_rules(path: str | Path) -> dict[str, str]:
     """
     path = Path(path)
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         content: Any = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise PrecisionMapError(f"{path}: cannot be read ({error.strerror or error})") from None

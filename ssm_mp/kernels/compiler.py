@@ -15,11 +15,13 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from contextlib import suppress
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch  # noqa: F401  # its OpenMP runtime is the one that the kernels use
+
+from ssm_mp.kernels import library_cache
 
 SWITCH = "SSM_MP_KERNELS"
 """Environment variable: `off` leaves the kernels out."""
@@ -54,33 +56,31 @@ def _load() -> ctypes.CDLL:
     folder = Path(__file__).parent
     texts = {name: (folder / name).read_bytes() for name in (*_SOURCES, *_HEADERS)}
     target = _run([*command, "-march=native", "-E", "-v", "-x", "c", os.devnull], "asking the compiler for its target")
+    folders = library_cache.private_folders()
     try:
-        return _built(command, (*_FLAGS, _OPENMP), texts, target)
+        return _built(command, (*_FLAGS, _OPENMP), texts, target, folders)
     except _NotCompiledError as error:
         # a compiler without OpenMP, or one (clang) with another library for it than torch's
-        found = _built(command, _FLAGS, texts, target)
+        found = _built(command, _FLAGS, texts, target, folders)
         logging.getLogger("ssm_mp").warning("note: kernels compiled without OpenMP, in one thread each: %s", error)
         return found
 
 
-def _built(command: list[str], flags: tuple[str, ...], texts: dict[str, bytes], target: str) -> ctypes.CDLL:
+def _built(
+    command: list[str], flags: tuple[str, ...], texts: dict[str, bytes], target: str, folders: Sequence[Path]
+) -> ctypes.CDLL:  # fmt: skip
     """The kernels, compiled with these flags and kept, or as they were kept before."""
     key = hashlib.sha256(repr((sorted(texts.items()), command, flags, target)).encode()).hexdigest()[:20]
-    path = _cache() / f"kernels-{key}.so"
-    if path.exists():
-        return _opened(path)
-    with tempfile.TemporaryDirectory() as scratch:
-        built = _compile(command, flags, Path(__file__).parent, Path(scratch))
-        with suppress(OSError):  # a cache that cannot be written only costs the next process its second of compiling
-            _keep(built, path)
-        return _opened(built)
-
-
-def _opened(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
-    except OSError as error:
-        raise _NotCompiledError(f"{path} does not load ({error})") from None
+        found = library_cache.load(folders, key)
+        if found is not None:
+            return found
+        with tempfile.TemporaryDirectory() as scratch:
+            built = _compile(command, flags, Path(__file__).parent, Path(scratch))
+            library_cache.keep(folders, key, built)
+            return ctypes.CDLL(str(built))
+    except OSError as error:  # it does not load, or there is no folder for temporary files
+        raise _NotCompiledError(str(error)) from None
 
 
 def _compiler() -> list[str]:
@@ -96,7 +96,9 @@ def _compiler() -> list[str]:
 def _run(command: list[str], doing: str) -> str:
     """What a command prints; raises where it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS, check=False)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=_TIMEOUT_SECONDS, check=False
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise _NotCompiledError(f"{doing} failed ({error})") from None
     if done.returncode != 0:
@@ -116,21 +118,3 @@ def _compile(command: list[str], flags: tuple[str, ...], folder: Path, scratch: 
     # linked without OpenMP's own library: its functions are torch's, or two thread pools would fight for the cores
     _run([*command, "-shared", *objects, "-lm", "-o", str(built)], "linking the kernels")
     return built
-
-
-def _keep(built: Path, path: Path) -> None:
-    """Put a library into the cache: by a temporary name and a rename, so that processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent)
-    os.close(descriptor)
-    try:
-        shutil.copyfile(built, partial)
-        Path(partial).replace(path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-
-
-def _cache() -> Path:
-    """The user's cache folder, in which compiled kernels are kept."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "ssm-mp"

@@ -204,7 +204,7 @@ def main() -> None:
     }  # fmt: skip
     save_file(third_layout(tensors), given.out / "model.safetensors")
     result["checkpoint_sha256"] = hashlib.sha256((given.out / "model.safetensors").read_bytes()).hexdigest()
-    (given.out / "training.json").write_text(json.dumps(result, indent=2) + "\n")
+    (given.out / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(result, indent=2))
 
 

@@ -63,7 +63,7 @@ class Launch:
     def worker_pids(self) -> list[int]:
         """The worker processes, without what is still a shell and without what they have started."""
         living, own = processes.living(), self.slurm.pids(self.search)
-        return [pid for pid in own if pid in living and " search.cli worker " in living[pid].command]
+        return [pid for pid in own if pid in living and "/ssm_mp/start.py worker " in living[pid].command]
 
     def log_of(self, job: Job) -> str:
         """What one job or task wrote."""
