@@ -20,9 +20,6 @@ from ssm_mp.errors import DataError, EvaluationError
 from ssm_mp.evaluate import evaluate
 from tests.tiny import LENGTH, MAMBA, VOCABULARY, repetitive_tokens, write_study
 
-REFERENCE = Path("studies/reference.toml")
-OF_04 = {"calibration": "ca1a85c0fb9bb5be", "search": "1f2d5f95d2ca53f2", "certify": "05a1ff2f4a5dbb4a"}
-
 
 def rows(folder: Path, splits_of: str = "data.seed=0") -> list[set[bytes]]:
     splits = load_splits(load_spec(folder / "tiny.toml", [splits_of]), MAMBA)
@@ -118,13 +115,9 @@ def test_a_baseline_below_token_frequencies_is_refused_unless_forced(tmp_path: P
     forced = open_workspace(load_spec(study, ["search.force_baseline=true"]))
     assert measure_baseline(forced).perplexity == baseline.perplexity
     assert "mere token frequencies" in (require_knowing(forced, baseline) or "")
-    fine = open_workspace(load_spec(study, ["data.text=fine.npy"])) if write_fine(tmp_path) else forced
+    np.save(tmp_path / "fine.npy", repetitive_tokens(LENGTH * 120))
+    fine = open_workspace(load_spec(study, ["data.text=fine.npy"]))
     assert require_knowing(fine, evaluate(fine.model, fine.splits.search)) is None
-
-
-def write_fine(folder: Path) -> bool:
-    np.save(folder / "fine.npy", repetitive_tokens(LENGTH * 120))
-    return True
 
 
 def test_force_reaches_every_step_and_is_asked_for_again(tmp_path: Path) -> None:

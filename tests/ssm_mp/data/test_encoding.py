@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import random
 from collections.abc import Iterator
@@ -31,10 +32,11 @@ def word_tokenizer(words: list[str]) -> Tokenizer:
 
 
 def trained(tokenizer: Tokenizer, trainer: Any) -> Tokenizer:
-    tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.train_from_iterator([TEXT[:60_000]], trainer)
     return tokenizer
 
 
+@functools.cache
 def made(kind: str) -> Tokenizer:
     """Tokenizers of the kinds that people have."""
     bpe = trainers.BpeTrainer(
@@ -86,6 +88,14 @@ def made(kind: str) -> Tokenizer:
         trained(tokenizer, bpe)
         tokenizer.add_tokens([AddedToken("self", rstrip=True, lstrip=True)])
     return tokenizer
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_word_that_a_vocabulary_lacks_in_part_does_not_stop_a_text_from_being_cut() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"one": 0, "twelve": 1}, unk_token="none"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    text = " ".join(random.Random(0).choices(["one", "twelve"], k=20_000))
+    assert tokenize([in_parts(text, 0)], tokenizer).tolist() == tokenizer.encode(text).ids
 
 
 KINDS = ("reference", "gpt4", "spaces", "greedy", "llama", "unigram", "word piece")
