@@ -102,6 +102,13 @@ def test_every_way_to_call_is_refused(tmp_path: Path, opcodes: bytes) -> None:
         read_torch_file(archive(tmp_path / "m.pt", b"\x80\x04" + opcodes))
 
 
+def test_a_name_that_would_move_the_cursor_is_no_name(tmp_path: Path) -> None:
+    opcodes = b"\x80\x04X\1\0\0\0mX\6\0\0\0\x1b[2J\nf\x93)R."
+    with pytest.raises(CheckpointError) as caught:
+        read_torch_file(archive(tmp_path / "m.pt", opcodes))
+    assert str(caught.value).isprintable()
+
+
 def test_a_name_alone_is_inert(tmp_path: Path) -> None:
     found = read_torch_file(archive(tmp_path / "m.pt", b"\x80\x02cos\nsystem\n."))
     assert isinstance(found.content, Record)
