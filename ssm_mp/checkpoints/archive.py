@@ -69,7 +69,7 @@ class Archive:
                     "torch.save(torch.jit.load(file).state_dict(), new), best as .safetensors"
                 )
         if len(roots) != 1:
-            names = ", ".join(entry.filename[:60] for entry in entries[:4]) or "nothing"
+            names = ", ".join(repr(entry.filename[:60]) for entry in entries[:4]) or "nothing"
             raise CheckpointError(f"a zip archive, but not one that torch.save wrote: it holds {names}")
         return roots[0]
 

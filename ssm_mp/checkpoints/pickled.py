@@ -292,6 +292,8 @@ class Machine:
             raise DamagedError("a name that is no text")
         found = self._symbols.get((module, name))
         if found is None:
+            if not (module + name).isprintable():  # it is shown to people
+                raise DamagedError("a name that is no text")
             self._allowance.take(_OBJECT)
             found = self._symbols[module, name] = Symbol.named(module, name, self._version)
         return found

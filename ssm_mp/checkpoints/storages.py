@@ -95,7 +95,7 @@ def storage_identity(identity: object, parts: int) -> tuple[object, str, object,
     _, kind, key, _, count = identity[:5]
     if isinstance(key, bytes):
         key = key.decode("latin-1")
-    if not isinstance(key, str) or type(count) is not int or not 0 <= count < _LARGEST:
+    if not isinstance(key, str) or not key.isprintable() or type(count) is not int or not 0 <= count < _LARGEST:
         raise DamagedError("a storage without a key and a size")
     return kind, key, identity[-1], count
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import sys
 import types
@@ -60,6 +61,8 @@ def old_format(content: object) -> bytes:
 
 
 _WATCHED = ("import", "exec", "compile", "os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pickle.", "marshal.")
+_CODECS = ("ascii", "cp437", "latin-1", "raw-unicode-escape", "utf-8", "utf-32-be", "utf-32-le")
+"""Python imports a codec at its first use; no file can name others."""
 _seen: list[str] | None = None
 _hooked = False
 
@@ -69,7 +72,7 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
         return
     if event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
         _seen.append(f"open {arguments[0]} {arguments[1]}")
-    elif event.startswith(_WATCHED) and not (event == "import" and str(arguments[0]).startswith("encodings.")):
+    elif event.startswith(_WATCHED):
         _seen.append(f"{event} {arguments[:1]}")
 
 
@@ -78,6 +81,8 @@ def watched() -> Iterator[list[str]]:
     """What is imported, run, compiled, written or started inside, by Python's audit events."""
     global _seen, _hooked  # noqa: PLW0603, an audit hook stays for the life of the process
     if not _hooked:
+        for name in _CODECS:
+            codecs.lookup(name)
         sys.addaudithook(_watch)
         _hooked = True
     found: list[str] = []
