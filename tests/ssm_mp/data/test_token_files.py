@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssm_mp.data import load_tokenizer, read_tokens
+from ssm_mp.data import TokenIds, load_tokenizer, read_tokens
 from ssm_mp.data.token_files import KEPT_FROM, kept
 from ssm_mp.errors import DataError
 
@@ -129,7 +129,7 @@ def test_kept_ids_are_those_that_were_written_or_made_again(
     tmp_path_factory: pytest.TempPathFactory, count: int, kind: type, data: st.DataObject
 ) -> None:
     path, said = tmp_path_factory.mktemp("kept") / "tokens.npy", list[str]()
-    ids: np.ndarray[tuple[int], np.dtype[np.int64]] = np.arange(count, dtype=kind)
+    ids: TokenIds = np.arange(count, dtype=kind)
     assert kept(path, lambda: ids, said.append).tolist() == ids.tolist()
     again = kept(path, lambda: ids[:0], said.append)
     assert again.tolist() == ids.tolist()
