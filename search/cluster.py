@@ -215,13 +215,13 @@ def _has_all_trials(spec: StudySpec, run: RunDirectory) -> bool:
 def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
     """Finish, where no other worker does or did."""
     from search.errors import StudyError
-    from search.run import finish_study
+    from search.run import finish_prepared
     from search.run_directory import CERTIFICATE
 
-    if (run / CERTIFICATE).exists():
-        return
     try:
-        conclude(finish_study(spec, run, say), run, False)
+        with run.owned():
+            if not (run / CERTIFICATE).exists():  # asked by one worker at a time
+                conclude(finish_prepared(spec, run, say), run, False)
     except StudyError as error:
         say(str(error))
 

@@ -220,16 +220,18 @@ def test_restarts_while_workers_do_nothing_but_claim_neither_lose_nor_double_a_m
     threads = [threading.Thread(target=one) for _ in range(8)]
     for thread in threads:
         thread.start()
-    for _ in threads:
-        assert arrived.acquire(timeout=HUNG), failures
-    for _ in range(5):
-        permits.release(15)  # fewer in all than would finish the study
-        time.sleep(random.uniform(0.0, 0.5))
-        postgres.restart("immediate")
-    assert all(thread.is_alive() for thread in threads), failures
-    permits.release(1000)
-    for thread in threads:
-        thread.join()
+    try:
+        for _ in threads:
+            assert arrived.acquire(timeout=HUNG), failures
+        for _ in range(5):
+            permits.release(15)  # fewer in all than would finish the study
+            time.sleep(random.uniform(0.0, 0.5))
+            postgres.restart("immediate")
+        assert all(thread.is_alive() for thread in threads), failures
+    finally:
+        permits.release(1000)
+        for thread in threads:
+            thread.join()
     assert failures == []
     bench.require_whole(100)
     bench.close()
@@ -277,8 +279,8 @@ def test_restarts_of_the_server_and_its_absence_change_nothing(
             gate.admit(8)
             workers.until(opened, finished)  # and up to six more are under way
             postgres.restart("immediate")
-        workers.until(opened, 24)
-        gate.wait_for(4, workers.logged)
+        wait_until(lambda: gate.admitted() == 24, workers.logged)
+        gate.wait_for(4, workers.logged)  # nobody is waiting for the server any more
         before = workers.logged().count("the database is away")
         postgres.stop("immediate")
         gate.open()
