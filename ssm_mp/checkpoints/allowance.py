@@ -7,7 +7,7 @@ from torch import Tensor
 from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
 from ssm_mp.errors import CheckpointError
 
-_EACH_BYTE, _ANY_FILE = 48, 1 << 25
+_EACH_BYTE, _ANY_FILE = 64, 1 << 25
 """Bytes of memory for each byte of a pickle (a Python object is larger than its opcodes), and for any."""
 _LONGEST_KEY, _LARGEST_KEY, _PARTS, _DEEPEST = 4096, 1 << 24, 64, 8
 _ODD_KEYS = 1 << 13

@@ -94,8 +94,8 @@ class Known:
 
         Raises as `call` does, for what is not known in the standard library too.
         """
-        if type(arguments) is not tuple:
-            raise DamagedError("a construction without arguments")
+        if type(arguments) is not tuple or (isinstance(kind, Symbol) and kind.module == "copyreg"):
+            raise DamagedError("a construction of nothing")
         if not isinstance(kind, Symbol) or kind.full in self._table or kind.of_python:
             return self.call(kind, arguments)
         return Instance(kind, arguments, states=[named] if named else [])
@@ -126,7 +126,7 @@ class Known:
             "_utils._rebuild_sparse_tensor": lambda _, parts: self._valueless(
                 "_rebuild_sparse_tensor", next(part for part in parts if isinstance(part, tuple))
             ),
-            "_tensor._rebuild_from_type": lambda function, kind, arguments, _: self.call(function, arguments),
+            "_tensor._rebuild_from_type": self._of_type,
             "_tensor._rebuild_from_type_v2": self._of_type,
             "nn.parameter.Parameter": lambda data, *_: data,
             "nn.parameter.Buffer": lambda data, *_: data,
@@ -211,8 +211,10 @@ class Known:
 
     def _of_type(self, function: object, kind: object, arguments: object, state: object) -> object:
         """A tensor of a subclass, as a tensor; where it holds others inside, an inert object of that class."""
-        if not isinstance(arguments, tuple) or not isinstance(kind, Symbol):
+        if not isinstance(arguments, tuple) or not isinstance(kind, Symbol) or not isinstance(function, Symbol):
             raise DamagedError("a tensor's subclass without arguments")
+        if function.module == "torch._tensor":
+            raise DamagedError("a tensor's subclass of a subclass")
         made = self.call(function, arguments)
         if not isinstance(made, Instance) or kind.full in _PLAIN_TENSORS:
             return made
@@ -221,7 +223,10 @@ class Known:
     def _stored_alone(self, data: object) -> object:
         if not isinstance(data, bytes):
             raise DamagedError("a storage without bytes")
-        return self._stored(data)
+        found = self._stored(data)
+        if not isinstance(found, Storage):
+            raise DamagedError("a storage that is something else")
+        return found
 
     def _members(self, items: object) -> list[object]:
         if not isinstance(items, list | tuple | set | frozenset):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import codecs
 import struct
 from collections.abc import Callable
-from types import NoneType
 from typing import BinaryIO, cast
 
 from ssm_mp.checkpoints.allowance import Allowance
@@ -21,7 +20,6 @@ _DIGITS, _NUMBER_BYTES, _NAME = 700, 256, 1000
 """The longest integer, as text and as bytes, and the longest name."""
 _LIST, _DICT, _FIRST_ITEM, _SET, _TUPLE, _OBJECT = 88, 64, 184, 216, 48, 200
 """Bytes that CPython takes for containers."""
-_UNSHARED = frozenset({str, bytes, int, float, bool, NoneType})
 
 
 class Source:
@@ -50,7 +48,7 @@ class Source:
 
 
 class Machine:
-    """Reads one pickle. `shared` has the identities of what was fetched from the memo, all that can be held twice."""
+    """Reads one pickle, once."""
 
     def __init__(
         self, source: Source, known: Known, allowance: Allowance, persistent: Callable[[object], object]
@@ -62,7 +60,6 @@ class Machine:
         self._sparse: dict[int, object] = {}
         self._symbols: dict[tuple[str, str], Symbol] = {}
         self._version = 0
-        self.shared: set[int] = set()
         self._operations = self._plain() | self._texts() | self._containers() | self._objects()
 
     def load(self) -> object:
@@ -125,7 +122,7 @@ class Machine:
             b"(": lambda: self._marks.append(len(self._stack)),
             b"0": self._drop,
             b"1": lambda: above().clear(),
-            b"2": lambda: push(self._fetched(self._stack[-1])),
+            b"2": lambda: push(self._stack[-1]),
             b"]": lambda: self._push_list([]),
             b"l": lambda: self._push_list(above()),
             b"}": lambda: self._push_dict([]),
@@ -268,11 +265,6 @@ class Machine:
         else:
             raise DamagedError(f"members for a {_kind(target)}, which is no set")
 
-    def _fetched(self, value: object) -> object:
-        if type(value) not in _UNSHARED:
-            self.shared.add(id(value))
-        return value
-
     def _remember(self, at: int) -> None:
         """The top of the stack under a number; the numbers come from the file, so that nothing is as long as they."""
         value = self._stack[-1]
@@ -285,7 +277,7 @@ class Machine:
             self._sparse[at] = value
 
     def _recall(self, at: int) -> object:
-        return self._fetched(self._memo[at] if 0 <= at < len(self._memo) else self._sparse[at])
+        return self._memo[at] if 0 <= at < len(self._memo) else self._sparse[at]
 
     def _symbol(self, module: object, name: object) -> Symbol:
         if type(module) is not str or type(name) is not str or max(len(module), len(name)) > _NAME:

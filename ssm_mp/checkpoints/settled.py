@@ -16,9 +16,10 @@ _DEEPEST = 100
 """Containers within each other, so that whoever walks the content needs no stack of his own."""
 _EACH_BYTE, _ANY_FILE = 8, 1_000_000
 """Values for each byte of the pickle, where one that is held twice counts twice, and for any pickle."""
-_EACH_FIELD = 128
-"""Bytes that a field takes in a dictionary of its own, about."""
+_EACH_FIELD, _EACH_CONTAINER = 128, 224
+"""Bytes that a field takes in a dictionary of its own, and what is remembered of a container, about."""
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, Tensor, Record})
+_CONTAINERS = frozenset({dict, list, tuple, set, frozenset})
 
 _INSIDE = {
     "omegaconf.dictconfig.DictConfig": "_content",
@@ -34,8 +35,8 @@ _NODES = "omegaconf.nodes"
 class Settling:
     """Settles the content of one pickle of `size` bytes. `kinds`: classes that became records."""
 
-    def __init__(self, tensors: Tensors, allowance: Allowance, shared: set[int], size: int) -> None:
-        self._tensors, self._allowance, self._shared = tensors, allowance, shared
+    def __init__(self, tensors: Tensors, allowance: Allowance, size: int) -> None:
+        self._tensors, self._allowance = tensors, allowance
         self._left = _EACH_BYTE * size + _ANY_FILE
         self._done: dict[int, tuple[object, object, int, int]] = {}
         self._open: set[int] = set()
@@ -50,7 +51,7 @@ class Settling:
 
     def _settled(self, value: object, depth: int) -> tuple[object, int, int]:
         """A value, how many containers deep it is, and how many values it has."""
-        if type(value) in _PLAIN:
+        if type(value) in _PLAIN or (type(value) in _CONTAINERS and not value):
             return value, 0, 1
         at = id(value)
         if at in self._done:
@@ -59,16 +60,14 @@ class Settling:
             return self._within_itself(value), 1, 1
         if depth > _DEEPEST:
             raise CheckpointError(f"refused: its containers are more than {_DEEPEST} deep")
-        shared = at in self._shared
-        if shared:
-            self._open.add(at)
+        self._allowance.take(_EACH_CONTAINER)
+        self._open.add(at)
         found = result, height, count = self._of_kind(value, depth)
         if depth + height > _DEEPEST:
             raise CheckpointError(f"refused: its containers are more than {_DEEPEST} deep")
         self._pay(0, count)
-        if shared:
-            self._open.discard(at)
-            self._done[at] = (value, *found)  # the value too: as long as it is there, nothing else has its identity
+        self._open.discard(at)
+        self._done[at] = (value, *found)  # the value too: as long as it is there, nothing else has its identity
         return result, height, count
 
     def _pay(self, work: int, count: int = 0) -> None:

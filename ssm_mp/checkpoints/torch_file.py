@@ -103,19 +103,18 @@ def _read_archive(file: BinaryIO, size: int) -> TorchFile:
     known = Known(tensors, allowance, lambda data: _lone_storage(data, tensors, allowance))
     data = io.BytesIO(archive.source(entry).take(entry.size))  # storages are read from the file meanwhile
     machine = Machine(Source(data, entry.size), known, allowance, storage)
-    return _settled(machine.load(), machine.shared, tensors, allowance, entry.size)
+    return _settled(machine.load(), tensors, allowance, entry.size)
 
 
 def _read_pickles(file: BinaryIO, size: int) -> TorchFile:
     """The old format, or any other pickle."""
     tensors, allowance, source = Tensors(size), Allowance(size), Source(file, size)
     known = Known(tensors, allowance, lambda data: _lone_storage(data, tensors, allowance))
-    content, shared = _pickles(file, source, known, allowance)
-    return _settled(content, shared, tensors, allowance, size)
+    return _settled(_pickles(file, source, known, allowance), tensors, allowance, size)
 
 
-def _settled(content: object, shared: set[int], tensors: Tensors, allowance: Allowance, size: int) -> TorchFile:
-    settling = Settling(tensors, allowance, shared, size)
+def _settled(content: object, tensors: Tensors, allowance: Allowance, size: int) -> TorchFile:
+    settling = Settling(tensors, allowance, size)
     settled = settling.settle(content)
     tensors.close()
     return TorchFile(settled, tuple(sorted(settling.kinds)))
@@ -129,23 +128,21 @@ def _lone_storage(data: bytes, tensors: Tensors, allowance: Allowance) -> object
         raise CheckpointError("refused: torch files within each other")
 
     source = Source(file := io.BytesIO(data), len(data))
-    return _pickles(file, source, Known(tensors, allowance, refuse), allowance)[0]
+    return _pickles(file, source, Known(tensors, allowance, refuse), allowance)
 
 
-def _pickles(file: BinaryIO, source: Source, known: Known, allowance: Allowance) -> tuple[object, set[int]]:
-    """The content of torch's old format, and what may be held twice in it; of any other pickle, its first value."""
-    first = Machine(source, known, allowance, _refuse)
-    value = first.load()
+def _pickles(file: BinaryIO, source: Source, known: Known, allowance: Allowance) -> object:
+    """The content of torch's old format; of any other pickle, its first value."""
+    value = Machine(source, known, allowance, _refuse).load()
     if value != _MAGIC or type(value) is not int:
-        return value, first.shared
+        return value
     if Machine(source, known, allowance, _refuse).load() != _VERSION:
         raise DamagedError("another version of torch's old format")
     Machine(source, known, allowance, _refuse).load()  # facts about the machine that saved it
     storages = OldStorages(source)
-    machine = Machine(source, known, allowance, storages.find)
-    content = machine.load()
+    content = Machine(source, known, allowance, storages.find).load()
     storages.fill(file, Machine(source, known, allowance, _refuse).load())
-    return content, machine.shared
+    return content
 
 
 def _refuse(_: object) -> object:

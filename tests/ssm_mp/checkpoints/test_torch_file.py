@@ -24,7 +24,7 @@ from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.checkpoints.record import Record
 from ssm_mp.checkpoints.torch_file import TorchFile, read_torch_file
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.foreign import archive, classes, entries_of, save
+from tests.ssm_mp.checkpoints.foreign import archive, classes, entries_of, old_format, save
 from tests.tiny import MAMBA, random_tensors
 
 PROTOCOLS = [(2, True), (3, True), (4, True), (5, True), (2, False), (5, False)]
@@ -368,11 +368,33 @@ def test_views_beyond_their_storage_are_refused(tmp_path: Path) -> None:
 
     good = archive(tmp_path / "m.pt", rebuilt(1, (3,), (1,)), data_0=np.arange(4, dtype="<f4").tobytes())
     assert_equal(read(good).content, torch.arange(1.0, 4.0))
-    for given in (
-        (2, (3,), (1,)), (-1, (3,), (1,)), (0, (-1,), (1,)), (0, (2,), (-1,)), (0, (2, 2), (1,)), (0, (2, 3), (2, 1)),
-        (0, (5,), (0,)), (0, (2**40, 2**40), (0, 0)), (0, (4,), (1,), 5), (0, (4,), (1,), 2**61), (0, (4,), (1,), 3),
-        (2**61, (1,), (1,)), (0, (2**61, 2**61, 0), (1, 1, 1)),
+    beyond, sizes, negative, saved = "ends at element", "a tensor of", "no whole numbers", "elements were saved"
+    for given, reason in (
+        ((2, (3,), (1,)), beyond), ((0, (2, 3), (2, 1)), beyond), ((2**61, (1,), (1,)), beyond),
+        ((-1, (3,), (1,)), negative), ((0, (-1,), (1,)), negative), ((0, (2,), (-1,)), negative),
+        ((0, (2, 2), (1,)), sizes), ((0, (5,), (0,)), "refused: a tensor of 5 elements in a storage of 4"),
+        ((0, (2**40, 2**40), (0, 0)), sizes), ((0, (2**61, 2**61, 0), (1, 1, 1)), sizes),
+        ((0, (4,), (1,), 5), saved), ((0, (4,), (1,), 2**61), saved), ((0, (4,), (1,), 3), saved),
     ):  # fmt: skip
         archive(tmp_path / "m.pt", rebuilt(*given), data_0=np.arange(4, dtype="<f4").tobytes())
-        with pytest.raises(CheckpointError, match=r"not a readable torch file|refused: a tensor"):
+        with pytest.raises(CheckpointError, match=reason):
             read(tmp_path / "m.pt")
+
+
+def test_storages_of_the_old_format_are_no_larger_than_the_file(tmp_path: Path) -> None:
+    whole = old_format([torch.arange(4.0)])
+    count, size = b"K\4Ntq", b"K\4\x85q"
+    assert (whole.count(count), whole.count(size)) == (1, 1)
+    for old, new, reason in (
+        (count, b"J\0\0\0\x10Ntq", "is larger than the file"),
+        (count, b"K\5Ntq", "has 4 elements, and 5 were saved"),
+        (count, b"K\4X\1\0\0\0vK\2K\3\x87tq", "a part that ends at element 5"),
+        (count, b"K\4X\1\0\0\0vK\1K\3\x87tq", "a tensor that ends at element 4 of a storage of 3"),
+        (size, b"K\5\x85q", "a tensor that ends at element 5"),
+    ):
+        (tmp_path / "m.pt").write_bytes(whole.replace(old, new))
+        with pytest.raises(CheckpointError, match=reason):
+            read(tmp_path / "m.pt")
+    smaller = whole.replace(count, b"K\4X\1\0\0\0vK\1K\3\x87tq").replace(size, b"K\3\x85q")
+    (tmp_path / "m.pt").write_bytes(smaller)
+    assert_equal(read(tmp_path / "m.pt").content, [torch.arange(1.0, 4.0)])
