@@ -32,7 +32,7 @@ for precision in ("int8", "fp16"):
 
 
 def _run(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    held = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), **environment}
+    held = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), **environment}
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=held, check=False)
     assert done.returncode == 0, done.stderr
     return done
