@@ -133,10 +133,13 @@ INLINE void scales_of_panel(const Matrix *w, int64_t panel, v16 scale[WIDE]) {
 
 /* A panel's scores of one row, logits · log2 e. `factor`: the scale of the row's inputs · log2 e. */
 INLINE void scores_of_row(const Matrix *w, const int32_t *sums, const v16 scale[WIDE], float factor, v16 score[WIDE]) {
-    /* said to be rounded, so that no compiler fuses it with a sum: scores do not depend on what else is made of them */
+    /* with a rounding of its own, or compilers would fuse it with a sum where they can: scores of one head and of two
+     * are the same numbers */
     enum { ROUNDED = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC };
-    for (int v = 0; v < WIDE; v++)
-        score[v] = (v16)_mm512_mul_round_ps((__m512)(as_floats(w, sums + v * LANES) * scale[v]), (__m512)splat(factor), ROUNDED);
+    for (int v = 0; v < WIDE; v++) {
+        const v16 scaled = as_floats(w, sums + v * LANES) * scale[v];
+        score[v] = (v16)_mm512_mul_round_ps((__m512)scaled, (__m512)splat(factor), ROUNDED);
+    }
 }
 
 /* They enter the row's log-sum-exp; `term`: what each adds to it, nothing beyond the outputs. */
