@@ -133,7 +133,13 @@ INLINE void scales_of_panel(const Matrix *w, int64_t panel, v16 scale[WIDE]) {
 
 /* A panel's scores of one row, logits · log2 e. `factor`: the scale of the row's inputs · log2 e. */
 INLINE void scores_of_row(const Matrix *w, const int32_t *sums, const v16 scale[WIDE], float factor, v16 score[WIDE]) {
-    for (int v = 0; v < WIDE; v++) score[v] = as_floats(w, sums + v * LANES) * scale[v] * splat(factor);
+    /* with a rounding of its own, or compilers would fuse it with a sum where they can: scores of one head and of two
+     * are the same numbers */
+    enum { ROUNDED = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC };
+    for (int v = 0; v < WIDE; v++) {
+        const v16 scaled = as_floats(w, sums + v * LANES) * scale[v];
+        score[v] = (v16)_mm512_mul_round_ps((__m512)scaled, (__m512)splat(factor), ROUNDED);
+    }
 }
 
 /* They enter the row's log-sum-exp; `term`: what each adds to it, nothing beyond the outputs. */
@@ -163,6 +169,12 @@ INLINE double logit(const Plan *plan, const int8_t *a, const float *x, float sca
     else
         for (int64_t c = 0; c < w->k; c++) dot += (int32_t)(uint8_t)a[c] * row[c];
     return (double)(plan->amx ? sum : dot - 128 * w->sums[target]) * w->scales[target] * scale;
+}
+
+/* A row's negative log-likelihood of one output. A function of its own: the same number whoever asks for it. */
+static __attribute__((noinline)) double nll_of(const LogSum *sum, const Plan *plan, const int8_t *a, const float *x,
+                                               float scale, int64_t target) {
+    return log_of(sum) - logit(plan, a, x, scale, target);
 }
 
 /* Two rows of scores, x and y: their log-sum-exps, and Σ 2^(x − top of x) (x − y). */
@@ -252,7 +264,7 @@ static void divergence_block(const Work work[2], const float *const inputs[2], c
     for (int64_t i = 0; i < rows; i++) {
         const Divergence *sum = &of_row[i];
         const int8_t *a = y.a + i * input_bytes(&work[0].plan);
-        nll[i] = log_of(&sum->y) - logit(&work[0].plan, a, inputs[0] + i * ld[0], y.scales[i], targets[i]);
+        nll[i] = nll_of(&sum->y, &work[0].plan, a, inputs[0] + i * ld[0], y.scales[i], targets[i]);
         kl[i] = total_of(sum->total) / total_of(sum->x.total) * M_LN2 - log_of(&sum->x) + log_of(&sum->y);
     }
 }
@@ -278,7 +290,7 @@ static void nll_block(const Work *work, const float *x, int64_t ld, int64_t rows
     }
     close_tiles(plan, &before);
     for (int64_t i = 0; i < rows; i++)
-        nll[i] = log_of(&of_row[i]) - logit(plan, side.a + i * input_bytes(plan), x + i * ld, side.scales[i], targets[i]);
+        nll[i] = nll_of(&of_row[i], plan, side.a + i * input_bytes(plan), x + i * ld, side.scales[i], targets[i]);
 }
 
 static void multiply_panels(const Work *work, int64_t m, const float *x, int64_t ld, const float *residual, float *y,

@@ -1,0 +1,62 @@
+"""Kernels for instructions that this CPU may lack, compiled against `emulated/`, which computes them in plain C.
+
+The tests of what these kernels compute run once more on them, in a process of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssm_mp.kernels.compiler import library
+
+FOLDER = Path(__file__).parent / "emulated"
+TESTS = ("tests/ssm_mp/test_matrix.py", "tests/ssm_mp/models/test_compiled.py")
+
+AVX512 = ("AVX512F", "AVX512BW", "AVX512DQ")
+VNNI = (*AVX512, "AVX512VNNI")
+AMX = (*VNNI, "AMX_TILE", "AMX_INT8", "AMX_BF16")
+
+SCRIPT = """
+import sys
+import pytest
+import torch
+from ssm_mp.kernels.matrices import multiplies_by_amx
+from ssm_mp.matrix import Matrix
+from ssm_mp.stored import Int8Tensor
+integers = Int8Tensor(torch.ones(4, 4, dtype=torch.int8), torch.ones(4, dtype=torch.float16))
+takes = Matrix(integers, inputs="dynamic").takes_many
+print(f"many integers {takes}, floats {multiplies_by_amx()}", flush=True)
+sys.exit(pytest.main(["-q", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="emulates x86 under Linux")
+@pytest.mark.parametrize(
+    ("instructions", "tests", "integers", "floats"),
+    [(AVX512, TESTS[:1], False, False), (VNNI, TESTS, True, False), (AMX, TESTS, True, True)],
+    ids=["avx512", "vnni", "amx"],
+)
+def test_kernels_for_other_cpus_pass_the_tests_of_kernels(
+    tmp_path: Path, instructions: tuple[str, ...], tests: tuple[str, ...], integers: bool, floats: bool
+) -> None:
+    if library() is None:
+        pytest.skip("no C compiler was found")
+    own = ("-mno-avx512f", "-mno-amx-tile")  # what this CPU has of them does not get in the way
+    said = (f"-D__{name}__=1" for name in instructions)
+    command = ("cc", *own, f"-I{FOLDER}", "-Wno-psabi", *said)
+    environment = {**os.environ, "CC": shlex.join(command), "XDG_CACHE_HOME": str(tmp_path)}
+    root = Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, *tests], capture_output=True, text=True, env=environment, cwd=root, check=False
+    )
+    assert f"many integers {integers}, floats {floats}\n" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("SKIPPED" in done.stdout) == (not floats), done.stdout
