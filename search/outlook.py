@@ -62,7 +62,8 @@ def _wanted(certificate: Certificate) -> int | None:
         return None
     room = math.log1p(certificate.budget_percent / 100) - math.log1p(decisive.increase_percent / 100)
     spread = math.log1p(decisive.upper_percent / 100) - math.log1p(decisive.increase_percent / 100)
-    count = decisive.windows * (spread / room * _widening(certificate, decisive)) ** 2
+    further = spread / room * _widening(certificate, decisive)
+    count = decisive.windows * further * further  # a power would overflow instead of being infinite
     if not count < 1e9:
         return None
     digits = max(0, math.ceil(math.log10(count)) - 2)

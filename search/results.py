@@ -13,7 +13,7 @@ from search.certify import Certificate, standing_certificate
 from search.errors import StudyError
 from search.finish import draw
 from search.front import Point, pareto_front
-from search.probe import GRADIENT, probe_from_stored
+from search.probe import GRADIENT, Probe, probe_from_stored
 from search.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
 from search.spec import StudySpec
 from search.trials import points
@@ -37,9 +37,11 @@ def stored_certificate(run: RunDirectory, spec: StudySpec, front: Sequence[Point
     return standing_certificate(run.read_json(CERTIFICATE), front, search.budget_percent, search.confidence, where)
 
 
-def _key(probe: dict[str, Any]) -> tuple[str, str, str]:
-    """Of probes with the same key the last counts: the others were measured before the space grew."""
-    return probe["end"], probe["component"], probe["precision"]
+def stored_probes(run: RunDirectory, gradient: bool) -> list[Probe]:
+    """The probes of one kind; of those of one end, component and precision the last, measured in the latest space."""
+    stored = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
+    latest = {(probe.end, probe.component, probe.precision): probe for probe in stored}
+    return [probe for probe in latest.values() if (probe.end == GRADIENT) == gradient]
 
 
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
@@ -49,6 +51,5 @@ def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())
     certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))
-    stored = {_key(line["probe"]): probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)}
-    probes = [probe for probe in stored.values() if (probe.end == GRADIENT) == (spec.search.probe == "gradient")]
+    probes = stored_probes(run, spec.search.probe == "gradient")
     return draw(run, spec, find_components(blocked), found, probes, certificate, stored_baseline(run)["bytes"])

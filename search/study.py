@@ -49,9 +49,8 @@ def open_study(
         opened = replace(opened, latency=latency.predict)
         fingerprint = {**fingerprint, "latency table": latency.digest}
     opened.patiently(lambda: _sign(opened, json.loads(json.dumps(fingerprint)), f"{run.path} ({opened.choice.kind})"))
-    study, precision = opened.study, precision_of(spec)
-    if study.user_attrs.get(PRECISION) != precision:
-        opened.patiently(lambda: study.set_user_attr(PRECISION, precision))
+    study = opened.study
+    opened.patiently(lambda: _note_precision(study, precision_of(spec)))
     distributions = {name: CategoricalDistribution(choices) for name, choices in space.items()}
     # another seed for every continuation and worker, or the sampler would propose the same maps again
     held = opened.patiently(lambda: study.get_trials(deepcopy=False))
@@ -71,6 +70,12 @@ def _sign(opened: OpenStudy, fingerprint: Mapping[str, Any], where: str) -> None
             return
         study.set_user_attr(FINGERPRINT_ATTRIBUTE, fingerprint)
         name_metrics(study)
+
+
+def _note_precision(study: Study, precision: Mapping[str, list[str]]) -> None:
+    """Put what the study file says of the space on a study."""
+    if study.user_attrs.get(PRECISION) != precision:
+        study.set_user_attr(PRECISION, dict(precision))
 
 
 def begin(opened: OpenStudy, seeds: Iterable[Seed], space: Choices, trials: int, budget_percent: float) -> int:

@@ -14,10 +14,15 @@ from pathlib import Path
 import pytest
 
 from search.claim import LOST
+from search.errors import StudyError
+from search.measured import map_of
 from search.objective import Measured
+from search.optuna_storage import storage_of
 from search.sampler import map_key
 from search.storage import OpenStudy, connect, stored_choice
+from search.study import begin
 from search.trials import counts
+from search.widening import move_study
 from search.worker import Task
 from tests.cluster import studying
 from tests.cluster.gate import Gate
@@ -335,6 +340,30 @@ def test_a_password_comes_from_a_pgpass_file_too(
     assert done.returncode == 0, done.stderr
     require_exact(folder, 2)
     assert holding(folder, postgres.password) == []
+
+
+def test_a_study_whose_space_has_grown_goes_on_with_its_trials(postgres: PrivatePostgres, tmp_path: Path) -> None:
+    """By its database's own lock; a move that was killed at any write before is made again."""
+    bench = Bench.at(tmp_path, "postgresql", postgres.url)
+    bench.work(6, seeds(4))
+    before = {name: list(choices) for name, choices in claiming.SPACE.items()}
+    now = {name: [*choices, "nf4"] for name, choices in before.items()}
+    first = bench.opened()
+    trials = [(t.number, t.state, t.values, map_of(t)) for t in first.study.get_trials()]
+    for fatal in (1, 4, 9):
+        deadly = claiming.Deadly(storage_of(first.study), fatal)
+        with pytest.raises(claiming.Killed):
+            move_study(claiming.through(bench.opened(), deadly), bench.run, before, now)
+    move_study(bench.opened(), bench.run, before, now)
+    choice = stored_choice(bench.run)
+    assert choice is not None
+    moved = connect(choice, bench.run, lambda line: None)
+    assert [(t.number, t.state, t.values, map_of(t)) for t in moved.study.get_trials()] == trials
+    assert moved.study.study_name == f"{choice.study}, space 2"
+    with pytest.raises(StudyError, match="has just grown"):
+        begin(first, [], claiming.SPACE, 9, claiming.BUDGET)
+    moved.close()
+    bench.close()
 
 
 @pytest.mark.parametrize("command", ["worker", "search"])

@@ -38,12 +38,12 @@ def of_now(former: Sequence[Try], confidence: float) -> Try:
     return Try(len(former), "inconclusive", 1 - error, 0.1, -1.0, 9.0, 5.0, WINDOWS, "new", error)
 
 
-def certified(former: Sequence[Try], log_mean: float = 0.001, confidence: float = 0.95) -> Certificate:
+def certified(former: Sequence[Try], log_mean: float = 0.001, measured: Increase | None = None) -> Certificate:
     found = certify(
         [point(0, 100, 4.0)],
-        lambda _: Increase(log_mean, 0.001, WINDOWS),
+        lambda _: measured or Increase(log_mean, 0.001, WINDOWS),
         budget_percent=5,
-        confidence=confidence,
+        confidence=0.95,
         windows_digest="now",
         former=former,
     )
@@ -151,6 +151,16 @@ def test_the_outlook_says_what_is_left_and_how_many_windows_would_do() -> None:
 def test_the_outlook_of_a_map_at_the_budget_promises_no_number_of_windows() -> None:
     found = certified([], log_mean=math.log1p(0.05))
     assert "raise `[data] certify_windows` and run" in outlook(found)[1]
+
+
+def test_no_history_and_no_spread_is_too_wild_for_the_outlook() -> None:
+    former: list[Try] = []
+    for number in (0, 50, 900):
+        former += [of_0_4(k) for k in range(len(former) + 1, number + 1)]
+        for increase in (Increase(0.01, 100.0, 2), Increase(0.0487, 1e-5, 2), Increase(-300.0, 1e3, 2)):
+            found = certified(former, measured=increase)
+            assert "nan" not in " ".join(outlook(found))
+            json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_where_hardly_any_error_is_left_the_outlook_says_what_renews_it() -> None:

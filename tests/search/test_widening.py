@@ -22,6 +22,7 @@ from search.objective import Measured
 from search.owner import LEASES, Owner, lease, living_leases, this_process
 from search.prepare import prepare
 from search.probe import planned
+from search.results import stored_probes
 from search.run_directory import FINGERPRINT, PROBES, RunDirectory, grown_in, require_same
 from search.sampler import make_sampler, map_key
 from search.spec import StudySpec, load_spec
@@ -465,6 +466,9 @@ def test_probes_are_kept_where_their_end_stands_and_others_measured(
     assert len(probes_of(run)) == measured_before + planned(prepared.workspace)
     prepare(spec(now), run, quiet)
     assert len(probes_of(run)) == measured_before + planned(prepared.workspace)
+    shown = {(probe.end, probe.component, probe.precision): probe for probe in stored_probes(run, gradient=False)}
+    assert [shown[probe.end, probe.component, probe.precision] for probe in prepared.probes] == prepared.probes
+    assert len(shown) == len(stored_probes(run, gradient=False))
 
 
 @pytest.mark.slow
