@@ -63,7 +63,8 @@ trials = {trials}
 {extra}
 """
     study = write_study(folder, windows=(4, windows, CERTIFY_WINDOWS), extra=tables)
-    np.save(folder / "tokens.npy", repetitive_tokens(LENGTH * (4 + windows + CERTIFY_WINDOWS)))
+    # twice as many as are drawn: some are equal, and count once
+    np.save(folder / "tokens.npy", repetitive_tokens(2 * LENGTH * (4 + windows + CERTIFY_WINDOWS)))
     return study
 
 

@@ -241,7 +241,7 @@ def logs_of(run: RunDirectory) -> str:
 def test_two_workers_in_a_folder_that_is_full_for_a_while_finish_exactly(tmp_path: Path, small: Path) -> None:
     extra = '[search]\nracing = false\nprobe = "none"\nseeds = 20\ntrials = 16\nbudget_percent = 20\n'
     write_study(tmp_path, windows=(4, 256, 64), extra=extra)
-    np.save(tmp_path / "tokens.npy", repetitive_tokens(LENGTH * (4 + 256 + 64)))
+    np.save(tmp_path / "tokens.npy", repetitive_tokens(2 * LENGTH * (4 + 256 + 64)))
     run = RunDirectory(small / "run")
     gate, log = Gate.at(tmp_path / "gate"), tmp_path / "search.log"
     gate.admit(2)
