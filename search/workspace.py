@@ -188,7 +188,7 @@ def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
     """Each split from its own part of the library, less what another split has drawn already."""
     data, length, path = spec.data, window_length(spec, config), tokenizer_path(spec)
     tokenizer = load_tokenizer(path, config.vocabulary, say)
-    bos = bos_id(data.bos, tokenizer, path.parent, config.vocabulary)
+    bos = bos_id(data.bos, tokenizer, path if path.is_dir() else path.parent, config.vocabulary)
 
     def part(name: Part) -> Pool:
         documents = stdlib_documents(name)
@@ -213,7 +213,8 @@ def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) 
     tokenizer, folder = None, None
     if path.suffix != ".npy":
         tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary, say)
-        folder = tokenizer_path(spec).parent
+        named = tokenizer_path(spec)
+        folder = named if named.is_dir() else named.parent
     bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
     ids = read_tokens(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
     pool = cut(ids, window_length(spec, config), str(path), bos)

@@ -77,6 +77,9 @@ def made(kind: str) -> Tokenizer:
             [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
         )
         trained(tokenizer, bpe)
+    elif kind == "digits":  # StarCoder
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        trained(tokenizer, bpe)
     elif kind == "spaces":  # GPT-NeoX: runs of spaces are added tokens
         tokenizer.pre_tokenizer = byte_level
         trained(tokenizer, bpe)
@@ -98,7 +101,7 @@ def test_a_word_that_a_vocabulary_lacks_in_part_does_not_stop_a_text_from_being_
     assert tokenize([in_parts(text, 0)], tokenizer).tolist() == tokenizer.encode(text).ids
 
 
-KINDS = ("reference", "gpt4", "spaces", "greedy", "llama", "unigram", "word piece")
+KINDS = ("reference", "gpt4", "digits", "spaces", "greedy", "llama", "unigram", "word piece")
 
 
 @pytest.fixture(params=KINDS, scope="module")
@@ -148,8 +151,27 @@ def test_a_text_without_a_seam_is_encoded_as_a_whole() -> None:
     assert tokenize([in_parts(text, 0)], tokenizer).tolist() == tokenizer.encode(text).ids
 
 
-@given(st.text(alphabet=st.sampled_from(SIGNS) | st.characters(codec="utf-8"), max_size=80))
-def test_words_have_the_same_ids_wherever_they_stand(text: str) -> None:
+FRAGMENTS = (
+    "):\n",
+    "):",
+    "\n\n",
+    "    ",
+    "return ",
+    "self",
+    ".",
+    "'s",
+    "' ",
+    ")\n",
+    "\n",
+    " ",
+    "<|endoftext|>",
+    "12345",
+)
+
+
+@given(st.lists(st.sampled_from(FRAGMENTS) | st.sampled_from(SIGNS) | st.characters(codec="utf-8"), max_size=60))
+def test_words_have_the_same_ids_wherever_they_stand(fragments: list[str]) -> None:
+    text = "".join(fragments)
     for tokenizer in WORDED:
         words = word_pattern(json.loads(tokenizer.to_str()))
         assert words is not None
@@ -159,7 +181,7 @@ def test_words_have_the_same_ids_wherever_they_stand(text: str) -> None:
         assert ids == tokenizer.encode(text, add_special_tokens=False).ids
 
 
-WORDED = [made(kind) for kind in ("reference", "gpt4", "spaces")]
+WORDED = [made(kind) for kind in ("reference", "gpt4", "digits", "spaces")]
 
 
 def test_tokenizers_that_join_over_white_space_are_not_taken_word_by_word() -> None:
