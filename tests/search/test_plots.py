@@ -234,10 +234,11 @@ def test_answers_hold_their_figures() -> None:
     assert sum(row["share"] for row in rows) == pytest.approx(1)
     content = {
         "family": "mamba", "layout": "positions", "config": {"d_model": 16}, "parameters": 10, "fp32_bytes": 40,
-        "components": rows,
+        "components": rows, "file_types": {"bfloat16": 10}, "file_bytes": 20,
     }  # fmt: skip
     assert "layers.0.ssm.A_log" in inspected(content)
     assert "pinned" in inspected(content)
+    assert "20 in the file (bfloat16)" in inspected(content)
     certificate = {"verdict": "certified", "winner": 4, "increase_percent": 0.4, "upper_percent": 0.6, "windows": 512}
     answer = front_json(POINTS, POINTS, {"perplexity": 20.0, "bytes": 6000}, 5.0, certificate)
     assert answer["winner"] == 4
