@@ -50,11 +50,13 @@ def load(folders: Iterable[Path], key: str) -> ctypes.CDLL | None:
     for path in (path for folder in folders for path in sorted(folder.glob(f"kernels-{key}-*.so"))):
         descriptor = _whole(path, key)
         if descriptor is not None:
+            itself = _OPEN_FILES / str(descriptor)
             try:
-                itself = _OPEN_FILES / str(descriptor)
+                # it stays open: dlopen goes by the name, so another file under the same number would be taken for this
                 return ctypes.CDLL(str(itself if itself.exists() else path))
-            finally:
+            except OSError:
                 os.close(descriptor)
+                raise
     return None
 
 

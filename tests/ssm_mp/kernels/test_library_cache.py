@@ -53,6 +53,17 @@ def test_what_is_kept_is_loaded(folder: Path, library: Path) -> None:
     assert library_cache.load([folder], "another") is None
 
 
+def test_each_library_is_itself_however_many_were_loaded_before(folder: Path, tmp_path: Path) -> None:
+    for answer in (1, 2, 3):
+        source, built = tmp_path / f"{answer}.c", tmp_path / f"{answer}.so"
+        source.write_text(f"int answer(void) {{ return {answer}; }}\n", encoding="utf-8")
+        subprocess.run(["cc", "-shared", "-fPIC", str(source), "-o", str(built)], check=True)
+        library_cache.keep([folder], f"{KEY}{answer}", built)
+        found = library_cache.load([folder], f"{KEY}{answer}")
+        assert found is not None
+        assert found.answer() == answer
+
+
 @pytest.mark.parametrize("size", [0, 1, 60_000, -1])
 def test_a_library_that_was_cut_is_not_loaded_and_replaced(folder: Path, library: Path, size: int) -> None:
     library_cache.keep([folder], KEY, library)
