@@ -82,7 +82,7 @@ def _decoded(path: Path, parts: Iterable[str]) -> Iterator[str]:
 
 def _opened(path: Path) -> TextIO:
     if path.suffix == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig")
+        return io.TextIOWrapper(gzip.open(path, "rb"), encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
 
