@@ -29,7 +29,7 @@ from search.trials import counts, points
 from search.workspace import Workspace
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
-from ssm_mp.errors import ArtifactError
+from ssm_mp.errors import ArtifactError, DataError
 from ssm_mp.evaluate import Increase, evaluate, paired_increase
 from ssm_mp.precision_map import PrecisionMap
 
@@ -50,7 +50,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
                 workspace, baseline, workspace.space.map(winner.map), run / WINNER,
                 certificate=certificate, provenance={"trial": winner.trial}, replace=True, latency=prepared.latency,
             )  # fmt: skip
-        except ArtifactError as error:  # the report must still say what was found, and that this failed
+        except (ArtifactError, DataError) as error:  # the report must still say what was found, and that this failed
             failure = str(error)
             say(f"error: {failure}")
     else:
