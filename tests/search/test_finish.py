@@ -1,4 +1,4 @@
-"""The end of a search: what becomes of a former winner."""
+"""The end of a search: what becomes of a former winner, and what is said where the export fails."""
 
 from __future__ import annotations
 
@@ -7,13 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from search import export
 from search.finish import clear_winner
+from search.gates import overall
+from search.run import run_search
+from search.run_directory import REPORT, WINNER, RunDirectory
+from search.spec import load_spec
 from ssm_mp.artifact import is_artifact, save_artifact
 from ssm_mp.components import find_components
 from ssm_mp.convert import convert
+from ssm_mp.errors import DataError
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
-from tests.tiny import MAMBA, random_model
+from tests.tiny import MAMBA, random_model, write_study
 
 
 @pytest.fixture
@@ -60,3 +66,21 @@ def test_what_stands_in_the_winners_place_and_is_no_artifact_is_left_alone(tmp_p
         assert not is_artifact(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", "folder", "link"]
     assert (tmp_path / "link/notes.txt").read_text() == "mine"
+
+
+def test_a_tokenizer_that_is_gone_at_the_end_fails_the_gate_and_leaves_the_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object) -> bytes:
+        raise DataError("no tokenizer at there/tokenizer.json")
+
+    monkeypatch.setattr(export, "tokenizer_json", gone)
+    overrides = ["search.trials=3", "search.seeds=0", "search.probe=none", "search.budget_percent=1000"]
+    run, said = RunDirectory(tmp_path / "run"), list[str]()
+    result = run_search(load_spec(write_study(tmp_path), overrides), run, said.append)
+    assert result.certificate is not None
+    assert result.certificate.winner is not None
+    assert "error: no tokenizer at there/tokenizer.json" in said
+    assert overall(result.gates) == "fail"
+    assert "no tokenizer at there/tokenizer.json" in (run / REPORT).read_text(encoding="utf-8")
+    assert not (run / WINNER).exists()
