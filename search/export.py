@@ -15,7 +15,7 @@ from search.certify import Certificate, bounds
 from search.gates import Facts
 from search.latency import summary
 from search.ledger import finite_or_none
-from search.objective import Baseline, Objective
+from search.objective import Baseline, Measured, Objective
 from search.plots import allocation_png
 from search.source import source_of
 from search.workspace import Workspace, tokenizer_json
@@ -68,19 +68,8 @@ def export(
     measured = Objective(workspace, baseline)(precision_map)
     model = workspace.converter.convert(precision_map)
     speed = benchmark(model, workspace.model, workspace.splits.search)
-    lower, upper = bounds(measured.increase, 1 - workspace.spec.search.confidence)
-    source = source_of(workspace.checkpoint)
-    own = None if source is None else source.bytes / measured.bytes
     metrics = {
-        "fp32_bytes": baseline.bytes,
-        "compression": measured.compression,
-        **({} if source is None else {**source.to_json(), "source_compression": own}),
-        "baseline_perplexity": baseline.perplexity,
-        "perplexity": measured.perplexity,
-        "increase_percent": measured.increase.percent,
-        "stderr_percent": measured.increase.stderr_percent,
-        "increase_interval_percent": [finite_or_none(lower), finite_or_none(upper)],
-        "windows": measured.increase.windows,
+        **_measured_metrics(workspace, baseline, measured),
         "certificate": certificate.to_json() if certificate else None,
         "benchmark": speed.to_json(),
         **({} if latency is None else {"latency": _latency(latency, precision_map)}),
@@ -124,7 +113,7 @@ def export(
         speed,
         facts,
         predicted_latency,
-        own,
+        metrics.get("source_compression"),
     )
 
 
@@ -132,6 +121,24 @@ def _tokenizer(workspace: Workspace) -> dict[str, bytes]:
     """The file that lets an artifact read text by itself."""
     content = tokenizer_json(workspace.spec, workspace.checkpoint.config)
     return {} if content is None else {TOKENIZER: content}
+
+
+def _measured_metrics(workspace: Workspace, baseline: Baseline, measured: Measured) -> dict[str, Any]:
+    """Sizes and perplexities, with the interval of the increase."""
+    lower, upper = bounds(measured.increase, 1 - workspace.spec.search.confidence)
+    source = source_of(workspace.checkpoint)
+    own = {} if source is None else {**source.to_json(), "source_compression": source.bytes / measured.bytes}
+    return {
+        "fp32_bytes": baseline.bytes,
+        "compression": measured.compression,
+        **own,
+        "baseline_perplexity": baseline.perplexity,
+        "perplexity": measured.perplexity,
+        "increase_percent": measured.increase.percent,
+        "stderr_percent": measured.increase.stderr_percent,
+        "increase_interval_percent": [finite_or_none(lower), finite_or_none(upper)],
+        "windows": measured.increase.windows,
+    }
 
 
 def _latency(table: LatencyTable, precision_map: PrecisionMap) -> dict[str, Any]:

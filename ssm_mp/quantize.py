@@ -8,6 +8,7 @@ rounding of its scale), and only then used: the stored scale is the one that qua
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -131,7 +132,7 @@ def integer_product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda:
         return padded_product(a, b, _native_product)
     # torch 2.13's product of one-column matrices leaves its result uninitialised on a CPU
-    if a.shape[1] == 1 or not _native_product_is_exact():
+    if a.shape[1] == 1 or not _native_product_serves():
         return integer_product_emulated(a, b)
     return _native_product(a, b)
 
@@ -178,6 +179,29 @@ def _native_product_is_exact() -> bool:
     mixed = torch.randint(-INT8_LIMIT, INT8_LIMIT + 1, (32, 256), generator=generator, dtype=torch.int8)
     pairs = ((extremes, extremes), (extremes, -extremes), (mixed, mixed), (mixed, extremes))
     return all(torch.equal(torch._int_mm(a, b.t()), integer_product_emulated(a, b)) for a, b in pairs)
+
+
+@cache
+def _native_product_serves() -> bool:
+    """Whether this CPU's int8 product is exact and the faster one; the numbers are the same either way.
+
+    Without VNNI oneDNN may be exact and fifteen times slower than the emulation (`python -m benchmarks.integers`).
+    """
+    if not _native_product_is_exact():
+        return False
+    a = torch.ones(256, 256, dtype=torch.int8)
+    return _seconds(_native_product, a) <= _seconds(integer_product_emulated, a)
+
+
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], a: Tensor) -> float:
+    """The least time of a few products of a matrix with itself, transposed."""
+    product(a, a)  # the first one sets up
+    spent = []
+    for _ in range(3):
+        began = time.perf_counter()
+        product(a, a)
+        spent.append(time.perf_counter() - began)
+    return min(spent)
 
 
 def integer_product_emulated(a: Tensor, b: Tensor) -> Tensor:

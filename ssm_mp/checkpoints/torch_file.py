@@ -56,6 +56,8 @@ def read_torch_file(path: Path) -> TorchFile:
         raise CheckpointError(f"{path}: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except MemoryError:
+        raise  # of the machine, not of the file: what a file may take is bounded
     except Exception as error:  # damaged data can make zipfile and torch raise anything
         reason = str(error).split("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path}: not a readable torch file, truncated or renamed? ({reason})") from None

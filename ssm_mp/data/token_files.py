@@ -71,9 +71,9 @@ def encode_documents(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[s
     """Ids of a file's documents. Raises DataError where the tokenizer has none for a word."""
     try:
         return tokenize(documents(path, field), tokenizer, ends)
-    except DataError:
-        raise
-    except Exception as error:  # the library raises bare Exception for words without an id
+    except Exception as error:
+        if type(error) is not Exception:  # a bare one is the library's, for words without an id
+            raise
         raise DataError(f"{path}: {no_id(tokenizer, error)}") from None
 
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ssm_mp import quantize
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.quantize import (
     INT8_LIMIT,
@@ -188,6 +189,17 @@ def test_the_product_is_exact_without_vnni(instructions: str) -> None:
     )
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(("native", "emulated"), [(1.0, 2.0), (2.0, 1.0)])
+def test_torchs_product_serves_where_it_is_exact_and_the_faster_one(
+    exact: bool, native: float, emulated: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = {quantize._native_product: native, integer_product_emulated: emulated}
+    monkeypatch.setattr(quantize, "_native_product_is_exact", lambda: exact)
+    monkeypatch.setattr(quantize, "_seconds", lambda product, a: seconds[product])
+    assert quantize._native_product_serves.__wrapped__() == (exact and native < emulated)
 
 
 def test_emulated_product_is_exact_at_the_extremes() -> None:
