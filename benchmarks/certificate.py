@@ -34,8 +34,8 @@ from benchmarks.looks import (
     summarise,
 )
 from benchmarks.synthetic import Noise, Windows, edge_world, model_world, propose, smallest_within, total
-from search.front import Point
-from ssm_mp.evaluate import Increase
+from search.base.front import Point
+from ssm_mp.evaluation.evaluate import Increase
 
 REFERENCE = Noise()
 """That of the reference checkpoint, see `benchmarks/synthetic.py`."""

@@ -17,13 +17,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import StudyDirection
 
 from benchmarks.oracle import GRADIENT_WINDOWS, WINDOWS, Oracle
-from search.catalogue import Catalogue
-from search.gain import area, staircase
-from search.knowledge import Knowledge, before_any_trial
-from search.programme import frontier
-from search.proposal import costs
-from search.sampler import make_sampler
-from ssm_mp.precision import get_precision
+from search.sampling.catalogue import Catalogue
+from search.sampling.gain import area, staircase
+from search.sampling.knowledge import Knowledge, before_any_trial
+from search.sampling.programme import frontier
+from search.sampling.proposal import costs
+from search.sampling.sampler import make_sampler
+from ssm_mp.precisions.precision import get_precision
 
 BUDGET = 5.0
 MOST = 128

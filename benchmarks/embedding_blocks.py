@@ -14,13 +14,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from search.front import Point, hypervolume, pareto_front
-from search.run_directory import RunDirectory
-from search.spec import load_spec
-from search.storage import read_study
-from search.trials import points
-from search.workspace import open_workspace
-from ssm_mp.evaluate import evaluate, paired_increase
+from search.base.front import Point, hypervolume, pareto_front
+from search.problem.run_directory import RunDirectory
+from search.problem.spec import load_spec
+from search.problem.workspace import open_workspace
+from search.trials.storage import read_study
+from search.trials.trials import points
+from ssm_mp.evaluation.evaluate import evaluate, paired_increase
 
 STUDY = Path("studies/reference-cumulative.toml")
 ALLOCATIONS = (

@@ -36,17 +36,17 @@ from torch import nn
 
 from benchmarks.huggingface import plain_perplexity, quiet, write_reference
 from benchmarks.speed_limit import Limit, SpeedLimit
-from search.measured import ORIGIN, map_of
-from search.objective import Measured, Objective
-from search.owner import this_process
-from search.prepare import Prepared, prepare
-from search.run_directory import RunDirectory
-from search.spec import SAMPLERS, StudySpec, load_spec
-from search.stop import Stop
-from search.working import open_prepared, work_on
-from search.workspace import Workspace
-from ssm_mp.calibrate import calibrate
+from search.base.stop import Stop
+from search.measure.objective import Measured, Objective
+from search.problem.run_directory import RunDirectory
+from search.problem.spec import SAMPLERS, StudySpec, load_spec
+from search.problem.workspace import Workspace
+from search.run.prepare import Prepared, prepare
+from search.run.working import open_prepared, work_on
+from search.trials.measured import ORIGIN, map_of
+from search.trials.owner import this_process
 from ssm_mp.config import MambaConfig
+from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import PRECISION_NAMES
 

@@ -31,8 +31,8 @@ from matplotlib.figure import Figure
 from benchmarks.contenders import BUDGET, MOST, STOPS_AFTER, catalogue_of, contenders, increase_percent
 from benchmarks.oracle import SUBSPACES, Oracle, load_oracle
 from benchmarks.peers import compare
-from search.gain import area, staircase
-from search.run_directory import FINGERPRINT
+from search.problem.run_directory import FINGERPRINT
+from search.sampling.gain import area, staircase
 
 BUDGETS = (16, 32, 64, 128)
 SEEDS = 10

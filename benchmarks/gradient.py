@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
 
-from search.gradient import GradientEffect, gradient_effects, gradient_evaluations
-from search.probe import WIDEST, Probe, open_end, run_probes
-from search.spec import load_spec
-from search.workspace import Workspace, open_workspace
-from ssm_mp.evaluate import advance, evaluate, finish, finish_against, start
+from search.measure.gradient import GradientEffect, gradient_effects, gradient_evaluations
+from search.measure.probe import WIDEST, Probe, open_end, run_probes
+from search.problem.spec import load_spec
+from search.problem.workspace import Workspace, open_workspace
+from ssm_mp.evaluation.evaluate import advance, evaluate, finish, finish_against, start
 
 DEPTHS = (4, 24, 48, 64)
 _REPEATS = 3

@@ -2,8 +2,8 @@
 
     python -m benchmarks.integers
 
-Which of them serves is decided once a process by timing both (`ssm_mp.quantize.integer_product`); the numbers are the
-same.
+Which of them serves is decided once a process by timing both (`precisions.quantize.integer_product`); the numbers are
+the same.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ssm_mp.quantize import _native_product, _native_product_is_exact, integer_product_emulated
+from ssm_mp.precisions.quantize import _native_product, _native_product_is_exact, integer_product_emulated
 
 SHAPES = ((4096, 128, 512), (4096, 256, 40), (256, 128, 8000), (4096, 256, 128), (2048, 768, 3072))
 """Tokens, inner size, outputs."""

@@ -10,10 +10,10 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.synthetic import Floats, Ints
-from search.certify import certify
-from search.front import Point, pareto_front
-from search.ledger import Try
-from ssm_mp.evaluate import Evaluation, Increase, paired_increase
+from search.base.front import Point, pareto_front
+from search.results.certify import certify
+from search.results.ledger import Try
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 
 BUDGET_PERCENT = 5.0
 CONFIDENCE = 0.95

@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from search.gradient import gradient_effects
-from search.spec import load_spec
-from search.workspace import Workspace, open_workspace
+from search.measure.gradient import gradient_effects
+from search.problem.spec import load_spec
+from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.components import fp32_bytes
 from ssm_mp.data import Windows
-from ssm_mp.evaluate import Evaluation, Prefix, advance, evaluate, finish, paired_increase, start
+from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, evaluate, finish, paired_increase, start
 from ssm_mp.precision_map import PrecisionMap
 
 STUDY = Path("studies/reference-cumulative.toml")

@@ -23,8 +23,8 @@ from torch import nn
 
 from benchmarks.peer_problem import Decision, Found, Problem
 from benchmarks.plain_mamba import HEAD, PlainScan, share_lookup
-from ssm_mp.groups import GROUP
-from ssm_mp.models.scan import selective_scan
+from ssm_mp.kernels.scan import selective_scan
+from ssm_mp.precisions.groups import GROUP
 
 NAME = "aimet-torch"
 

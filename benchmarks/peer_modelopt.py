@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from benchmarks.peer_problem import Decision, Found, Problem
 from benchmarks.plain_mamba import HEAD, share_lookup
-from ssm_mp.groups import GROUP
-from ssm_mp.models.scan import selective_scan, selective_scan_reference
+from ssm_mp.kernels.scan import selective_scan, selective_scan_reference
+from ssm_mp.precisions.groups import GROUP
 
 NAME = "nvidia-modelopt"
 

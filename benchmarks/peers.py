@@ -23,13 +23,13 @@ from typing import Any
 
 from benchmarks import peer_aimet, peer_modelopt
 from benchmarks.peer_problem import Found, Problem
-from search.front import Point, pareto_front
-from search.objective import Measured, Objective, measure_baseline
-from search.run_directory import PROBES, RunDirectory, require_same
-from search.spec import load_spec
-from search.storage import read_study
-from search.trials import points
-from search.workspace import Workspace, open_workspace
+from search.base.front import Point, pareto_front
+from search.measure.objective import Measured, Objective, measure_baseline
+from search.problem.run_directory import PROBES, RunDirectory, require_same
+from search.problem.spec import load_spec
+from search.problem.workspace import Workspace, open_workspace
+from search.trials.storage import read_study
+from search.trials.trials import points
 from ssm_mp.precision_map import PrecisionMap
 
 STUDY = Path("studies/reference-cumulative.toml")

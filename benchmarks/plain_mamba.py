@@ -15,7 +15,7 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.config import MambaConfig
-from ssm_mp.models.scan import Scan, selective_scan_reference
+from ssm_mp.kernels.scan import Scan, selective_scan_reference
 
 HEAD = "lm_head"
 """Name of the head's module; with a tied head it stands for the component `embedding`."""

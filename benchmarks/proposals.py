@@ -19,9 +19,9 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study, StudyDirection
 from optuna.trial import TrialState, create_trial
 
-from search.catalogue import Catalogue
-from search.front_sampler import FrontSampler
-from search.knowledge import before_any_trial
+from search.sampling.catalogue import Catalogue
+from search.sampling.front_sampler import FrontSampler
+from search.sampling.knowledge import before_any_trial
 
 PRECISIONS = ("fp16", "int8", "nf4", "int3")
 BITS = np.array([16.0, 8.25, 4.25, 3.25])

@@ -48,16 +48,16 @@ from benchmarks.looks import (
     summarise,
 )
 from benchmarks.synthetic import Floats, Ints
-from search.catalogue import catalogue_of
-from search.front import Point
-from search.prepare import prepare
-from search.run_directory import RunDirectory
-from search.space import Space
-from search.spec import load_spec
-from search.surrogate import Surrogate, smallest_within
-from search.workspace import Workspace, load_splits
+from search.base.front import Point
+from search.problem.run_directory import RunDirectory
+from search.problem.space import Space
+from search.problem.spec import load_spec
+from search.problem.workspace import Workspace, load_splits
+from search.run.prepare import prepare
+from search.sampling.catalogue import catalogue_of
+from search.sampling.surrogate import Surrogate, smallest_within
 from ssm_mp.data import Windows
-from ssm_mp.evaluate import Increase, evaluate
+from ssm_mp.evaluation.evaluate import Increase, evaluate
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme
 

@@ -29,12 +29,12 @@ import torch
 from scipy.optimize import nnls
 
 from benchmarks.shapes import LENGTH, NAMES, checkpoint_of, workspace_of
-from search.probe import LOWEST, End, Group, open_end, planned, run_group
-from search.workspace import Workspace
+from search.measure.probe import LOWEST, End, Group, open_end, planned, run_group
+from search.problem.workspace import Workspace
 from ssm_mp.components import find_components
 from ssm_mp.config import MambaConfig
 from ssm_mp.data import Windows
-from ssm_mp.evaluate import advance, evaluate, finish, finish_against, start
+from ssm_mp.evaluation.evaluate import advance, evaluate, finish, finish_against, start
 from ssm_mp.precision_map import PrecisionMap
 
 WINDOWS = {"reference": 128, "8 layers of 256": 64, "16 layers of 512": 32, "130m": 16}

@@ -13,11 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from search.spec import load_spec
-from search.workspace import open_workspace
-from ssm_mp.calibrate import calibrate
-from ssm_mp.convert import convert
-from ssm_mp.evaluate import evaluate, paired_increase
+from search.problem.spec import load_spec
+from search.problem.workspace import open_workspace
+from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.conversion.convert import convert
+from ssm_mp.evaluation.evaluate import evaluate, paired_increase
 from ssm_mp.scheme import ScaleMethod, ScaleRule, Scheme
 
 METHODS: tuple[ScaleMethod, ...] = ("minmax", "percentile", "mse")

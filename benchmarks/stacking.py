@@ -25,13 +25,13 @@ from typing import Any
 
 import torch
 
-from search.spec import load_spec
-from search.workspace import Workspace, open_workspace
+from search.problem.spec import load_spec
+from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.components import Component
 from ssm_mp.config import MambaConfig
-from ssm_mp.evaluate import Evaluation, evaluate
+from ssm_mp.evaluation.evaluate import Evaluation, evaluate
+from ssm_mp.evaluation.stack import evaluate_stacked, in_order, make_stack
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.stack import evaluate_stacked, in_order, make_stack
 
 STUDY = Path("studies/reference.toml")
 _PRECISIONS = 'precision.choices=["fp16", "int8", "int4"]'

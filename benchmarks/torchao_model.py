@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.plain_mamba import PlainMamba, PlainMixer, plain_mamba
 from ssm_mp.config import MambaConfig
-from ssm_mp.layers import conv_silu_reference
-from ssm_mp.models.scan import selective_scan
+from ssm_mp.kernels.scan import selective_scan
+from ssm_mp.modules.layers import conv_silu_reference
 
 States = list[tuple[Tensor, Tensor]]
 """Of each layer: the convolution's last inputs `[b, K − 1, I]`, the scan's state `[b, I, N]`."""

@@ -29,19 +29,19 @@ from optuna.study import Study
 from optuna.trial import Trial
 
 from benchmarks.proposals import catalogue_of
-from search.claim import Idle, claim, tell
-from search.front_sampler import FrontSampler, Proposal
-from search.knowledge import before_any_trial
-from search.measured import ORIGIN, map_of
-from search.objective import Measured
-from search.optuna_storage import stored
-from search.owner import Owner, this_process
-from search.run_directory import RunDirectory
-from search.sampler import Unrepeated
-from search.spec import SAMPLERS
-from search.storage import STORAGE, OpenStudy, StorageChoice, connect
-from search.trials import finished_differences
-from ssm_mp.evaluate import Increase
+from search.measure.objective import Measured
+from search.problem.run_directory import RunDirectory
+from search.problem.spec import SAMPLERS
+from search.run.claim import Idle, claim, tell
+from search.sampling.front_sampler import FrontSampler, Proposal
+from search.sampling.knowledge import before_any_trial
+from search.sampling.sampler import Unrepeated
+from search.trials.measured import ORIGIN, map_of
+from search.trials.optuna_storage import stored
+from search.trials.owner import Owner, this_process
+from search.trials.storage import STORAGE, OpenStudy, StorageChoice, connect
+from search.trials.trials import finished_differences
+from ssm_mp.evaluation.evaluate import Increase
 
 ROOT = Path(__file__).parents[1]
 COMPONENTS, WINDOWS = 22, 128
@@ -164,7 +164,7 @@ def _summary(spent: Sequence[Spent], seconds: float) -> Overhead:
 
 
 def work(opened: OpenStudy, owner: Owner, asked: int, sampler: str, number: int) -> list[Spent]:
-    """Claim and tell, as `search.worker` does, until the study has what is asked."""
+    """Claim and tell, as `search.run.worker` does, until the study has what is asked."""
     catalogue = catalogue_of(COMPONENTS)
     space = dict(zip(catalogue.names, catalogue.precisions, strict=True))
     timer = opened.study.sampler = _sampler(sampler, space, number)

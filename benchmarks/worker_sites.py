@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from search.owner import Owner
-from search.slurm import render
-from search.spec import load_spec
+from search.problem.spec import load_spec
+from search.slurm.slurm import render
+from search.trials.owner import Owner
 from tests.cluster.private_postgres import PrivatePostgres
 from tests.cluster.private_slurm import Job, PrivateSlurm
 from tests.cluster.processes import wait_until

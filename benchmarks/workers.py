@@ -30,9 +30,9 @@ from typing import Any, Literal
 
 from benchmarks.worker_faults import Survived, survive
 from benchmarks.worker_overhead import Overhead, measure
-from search.measured import FINISHED, OWNER
-from search.run_directory import RunDirectory
-from search.storage import Kind, StorageChoice, read_study
+from search.problem.run_directory import RunDirectory
+from search.trials.measured import FINISHED, OWNER
+from search.trials.storage import Kind, StorageChoice, read_study
 from tests.cluster.private_postgres import PrivatePostgres, private_postgres
 from tests.cluster.processes import private_directory
 from tests.cluster.studying import ROOT, ssm_mp, started

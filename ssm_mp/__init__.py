@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ssm_mp.artifact import Artifact, load_artifact, read_artifact, save_artifact
-    from ssm_mp.benchmark import Benchmark, benchmark
-    from ssm_mp.calibrate import calibrate
     from ssm_mp.checkpoints import Checkpoint, load_checkpoint
     from ssm_mp.components import Component, find_components
-    from ssm_mp.convert import Converter, convert
+    from ssm_mp.conversion.calibrate import calibrate
+    from ssm_mp.conversion.convert import Converter, convert
     from ssm_mp.data import Splits, Windows
-    from ssm_mp.decode import generate, prefill, step
-    from ssm_mp.drift import drift
+    from ssm_mp.decoding.decode import generate, prefill, step
     from ssm_mp.errors import SsmMpError
-    from ssm_mp.evaluate import Evaluation, evaluate, paired_increase
-    from ssm_mp.models import LanguageModel
+    from ssm_mp.evaluation.benchmark import Benchmark, benchmark
+    from ssm_mp.evaluation.drift import drift
+    from ssm_mp.evaluation.evaluate import Evaluation, evaluate, paired_increase
+    from ssm_mp.model import LanguageModel
     from ssm_mp.precision_map import PrecisionMap
     from ssm_mp.scheme import ScaleRule, Scheme
 
@@ -39,17 +39,17 @@ __all__ = [
 
 _HOMES = {
     "artifact": ("Artifact", "load_artifact", "read_artifact", "save_artifact"),
-    "benchmark": ("Benchmark", "benchmark"),
-    "calibrate": ("calibrate",),
+    "evaluation.benchmark": ("Benchmark", "benchmark"),
+    "conversion.calibrate": ("calibrate",),
     "checkpoints": ("Checkpoint", "load_checkpoint"),
     "components": ("Component", "find_components"),
-    "convert": ("Converter", "convert"),
+    "conversion.convert": ("Converter", "convert"),
     "data": ("Splits", "Windows"),
-    "decode": ("generate", "prefill", "step"),
-    "drift": ("drift",),
+    "decoding.decode": ("generate", "prefill", "step"),
+    "evaluation.drift": ("drift",),
     "errors": ("SsmMpError",),
-    "evaluate": ("Evaluation", "evaluate", "paired_increase"),
-    "models": ("LanguageModel",),
+    "evaluation.evaluate": ("Evaluation", "evaluate", "paired_increase"),
+    "model": ("LanguageModel",),
     "precision_map": ("PrecisionMap",),
     "scheme": ("ScaleRule", "Scheme"),
 }
@@ -87,8 +87,8 @@ def load_model(path: str | Path) -> LanguageModel:
     >>> load_model("studies/reference/model.safetensors")(torch.zeros(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 8000])
     """
+    from ssm_mp.assembly import build
     from ssm_mp.checkpoints import load_checkpoint
-    from ssm_mp.models import build
 
     checkpoint = load_checkpoint(path)
     return build(checkpoint.config, checkpoint.tensors)

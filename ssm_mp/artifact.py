@@ -30,15 +30,15 @@ from ssm_mp.artifact_folder import (
     write_folder,
 )
 from ssm_mp.artifact_folder import require_free as require_free_folder
+from ssm_mp.assembly import LanguageModel, assemble
 from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config, config_from_json, config_to_json
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
-from ssm_mp.layers import DynamicInput, InputQuantizer, StaticInput, component_module
-from ssm_mp.models import LanguageModel, assemble
-from ssm_mp.precision import get_precision
+from ssm_mp.modules.layers import DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.precision_map import PrecisionMap, require_pins
+from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.stored import ArraySpec, Stored
 from ssm_mp.scheme import Scheme
-from ssm_mp.stored import ArraySpec, Stored
 
 __all__ = [
     "FORMAT",

@@ -13,7 +13,7 @@ from typing import Any
 
 from ssm_mp.components import ALWAYS_PINNED, DEFAULT_PINNED, Component
 from ssm_mp.errors import PrecisionMapError
-from ssm_mp.precision import FOUR_BIT, get_precision
+from ssm_mp.precisions.precision import FOUR_BIT, get_precision
 from ssm_mp.scheme import ActivationScheme
 
 PINNED_TO = "fp16"

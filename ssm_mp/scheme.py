@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 PRECISION_NAMES = ("fp16", "int8", "nf4", "int4", "int3")
-"""Every precision, the widest first; `nf4` and `int4` are equally wide. `ssm_mp.precision` says what each is."""
+"""Every precision, the widest first; `nf4` and `int4` are equally wide. `precisions.precision` says what each is."""
 
 ActivationScheme = Literal["static", "dynamic", "none"]
 """How the inputs of a quantised linear layer are: one scale from calibration, one a token, not quantised."""

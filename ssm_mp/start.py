@@ -19,7 +19,7 @@ def main() -> None:
     root = Path(__file__).absolute().parents[1]
     for name in _PACKAGES:
         _load(name, root / name)
-    from search.cli import main as command_line
+    from search.cli.main import main as command_line
 
     command_line()
 

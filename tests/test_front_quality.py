@@ -11,11 +11,11 @@ import pytest
 from benchmarks.contenders import BUDGET, catalogue_of, contenders
 from benchmarks.front_quality import exact, run_one, summarise
 from benchmarks.oracle import STUDY, SUBSPACES, WINDOWS, load_oracle
-from search.front import Point, hypervolume
-from search.spec import load_spec
-from search.workspace import open_workspace
+from search.base.front import Point, hypervolume
+from search.problem.spec import load_spec
+from search.problem.workspace import open_workspace
 from ssm_mp.data import Windows
-from ssm_mp.evaluate import evaluate, paired_increase
+from ssm_mp.evaluation.evaluate import evaluate, paired_increase
 
 NAMES = sorted(SUBSPACES)
 

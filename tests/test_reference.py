@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.search.test_cli import answer
+from tests.search.cli.test_main import answer
 
 ROOT = Path(__file__).parents[1]
 STUDY = ROOT / "studies" / "reference.toml"

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from search.errors import StudyError
-from search.spec import load_spec
+from search.base.errors import StudyError
+from search.problem.spec import load_spec
 from ssm_mp.artifact import MAP, METRICS, load_artifact, save_artifact
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components
-from ssm_mp.convert import convert
+from ssm_mp.conversion.convert import convert
 from ssm_mp.precision_map import PrecisionMap, read_rules
 from ssm_mp.scheme import Scheme
 from tests.tiny import HUGGING_FACE, MAMBA, random_model, write_study
@@ -95,7 +95,7 @@ def test_a_study_in_another_encoding_is_an_error_that_says_so(tmp_path: Path, en
 
 
 def test_json_of_a_run_directory_is_utf_8(tmp_path: Path) -> None:
-    from search.run_directory import RunDirectory
+    from search.problem.run_directory import RunDirectory
 
     run = RunDirectory(tmp_path)
     run.write_text("report.md", "3.90× ± \udcc3\udca9 \udcff")

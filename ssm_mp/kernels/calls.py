@@ -86,7 +86,7 @@ def _rows(x: Tensor) -> Tensor:
 def selective_scan(
     a: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, state: Tensor | None  # noqa: N803
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`ssm_mp.models.scan.selective_scan_reference` on a CPU, states in registers."""
+    """`ssm_mp.kernels.scan.selective_scan_reference` on a CPU, states in registers."""
     b, length, inner = a.shape
     a, dt, B, C, z = a.contiguous(), _rows(dt), _rows(B), _rows(C), _rows(z)  # noqa: N806
     A2t, D = (A * _LOG2_E).t().contiguous(), D.contiguous()  # noqa: N806

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
+from ssm_mp.assembly import LanguageModel, build
 from ssm_mp.config import MambaConfig
 from ssm_mp.data.corpus import Part, stdlib_documents
-from ssm_mp.models import LanguageModel, build
 
 VOCABULARY, LENGTH, CHUNK = 8000, 128, 32
 END_OF_TEXT = "<|endoftext|>"

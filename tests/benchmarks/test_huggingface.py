@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from benchmarks.huggingface import plain_perplexity, transformers_model, write_reference
-from search.spec import load_spec
-from search.workspace import load_splits
+from search.problem.spec import load_spec
+from search.problem.workspace import load_splits
 from ssm_mp import load_model
-from ssm_mp.calibrate import calibrate
-from ssm_mp.convert import Converter
+from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
-from ssm_mp.evaluate import evaluate
+from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import HUGGING_FACE, some_windows

@@ -10,7 +10,7 @@ import pytest
 from benchmarks.scaling import Stages, all_probes_seconds, fit, half_int8, probe_seconds, work
 from benchmarks.shapes import LENGTH, RANDOM, initial_tensors, workspace_of
 from ssm_mp.checkpoints import Checkpoint
-from ssm_mp.evaluate import evaluate
+from ssm_mp.evaluation.evaluate import evaluate
 from tests.tiny import HUGGING_FACE
 
 STAGES = Stages(embed=1.0, layer=10.0, head=100.0, both_heads=1100.0)

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from search.file_lock import FileLock
+from search.base.file_lock import FileLock
 
 SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 SLURM_BINARIES = ("slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scancel", "scontrol", "munged")

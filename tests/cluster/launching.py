@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.owner import Owner
+from search.trials.owner import Owner
 from tests.cluster import processes
 from tests.cluster.gate import Gate
 from tests.cluster.private_slurm import Job, PrivateSlurm

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
-from search.claim import LOST
+from search.run.claim import LOST
 from tests.cluster.gate import Gate
 from tests.cluster.processes import HUNG, wait_until
 from tests.cluster.studying import STUDY, finished_count, ledger, running_owners, started, study_of, write_seeded_study

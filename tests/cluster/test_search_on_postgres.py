@@ -13,24 +13,24 @@ from pathlib import Path
 
 import pytest
 
-from search.claim import LOST
-from search.errors import StudyError
-from search.measured import map_of
-from search.objective import Measured
-from search.optuna_storage import storage_of
-from search.sampler import map_key
-from search.storage import OpenStudy, connect, stored_choice
-from search.study import begin
-from search.trials import counts
-from search.widening import move_study
-from search.worker import Task
+from search.base.errors import StudyError
+from search.measure.objective import Measured
+from search.run.claim import LOST
+from search.run.study import begin
+from search.run.widening import move_study
+from search.run.worker import Task
+from search.sampling.sampler import map_key
+from search.trials.measured import map_of
+from search.trials.optuna_storage import storage_of
+from search.trials.storage import OpenStudy, connect, stored_choice
+from search.trials.trials import counts
 from tests.cluster import studying
 from tests.cluster.gate import Gate
 from tests.cluster.private_postgres import PrivatePostgres
 from tests.cluster.processes import HUNG, reserved_ports, wait_until
 from tests.cluster.studying import SEEDS_ONLY, STUDY, answer, front_of, ledger, only_error, ssm_mp, study_of
-from tests.search import claiming
-from tests.search.claiming import Bench, measured, seeds
+from tests.search.run import claiming
+from tests.search.run.claiming import Bench, measured, seeds
 
 Front = dict[str, studying.Values]
 
@@ -197,7 +197,7 @@ def test_a_worker_killed_before_any_of_its_writes_costs_nothing(postgres: Privat
 def test_an_answer_that_was_lost_after_the_operation_is_repaired(
     postgres: PrivatePostgres, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.storage.time", claiming.IMPATIENT)
+    monkeypatch.setattr("search.trials.storage.time", claiming.IMPATIENT)
     claiming.every_lost_answer(
         lambda place: Bench.at(place, "postgresql", postgres.url), tmp_path, asked=2, queued=seeds(1)
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from search.launch import FAILED
+from search.run.launch import FAILED
 from ssm_mp import load_artifact
 from tests.cluster.gate import Gate
 from tests.cluster.launching import SMALL, launch, leave_clean, submit_by_hand

@@ -30,7 +30,7 @@ from ssm_mp.artifact import (
 )
 from ssm_mp.artifact_folder import PICTURE, is_artifact, remove_artifact, write_folder
 from ssm_mp.components import find_components
-from ssm_mp.convert import convert
+from ssm_mp.conversion.convert import convert
 from ssm_mp.errors import ArtifactError
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme

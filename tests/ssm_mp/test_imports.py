@@ -14,11 +14,11 @@ ROOT = Path(__file__).parents[2]
 LIGHT = (
     "ssm_mp.errors",
     "ssm_mp.scheme",
-    "search.errors",
-    "search.spec",
-    "search.launch",
-    "search.status",
-    "search.cli",
+    "search.base.errors",
+    "search.problem.spec",
+    "search.run.launch",
+    "search.run.status",
+    "search.cli.main",
 )
 SHARED_NAMES = ("benchmark", "calibrate", "convert", "drift", "evaluate")
 """Public functions that are named as the file that defines them."""

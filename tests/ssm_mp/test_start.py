@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from search.command import COMMAND
+from search.base.command import COMMAND
 from tests.tiny import write_study
 
 ROOT = Path(__file__).parents[2]

@@ -24,8 +24,8 @@ OPEN, STANDING, TICKETS = "open", "standing", "tickets"
 """In that folder: a file that lets all through, a folder with a file for each process that waits, and one with a file
 for each trial that may pass."""
 GATED = ("__call__", "race")
-"""Methods of `search.objective.Objective` that evaluate a trial."""
-PATIENCE = {"search.storage": "_PATIENCE_AT_START", "search.local": "_GRACE_SECONDS"}
+"""Methods of `search.measure.objective.Objective` that evaluate a trial."""
+PATIENCE = {"search.trials.storage": "_PATIENCE_AT_START", "search.run.local": "_GRACE_SECONDS"}
 """Seconds that a program waits for others that are slow: longer than a test can take, so that none is given up."""
 
 
@@ -81,7 +81,7 @@ class _Changed(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "search.objective" and fullname not in PATIENCE:
+        if fullname != "search.measure.objective" and fullname not in PATIENCE:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:

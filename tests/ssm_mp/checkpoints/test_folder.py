@@ -174,7 +174,7 @@ def test_a_link_to_nothing_is_said_to_be_one(tmp_path: Path) -> None:
 def test_an_artifact_is_no_checkpoint(tmp_path: Path) -> None:
     from ssm_mp.artifact import save_artifact
     from ssm_mp.components import find_components
-    from ssm_mp.convert import convert
+    from ssm_mp.conversion.convert import convert
     from ssm_mp.precision_map import PrecisionMap
     from ssm_mp.scheme import Scheme
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssm_mp.assembly import build
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.config import Config, IteraConfig
 from ssm_mp.errors import CheckpointError
-from ssm_mp.models import build
 from tests.tiny import HUGGING_FACE, ITERA, MAMBA, in_layout, random_tensors
 
 LAYOUTS: list[tuple[str, Config, tuple[str, ...], str]] = [

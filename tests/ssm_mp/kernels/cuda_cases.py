@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssm_mp.calibrate import calibrate
 from ssm_mp.components import find_components
-from ssm_mp.convert import convert
-from ssm_mp.evaluate import evaluate
+from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.conversion.convert import convert
+from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.kernels import calls, cuda
-from ssm_mp.layers import DynamicInput, StaticInput, conv_silu_reference, rescaled
+from ssm_mp.modules.layers import DynamicInput, StaticInput, conv_silu_reference, rescaled
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
 from tests.tiny import CONFIGS, random_model, some_windows

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.kernels import calls
-from ssm_mp.layers import DepthwiseConv, DynamicInput, Norm, StaticInput, conv_silu_reference, rescaled
-from ssm_mp.quantize import INT8_LIMIT, quantize_tensor
-from ssm_mp.stored import FloatTensor
+from ssm_mp.modules.layers import DepthwiseConv, DynamicInput, Norm, StaticInput, conv_silu_reference, rescaled
+from ssm_mp.precisions.quantize import INT8_LIMIT, quantize_tensor
+from ssm_mp.precisions.stored import FloatTensor
 
 
 @pytest.mark.parametrize("inner", [5, 16, 40])

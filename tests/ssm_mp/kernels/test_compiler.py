@@ -15,7 +15,7 @@ from ssm_mp.kernels.compiler import library
 SCRIPT = """
 import torch
 from ssm_mp import evaluate
-from ssm_mp.convert import Converter
+from ssm_mp.conversion.convert import Converter
 from ssm_mp.kernels import calls
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme

@@ -1,0 +1,1 @@
+"""What every room uses: errors, front and hypervolume, confidence bounds, locks, stop, progress, paths, streams."""

@@ -1,0 +1,1 @@
+"""The command line, `ssm-mp`: one file a group of commands."""

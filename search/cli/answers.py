@@ -1,0 +1,169 @@
+"""Answers of the command line as text for people: aligned tables on standard output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from search.base.clock import clock
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Aligned columns; the first `left` of them are text, the others numbers."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def inspected(answer: Mapping[str, Any]) -> str:
+    """The model and its component table."""
+    rows = [
+        (
+            row["name"], row["kind"], "" if row["layer"] is None else str(row["layer"]), f"{row['parameters']:,}",
+            f"{row['share']:.2%}", "pinned" if row["pinned"] else "",
+        )
+        for row in answer["components"]
+    ]  # fmt: skip
+    head = (
+        f"family {answer['family']}, layout {answer['layout']}, {answer['parameters']:,} parameters, "
+        f"{answer['fp32_bytes']:,} bytes in FP32"
+    )
+    types = answer["file_types"]
+    said = next(iter(types)) if len(types) == 1 else ", ".join(f"{n:,} {name}" for name, n in types.items())
+    head += f", {answer['file_bytes']:,} in the file ({said})"
+    config = ", ".join(f"{key} {value}" for key, value in answer["config"].items() if key not in ("family", "layers"))
+    return f"{head}\n{config}\n\n" + table(("component", "kind", "layer", "parameters", "share", ""), rows, left=2)
+
+
+def probed(answer: Mapping[str, Any]) -> str:
+    """Sensitivities, the costliest lowering first."""
+    rows = [
+        (
+            row["component"], f"{row['from']} → {row['precision']}", f"{row['increase_percent']:+.4f}",
+            f"{1.96 * row['stderr_percent']:.4f}", "-" if row["kl"] is None else f"{row['kl']:.2e}",
+        )
+        for row in sorted(answer["probes"], key=lambda row: -row["increase_percent"])
+    ]  # fmt: skip
+    return table(("component", "change", "increase %", "± 95 %", "KL (nats)"), rows, left=2)
+
+
+def fronted(answer: Mapping[str, Any]) -> str:
+    """The front as a table, the winner and its certificate."""
+    winner, baseline = answer["winner"], answer["baseline"]
+    own = baseline.get("source_bytes")
+    rows = [
+        (
+            ("* " if point["trial"] == winner else "  ") + str(point["trial"]), point["origin"],
+            f"{point['compression']:.3f}×", *([f"{own / point['bytes']:.3f}×"] if own else []),
+            f"{point['bytes']:,}", f"{point['perplexity']:.4f}",
+            f"{point['increase_percent']:+.3f}", f"{1.96 * point['stderr_percent']:.3f}",
+            *([f"{1e3 * point['latency_seconds']:.3f}"] if "latency_seconds" in point else []),
+        )
+        for point in answer["front"]
+    ]  # fmt: skip
+    latency = answer.get("latency")
+    head = ["  trial", "from", "compression", *(["of the file"] if own else []), "bytes", "perplexity"]
+    head += ["increase %", "± 95 %"]
+    head += [] if latency is None else ["latency ms"]
+    in_file = f" ({own:,} in the file's own {' and '.join(baseline['source_types'])})" if own else ""
+    lines = [
+        f"{answer['trials']} trials; FP32 perplexity {baseline['perplexity']:.4f}, {baseline['bytes']:,} bytes"
+        f"{in_file}; "
+        f"budget {answer['budget_percent']:g} %",
+        table(head, rows, left=2) if rows else "no evaluated map is within the budget",
+    ]
+    if latency is not None:
+        error = latency["prediction_error"]
+        lines.append(
+            f"latency of a prefill, batch {latency['batch']}, length {latency['length']}: FP32 "
+            f"{1e3 * latency['fp32_seconds']:.3f} ms; predictions are off by {error['median']:.1%} (median), "
+            f"{error['worst']:.1%} (worst of {error['maps']} maps), rank correlation {error['spearman']:.2f}"
+        )
+        lines += [] if answer["fastest"] is None else [f"fastest: trial {answer['fastest']}"]
+    certificate = answer["certificate"]
+    if certificate is not None:
+        lines.append(
+            f"{certificate['verdict']}: {_percent(certificate['increase_percent'])} % "
+            f"on {certificate['windows']} unseen windows, at most {_percent(certificate['upper_percent'])} %"
+        )
+        lines += answer.get("outlook", [])
+    lines += [f"{gate['verdict']:>4}  {gate['name']}: {gate['figures']}" for gate in answer.get("gates", [])]
+    return "\n".join(lines)
+
+
+def _percent(value: float | None) -> str:
+    """A figure that may be infinite, which JSON says as null."""
+    return "+inf" if value is None else f"{value:+.3f}"
+
+
+def listed(answer: Mapping[str, Any]) -> str:
+    """Plain answers, a line a key."""
+    width = max(len(key) for key in answer)
+    return "\n".join(f"{key.ljust(width)}  {_shown(value)}" for key, value in answer.items() if key != "map")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def launched(answer: Mapping[str, Any]) -> str:
+    """What was submitted, and what to do next."""
+    jobs = answer["jobs"]
+    return "\n".join(
+        (
+            f"prepare  {jobs['prepare']}",
+            f"search   {jobs['search']}  ({answer['workers']} workers)",
+            f"finish   {jobs['finish']}",
+            f"logs     {answer['logs']}",
+            f"watch it   {answer['status']} --watch",
+            f"end it     {answer['cancel']}",
+        )
+    )
+
+
+def stood(answer: Mapping[str, Any]) -> str:
+    """How a search stands."""
+    lines = [_counted(answer)]
+    for step, states in answer["jobs"].items():
+        lines.append(f"{step:<8} " + (", ".join(f"{n} {state.lower()}" for state, n in states.items()) or "over"))
+    if answer["running"]:
+        rows = [(row["worker"], row["node"], str(row["trial"]), clock(row["seconds"])) for row in answer["running"]]
+        lines += ["", table(("worker", "node", "trial", "since"), rows, left=2)]
+    if answer["reasons"]:
+        lines += ["", *(f"{number:>4} failed: {reason}" for reason, number in answer["reasons"].items())]
+    best = answer["best"]
+    if best is not None:
+        lines += ["", f"best: trial {best['trial']}, {best['compression']:.3f}×, {best['increase_percent']:+.3f} %"]
+    if answer["growth"]:
+        grown = [(clock(g["seconds"]), str(g["finished"]), f"{g['hypervolume']:.4f}") for g in _few(answer["growth"])]
+        lines += ["", table(("time", "finished", "hypervolume"), grown, left=0)]
+    return "\n".join(lines)
+
+
+def _counted(answer: Mapping[str, Any]) -> str:
+    parts = [f"{answer['finished']} of {answer['asked']} finished"]
+    if answer["stopped"]:
+        parts.append(f"{answer['stopped']} of them stopped early")
+    parts += [f"{len(answer['running'])} running", f"{answer['waiting']} queued", f"{answer['failed']} failed"]
+    if answer["trials_per_hour"] is not None:
+        parts.append(f"{answer['trials_per_hour']:,.0f} an hour")
+    if answer["seconds_left"]:
+        parts.append(f"{clock(answer['seconds_left'])} left")
+    return ", ".join(parts)
+
+
+def _few(growth: Sequence[Any], most: int = 8) -> list[Any]:
+    """At most so many of a long list, the first and the last among them."""
+    if len(growth) <= most:
+        return list(growth)
+    return [growth[round(i * (len(growth) - 1) / (most - 1))] for i in range(most)]

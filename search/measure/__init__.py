@@ -1,0 +1,1 @@
+"""A map's number: objective, stacking, racing, probes, gradients, predicted latency."""

@@ -1,0 +1,171 @@
+"""One precision map → converted → evaluated → what a trial reports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from search.measure.racing import Reason, best_rival, judge, next_rung, rungs
+from search.problem.workspace import Workspace
+from ssm_mp.assembly import LanguageModel
+from ssm_mp.components import fp32_bytes
+from ssm_mp.data import Windows, unigram_perplexity
+from ssm_mp.errors import EvaluationError
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, doubt, evaluate, paired_increase
+from ssm_mp.evaluation.prefix_cache import PrefixCache, Prefixes, Reuse
+from ssm_mp.precision_map import PrecisionMap
+
+Finished = Sequence[tuple[int, np.ndarray]]
+"""Maps that have seen all windows: bytes, log-increase of each window."""
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Size and quality of one map on the search windows.
+
+    differences: log-increase of each window over FP32, `[windows seen]`; stopped: why not all `of_windows` were,
+    and lower_percent: the least that its increase on all of them can be.
+    """
+
+    bytes: int
+    compression: float
+    perplexity: float
+    increase: Increase
+    differences: np.ndarray
+    of_windows: int
+    stopped: Reason | None = None
+    lower_percent: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Baseline:
+    """The FP32 checkpoint on the search windows."""
+
+    evaluation: Evaluation
+    bytes: int
+
+    @property
+    def perplexity(self) -> float:
+        return self.evaluation.perplexity
+
+
+def measure_baseline(workspace: Workspace) -> Baseline:
+    """Evaluate the FP32 checkpoint. Raises EvaluationError where it is not finite or no better than guessing."""
+    evaluation = evaluate(workspace.model, workspace.splits.search)
+    require_knowing(workspace, evaluation)
+    return Baseline(evaluation, fp32_bytes(workspace.converter.components))
+
+
+def require_knowing(workspace: Workspace, baseline: Evaluation) -> str | None:
+    """What speaks against a baseline; raises EvaluationError for it unless the study says `force_baseline`."""
+    splits, vocabulary = workspace.splits, workspace.checkpoint.config.vocabulary
+    found = doubt(baseline, vocabulary, unigram_perplexity(splits.token_counts, splits.search))
+    if found is not None and not workspace.spec.search.force_baseline:
+        raise EvaluationError(f"{found}; `--force` (or [search] force_baseline = true) goes on all the same")
+    return found
+
+
+class Objective:
+    """Converts and evaluates maps of one workspace."""
+
+    def __init__(
+        self, workspace: Workspace, baseline: Baseline, before_layer: Callable[[], None] | None = None
+    ) -> None:
+        """`before_layer` is called before each layer of each evaluation; what it raises ends that."""
+        self._workspace = workspace
+        self._baseline = baseline
+        self._before_layer = before_layer
+        # windows stand in the order of the text, and its beginning is no random sample of it
+        windows = len(workspace.splits.search)
+        self._shared = PrefixCache(workspace.spec.search.shared_mib << 20)
+        self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
+
+    def __call__(self, precision_map: PrecisionMap) -> Measured:
+        """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""
+        windows = self._workspace.splits.search
+        model = self._converted(precision_map)
+        nll = evaluate(model, windows, self._before_layer, self._prefixes(precision_map)).nll
+        return self._measured(precision_map, nll, np.arange(len(windows)))
+
+    def race(self, precision_map: PrecisionMap, finished: Finished, error: float) -> Measured:
+        """The same in rungs of windows, stopped where the map shows over budget or beaten by one of `finished`.
+
+        error: chance allowed to stop a map that all windows would have left on the front.
+        """
+        windows = self._workspace.splits.search
+        model, prefixes = self._converted(precision_map), self._prefixes(precision_map)
+        rival = best_rival(self._size(precision_map), finished)
+        nll = np.full(len(windows), np.nan)
+        began, count = 0, rungs(len(windows))[0]
+        while True:
+            new, seen = self._order[began:count], self._order[:count]
+            part = Windows(windows.ids[torch.from_numpy(new)])
+            nll[new] = evaluate(model, part, self._before_layer, prefixes).nll
+            if count == len(windows):
+                return self._measured(precision_map, nll, np.arange(len(windows)))
+            against = None if rival is None else rival[seen]
+            stopped = self._stopped(precision_map, nll[seen], seen, against, error)
+            if stopped is not None:
+                return stopped
+            began, count = count, self._next_rung(nll[seen], seen, against, error)
+
+    def _stopped(
+        self, precision_map: PrecisionMap, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float
+    ) -> Measured | None:
+        """What a map measured so far, on the windows with numbers `seen [n]`, if it is to be stopped."""
+        windows = len(self._workspace.splits.search)
+        if seen.size == windows:
+            return None
+        measured = self._measured(precision_map, nll, seen)
+        budget = self._workspace.spec.search.budget_percent
+        stop = judge(measured.differences, windows, budget, rival, error)
+        return None if stop is None else replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
+
+    def _next_rung(self, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float) -> int:
+        """How many windows a map that was not stopped on those with numbers `seen [n]` is to see next."""
+        budget = self._workspace.spec.search.budget_percent
+        return next_rung(self._differences(nll, seen), len(self._workspace.splits.search), budget, rival, error)
+
+    def _differences(self, nll: np.ndarray, at: np.ndarray) -> np.ndarray:
+        """Log-increases over FP32 from the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
+        full = self._baseline.evaluation
+        found: np.ndarray = (nll - full.nll[at]) / full.predicted
+        return found
+
+    def _size(self, precision_map: PrecisionMap) -> int:
+        """Stored bytes of a map."""
+        return precision_map.bytes(self._workspace.space.components, self._workspace.spec.precision.activations)
+
+    @property
+    def reuse(self) -> Reuse:
+        """How many layers were found computed by a map before, of all."""
+        return self._shared.reuse
+
+    def _prefixes(self, precision_map: PrecisionMap) -> Prefixes:
+        """Layers' inputs that this map may share with others: they depend on the precisions of all before the layer."""
+        components, held = self._workspace.space.components, precision_map.to_json()
+        before = [
+            tuple(held[component.name] for component in components if component.stage <= layer)
+            for layer in range(1, self._workspace.model.config.n_layers)
+        ]
+        return Prefixes(self._shared, before)
+
+    def _converted(self, precision_map: PrecisionMap) -> LanguageModel:
+        return self._workspace.converter.convert(precision_map)
+
+    def _measured(self, precision_map: PrecisionMap, nll: np.ndarray, at: np.ndarray) -> Measured:
+        """From the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
+        full = self._baseline.evaluation
+        seen, reference = Evaluation(nll, full.predicted), Evaluation(full.nll[at], full.predicted)
+        size = self._size(precision_map)
+        return Measured(
+            bytes=size,
+            compression=self._baseline.bytes / size,
+            perplexity=seen.perplexity,
+            increase=paired_increase(seen, reference),
+            differences=self._differences(nll, at),
+            of_windows=full.windows,
+        )

@@ -1,0 +1,217 @@
+"""The run directory of a study: its database, probes, plots, front and log, with one owner at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from search.base.errors import StudyError
+from search.base.file_lock import FileLock
+from search.base.paths import shown
+from search.problem.spec import StudySpec
+from ssm_mp.errors import MachineError
+
+FINGERPRINT = "study.json"
+PROBES = "probes.jsonl"
+BASELINE = "baseline.json"
+LATENCY = "latency.json"
+CERTIFICATE = "certificate.json"
+TRIES = "tries.jsonl"
+FRONT = "front.json"
+REPORT = "report.md"
+DATABASE = "study.db"
+JOURNAL = "study.journal"
+WINNER = "winner"
+
+LOCKS = "locks"
+"""Folder of the locks; they mean nothing while no process works on the run."""
+_RESTORE = "restore it, or give --run-dir another directory"
+
+
+class RunDirectory:
+    """`runs/<study>/`, made on first use."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def of(cls, spec: StudySpec, path: str | Path | None = None) -> RunDirectory:
+        """The directory given, or `runs/<study name>` under the current folder."""
+        return cls(Path(path) if path is not None else Path("runs") / spec.name)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def lock(self, name: str) -> FileLock:
+        """A lock that processes which work on this run share. Makes the directory."""
+        folder = self / LOCKS
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder / name)
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Hold the directory for this process; raises StudyError where another process holds it."""
+        try:
+            made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self.lock("owner")
+        except OSError as error:
+            raise MachineError(f"{self.path}: the run directory cannot be used ({error})") from None
+        with lock.tried() as mine:
+            if not mine:
+                raise StudyError(
+                    f"{self.path}: another process is working in this run directory; wait for it, or give --run-dir "
+                    "another"
+                )
+            try:
+                yield
+            finally:
+                if made and [path.name for path in self.path.iterdir()] == [LOCKS]:  # nothing came of it
+                    self._remove_locks()
+
+    def _remove_locks(self) -> None:
+        """Remove the directory with its locks, which are empty files; with anything else it stays."""
+        with suppress(OSError):
+            for path in (self / LOCKS).iterdir():
+                if path.stat().st_size == 0:
+                    path.unlink()
+            (self / LOCKS).rmdir()
+            self.path.rmdir()
+
+    def require(self) -> None:
+        """Raise StudyError where nothing has been run here yet."""
+        if not (self / FINGERPRINT).exists():
+            raise StudyError(f"{self.path}: no search has been run here yet; start one with `ssm-mp search`")
+
+    def check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
+        """Store a study's fingerprint, or refuse, saying what changed, where another one is stored."""
+        current = json.loads(json.dumps(fingerprint))
+        with self.lock(FINGERPRINT).held():  # of workers on unlike machines the first one counts
+            stored = self.read_json(FINGERPRINT)
+            if stored is None:
+                left = [name for name in (DATABASE, JOURNAL, PROBES) if (self / name).exists()]
+                if left:
+                    raise StudyError(
+                        f"{self / FINGERPRINT} is missing, so nobody knows what {left[0]} belongs to; {_RESTORE}"
+                    )
+                self.write_json(FINGERPRINT, current)
+                return
+        require_same(stored, with_all(stored, current), str(self.path))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """The fingerprint of the study that was run here. Raises StudyError where nothing was."""
+        self.require()
+        stored = self.read_json(FINGERPRINT)
+        if not isinstance(stored, dict) or "space" not in stored:
+            raise StudyError(f"{self / FINGERPRINT}: damaged; {_RESTORE}")
+        return stored
+
+    def space(self) -> dict[str, list[str]]:
+        """Every component's choices, as the fingerprint holds them."""
+        choices: dict[str, list[str]] = self.fingerprint()["space"]
+        return choices
+
+    def write_json(self, name: str, content: object) -> None:
+        """Write a file whole: under another name first, then renamed."""
+        self.write_text(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text whole: under another name first, then renamed."""
+        partial = self / f".{name}.{os.getpid()}.partial"
+        try:
+            partial.write_text(shown(text), encoding="utf-8", errors="backslashreplace")
+            partial.replace(self / name)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise MachineError(f"{self / name}: cannot be written ({error})") from None
+
+    def read_json(self, name: str) -> Any:
+        """The content of a file, None where there is none."""
+        path = self / name
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
+
+    def append_lines(self, name: str, contents: Iterable[object]) -> None:
+        """Add lines of JSON to a file and see them written."""
+        try:
+            with self.lock(name).held(), (self / name).open("ab+") as file:
+                # a crash can leave half a line at the end: cut it off, or it would spoil the next one
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+                file.writelines(json.dumps(content).encode() + b"\n" for content in contents)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise MachineError(f"{self / name}: cannot be written ({error})") from None
+
+    def read_lines(self, name: str) -> list[Any]:
+        """The whole lines of a file; a last line that was cut short by a crash does not count."""
+        path = self / name
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")
+        try:
+            return [json.loads(line) for line in lines[:-1] if line]
+        except ValueError as error:
+            raise StudyError(f"{path}: damaged ({error}); {_RESTORE}") from None
+
+
+def mark_of(fingerprint: Mapping[str, Any]) -> str:
+    """A fingerprint as one short word, to mark what was measured under it."""
+    return hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def grown_in(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether two fingerprints differ in nothing but more choices of the same components."""
+    before, now = stored.get("space"), current.get("space")
+    if not isinstance(before, dict) or not isinstance(now, dict) or before == now:
+        return False
+    others = _changed(stored, {**with_all(stored, current), "space": before})
+    return not others and before.keys() == now.keys() and all(set(held) <= set(now[c]) for c, held in before.items())
+
+
+def with_all(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A fingerprint with None for what only the stored one has, so that this too is a difference."""
+    return {**dict.fromkeys(stored), **current}
+
+
+def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
+    """Raise StudyError, saying what changed, where two fingerprints differ."""
+    changed = _changed(stored, current)
+    if changed:
+        details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
+        rule = " (a space may get more choices, never lose any)" if changed == ["space"] else ""
+        advice = (
+            f"Its trials cannot be compared with new ones: restore what changed{rule}, or give --run-dir another "
+            "directory"
+        )
+        if grown_in(stored, current):
+            advice = "`ssm-mp search` takes its trials over into the larger space"
+        raise StudyError(
+            f"{where}: this study was begun with another {', another '.join(changed)} ({details}). {advice}"
+        )
+
+
+def _changed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """The parts of `current` that `stored` says otherwise."""
+    # version 0.2 did not say which vector instructions it computed with
+    stored = {**stored, "compute": current.get("compute")} if stored.get("compute") == "cpu float32" else stored
+    return [key for key in current if stored.get(key) != current[key]]
+
+
+def _difference(key: str, stored: object, current: object) -> str:
+    """What changed, in a few words."""
+    if isinstance(stored, dict) and isinstance(current, dict):
+        names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]
+        shown = [f"{name}: {stored.get(name)!r} → {current.get(name)!r}" for name in names[:3]]
+        return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{key}: {str(stored)[:24]} → {str(current)[:24]}"

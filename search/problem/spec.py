@@ -1,0 +1,297 @@
+"""The study file: TOML, validated, every key with a default except the checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+from urllib.parse import parse_qs, urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from search.base.errors import StudyError
+from search.base.paths import PathError, absolute
+from search.problem.directives import SlurmSection
+from ssm_mp.scheme import PRECISION_NAMES, ActivationScheme, ScaleMethod, ScaleRule, Scheme
+
+STDLIB = "python-stdlib"
+"""Name of the text that every user has: the standard library of the running interpreter."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class CheckpointSection(_Section):
+    """`[checkpoint]`: what is searched; `weights` is the path of the ones to take in a file that holds several."""
+
+    path: str = Field(min_length=1)
+    weights: str | None = Field(default=None, min_length=1)
+
+
+class DataSection(_Section):
+    """`[data]`: the text, and how many windows each split gets. Paths are relative to the study file.
+
+    bos: whether each window begins with the token that begins texts, or the id of that token.
+    """
+
+    text: str = STDLIB
+    text_field: str = Field(default="text", min_length=1)
+    tokenizer: str | None = None
+    bos: bool | Annotated[int, Field(ge=0)] = False
+    window: int | None = Field(default=None, ge=2, le=65536)
+    calibration: Literal["text", "synthetic"] = "text"
+    calibration_windows: int | None = Field(default=None, ge=1)
+    search_windows: int = Field(default=128, ge=2)
+    certify_windows: int = Field(default=512, ge=2)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @property
+    def calibration_count(self) -> int:
+        """64 windows of text, or 1000 synthetic sequences, unless the study says otherwise."""
+        return self.calibration_windows or (1000 if self.calibration == "synthetic" else 64)
+
+
+class PrecisionSection(_Section):
+    """`[precision]`: what a component may become, and what quantised means."""
+
+    choices: tuple[str, ...] = ("fp16", "int8")
+    activations: ActivationScheme = "static"
+    weight_scale: ScaleMethod = "mse"
+    input_scale: ScaleMethod = "percentile"
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    pin: tuple[str, ...] = ()
+    unpin: tuple[str, ...] = ()
+    embedding_blocks: tuple[int, ...] = ()
+
+    @field_validator("choices", "pin", "unpin", "embedding_blocks", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("choices")
+    @classmethod
+    def _known(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = [name for name in choices if name not in PRECISION_NAMES]
+        if unknown:
+            raise ValueError(f"unknown precision {unknown[0]!r}; known are {', '.join(map(repr, PRECISION_NAMES))}")
+        if len(choices) < 2 or len(set(choices)) < len(choices):
+            raise ValueError(f"expected at least two different precisions, found {list(choices)}")
+        widest_first = tuple(name for name in PRECISION_NAMES if name in choices)
+        if widest_first[0] != "fp16":
+            raise ValueError("'fp16' must be among the choices: it is where the pinned components and the probes stand")
+        return widest_first
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that these keys describe."""
+        return Scheme(
+            activations=self.activations,
+            weight_scales=ScaleRule(self.weight_scale, self.percentile),
+            input_scales=ScaleRule(self.input_scale, self.percentile),
+        )
+
+
+SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
+OBJECTIVES = ("compression", "perplexity", "latency")
+"""What maps are compared by, in the order of a trial's values; a study may leave out the last."""
+
+
+class SearchSection(_Section):
+    """`[search]`: how many maps are tried, how, and what counts as good enough."""
+
+    objectives: tuple[str, ...] = OBJECTIVES[:2]
+    latency_batch: int = Field(default=1, ge=1, le=4096)
+    latency_length: int | None = Field(default=None, ge=1, le=65536)
+    trials: int = Field(default=64, ge=1)
+    sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
+    probe: Literal["measured", "gradient", "none"] = "measured"
+    racing: bool = True
+    racing_error: float = Field(default=0.01, gt=0, lt=0.5)
+    stacked: int | str = "auto"
+    shared_mib: int = Field(default=512, ge=0, le=1 << 20)
+    seeds: int = Field(default=12, ge=0, le=1000)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)
+    confidence: float = Field(default=0.95, gt=0.5, lt=1)
+    force_baseline: bool = False
+    device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
+
+    @property
+    def asks_latency(self) -> bool:
+        """Whether latency is an objective."""
+        return self.objectives == OBJECTIVES
+
+    @field_validator("objectives", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("objectives")
+    @classmethod
+    def _known(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
+        if objectives not in (OBJECTIVES, OBJECTIVES[:2]):
+            raise ValueError(f"expected {list(OBJECTIVES[:2])} or {list(OBJECTIVES)}, found {list(objectives)}")
+        return objectives
+
+    @field_validator("stacked")
+    @classmethod
+    def _counted(cls, stacked: int | str) -> int | str:
+        if stacked != "auto" and (isinstance(stacked, str) or not 1 <= stacked <= 4096):
+            raise ValueError(f'expected "auto" or a number of trials from 1 to 4096, found {stacked!r}')
+        return stacked
+
+    @field_validator("budget_percent", "confidence", mode="before")
+    @classmethod
+    def _as_float(cls, value: object) -> object:
+        return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+class StorageSection(_Section):
+    """`[storage]`: where trials are kept. `auto`: SQLite in the run directory for one process, a journal for many."""
+
+    kind: Literal["auto", "sqlite", "journal", "postgresql"] = "auto"
+    url: str = ""
+    proxy: str = Field(default="", pattern=r"^$|^[^\s:/]+:\d{1,5}$")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.proxy and self.kind != "postgresql":
+            raise ValueError('proxy = "host:port" stands in front of kind = "postgresql"')
+        if self.kind == "postgresql" and not self.url:
+            raise ValueError('kind = "postgresql" needs url = "postgresql+psycopg://user@host:5432/database"')
+        if self.kind != "postgresql" and self.url:
+            raise ValueError('url is for kind = "postgresql"')
+        return self
+
+    @field_validator("url")
+    @classmethod
+    def _without_password(cls, url: str) -> str:
+        if not url:
+            return url
+        if not url.startswith("postgresql+psycopg://"):
+            # not shown: whatever it is, it may hold a password
+            raise ValueError('expected an address that begins with "postgresql+psycopg://"')
+        parts = urlsplit(url)
+        if parts.password is not None or "password" in parse_qs(parts.query):
+            raise ValueError(
+                "it holds a password, which would end up in files and logs; leave it out, and set PGPASSWORD or write "
+                "a pgpass file (and change the password: this file has been readable)"
+            )
+        return url
+
+
+class StudySpec(_Section):
+    """A whole study file."""
+
+    checkpoint: CheckpointSection
+    data: DataSection = DataSection()
+    precision: PrecisionSection = PrecisionSection()
+    search: SearchSection = SearchSection()
+    storage: StorageSection = StorageSection()
+    slurm: SlurmSection = SlurmSection()
+    path: Path = Field(exclude=True)
+
+    @property
+    def name(self) -> str:
+        """The study's name: that of its file, without `.toml`."""
+        return self.path.stem
+
+    def resolve(self, path: str, key: str) -> Path:
+        """A path of the study file, relative to the file itself, as an absolute one; `key` is where it stands.
+
+        Raises StudyError for a variable or a home that is not known.
+        """
+        try:
+            return absolute(path, self.path.parent)
+        except PathError as error:
+            raise StudyError(f"{self.path}: {key} = {path!r}: {error}") from None
+
+    def with_checkpoint(self, path: Path, weights: str | None = None) -> Self:
+        """This study for another checkpoint, and other weights in it where they are given.
+
+        A name of any bytes will do, which a study file could not hold.
+        """
+        changed = {"path": str(path.absolute()), **({} if weights is None else {"weights": weights})}
+        return self.model_copy(update={"checkpoint": self.checkpoint.model_copy(update=changed)})
+
+    @property
+    def checkpoint_path(self) -> Path:
+        return self.resolve(self.checkpoint.path, "[checkpoint] path")
+
+    def weights_of(self, path: Path) -> str | None:
+        """The weights that the study takes, where `path` is its checkpoint; else None."""
+        return self.checkpoint.weights if path.absolute() == self.checkpoint_path.absolute() else None
+
+
+def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
+    """Read a study file; `overrides` are `section.key=value` with a TOML value.
+
+    Raises StudyError that says the file, the key, what was expected and what was found.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise StudyError(f"no study file at {path}: expected a .toml file, e.g. studies/reference.toml")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise StudyError(f"{path}: not a TOML file ({error})") from None
+    for override in overrides:
+        content = _overridden(content, override)
+    if "path" in content:
+        raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
+    try:
+        return StudySpec.model_validate({**content, "path": path})
+    except ValidationError as error:
+        lines = [_explained(detail) for detail in error.errors()]
+        raise StudyError(f"{path}: " + "; ".join(lines)) from None
+
+
+def _overridden(content: Mapping[str, Any], override: str) -> dict[str, Any]:
+    """The content with one `section.key=value` put in."""
+    name, equals, text = override.partition("=")
+    section, dot, key = name.strip().partition(".")
+    if not equals or not dot or not key:
+        raise StudyError(f"--set {override}: expected section.key=value, e.g. --set search.trials=20")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word is a string
+    held = content.get(section, {})
+    return {**content, section: {**held, key: value} if isinstance(held, dict) else {key: value}}
+
+
+def _explained(detail: Any) -> str:
+    """One pydantic finding in the words of a study file."""
+    location = [str(part) for part in detail["loc"]]
+    where = f"[{location[0]}] " + ".".join(location[1:]) if len(location) > 1 else f"[{location[0]}]"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where}; {_nearest(location)}"
+    if detail["type"] == "missing":
+        return f'missing {where}: every study needs [checkpoint] path = "…"'
+    message = detail["msg"].removeprefix("Value error, ")
+    found = detail.get("input")
+    shown = "" if detail["type"] == "value_error" else f", found {found!r}"
+    return f"{where}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _nearest(location: list[str]) -> str:
+    """The known key nearest to an unknown one, in its own section or in another."""
+    sections = {
+        name: list(field.annotation.model_fields)
+        for name, field in StudySpec.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    if len(location) == 1:
+        close = difflib.get_close_matches(location[0], sections, n=1, cutoff=0.0)
+        return f"the nearest section is [{close[0]}]"
+    known = sections.get(location[0], [])
+    elsewhere = [name for name, keys in sections.items() if location[-1] in keys]
+    if elsewhere:
+        return f"it belongs to [{elsewhere[0]}]"
+    close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+    return f"the nearest is {close[0]!r}"

@@ -1,0 +1,256 @@
+"""What a study works on, loaded once: checkpoint, windows, calibrated converter, search space."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from search.base.errors import StudyError
+from search.problem.run_directory import mark_of
+from search.problem.space import Space, make_space
+from search.problem.spec import STDLIB, StudySpec
+from ssm_mp.assembly import LanguageModel, build
+from ssm_mp.checkpoints import Checkpoint, load_checkpoint
+from ssm_mp.components import find_components
+from ssm_mp.config import Config
+from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.conversion.convert import Converter
+from ssm_mp.conversion.embedding_blocks import split_embedding
+from ssm_mp.data import (
+    BYTES,
+    Pool,
+    Splits,
+    Windows,
+    bos_id,
+    cut,
+    draw,
+    find_tokenizer,
+    load_tokenizer,
+    overlap,
+    read_tokens,
+    synthetic_windows,
+    tokenize,
+)
+from ssm_mp.data.corpus import Part, stdlib_documents
+from ssm_mp.evaluation.memory import keep_freed_memory
+from ssm_mp.kernels.calls import compiled
+from ssm_mp.kernels.matrices import multiplies_by_amx
+from ssm_mp.modules.layers import BlockedEmbedding
+from ssm_mp.precision_map import PrecisionMap, pinned_names
+
+_LONGEST_DEFAULT_WINDOW = 1024
+_DEFAULT_WINDOW = 256
+"""Window length where neither the study nor the model's positions say one."""
+
+Say = Callable[[str], None]
+"""Told a line for people."""
+
+_CALIBRATION_STRIDE = 10
+"""Calibration windows are drawn from every tenth file of the training part: enough for ranges, quicker to tokenise."""
+
+
+@dataclass(frozen=True, eq=False)
+class Workspace:
+    """Everything that turns a precision map into a number."""
+
+    spec: StudySpec
+    checkpoint: Checkpoint
+    model: LanguageModel
+    splits: Splits
+    converter: Converter
+    space: Space
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a study's results depend on; resuming with another is refused.
+
+        The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
+        """
+        blocks = {"embedding blocks": self._blocks_digest} if self.spec.precision.embedding_blocks else {}
+        search = self.spec.search
+        shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
+        latency = {"latency": shape} if search.asks_latency else {}
+        return {
+            "checkpoint": self.checkpoint.digest,
+            "search windows": self.splits.search.digest,
+            "calibration windows": self.splits.calibration.digest,
+            "scheme": self.spec.precision.scheme.to_json(),
+            "space": self.space.to_json(),
+            "compute": _compute_type(self.spec.search.device),
+            **blocks,
+            **latency,
+        }
+
+    @property
+    def _blocks_digest(self) -> str:
+        """Which token is in which block of the embedding."""
+        embedding = self.model.embedding
+        assert isinstance(embedding, BlockedEmbedding)
+        return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
+
+    @property
+    def fingerprint_digest(self) -> str:
+        """The fingerprint as one short word, to mark what was measured under it."""
+        return mark_of(self.fingerprint())
+
+
+def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | None = None) -> Workspace:
+    """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit.
+
+    cache: folder in which the token ids of a long text are kept.
+    """
+    keep_freed_memory()
+    device = check_device(spec.search.device)
+    checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
+    for note in checkpoint.notes:
+        say(f"note: {note}")
+    model = build(checkpoint.config, checkpoint.tensors).to(device)
+    splits = load_splits(spec, checkpoint.config, say, cache)
+    model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
+    components = find_components(model)
+    pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
+    scheme = spec.precision.scheme
+    statistics = None
+    if scheme.activations == "static":
+        say(f"calibrating on {len(splits.calibration)} windows ({spec.data.calibration})")
+        statistics = calibrate(model, splits.calibration)
+    converter = Converter(model, scheme, statistics)
+    space = make_space(converter, spec.precision.choices, pins)
+    for (name, precision), reason in space.infeasible.items():
+        say(f"note: {name} is never {precision}: {reason}")
+    return Workspace(spec, checkpoint, model, splits, converter, space)
+
+
+def _extra_pins(spec: StudySpec, model: LanguageModel) -> frozenset[str]:
+    """Components that the study itself keeps at fp16."""
+    if not spec.precision.pin:
+        return frozenset()
+    components = find_components(model)
+    rules = {"*": "int8"} | dict.fromkeys(spec.precision.pin, "fp16")
+    resolved = PrecisionMap.from_rules(rules, components, frozenset())
+    return frozenset(name for name, precision in resolved if precision == "fp16")
+
+
+def check_device(name: str) -> torch.device:
+    """A torch device that this machine has. Raises StudyError."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise StudyError(f"[search] device = {name!r} cannot be used here: {reason}") from None
+    return device
+
+
+def _compute_type(device: str) -> str:
+    """What results depend on of the machine: a CPU's vector instructions and whether it has a compiler, a GPU's model.
+
+    Rounding differs between them, and inputs that are rounded to int8 amplify it.
+    """
+    if torch.device(device).type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} float32"
+    by = ""
+    if compiled():
+        by = " kernels amx" if multiplies_by_amx() else " kernels"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} float32{by}"
+
+
+def window_length(spec: StudySpec, config: Config) -> int:
+    """The study's window, else the model's positions, else a default. Raises StudyError beyond the positions."""
+    if spec.data.window is None:
+        return min(config.max_length or _DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
+    if config.max_length is not None and spec.data.window > config.max_length:
+        raise StudyError(
+            f"[data] window = {spec.data.window}, but the model has positions for {config.max_length} tokens"
+        )
+    return spec.data.window
+
+
+def load_splits(
+    spec: StudySpec, config: Config, say: Say = lambda line: None, cache: Path | None = None
+) -> Splits:  # fmt: skip
+    """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short.
+
+    cache: as in `open_workspace`. `say` is told what repeats and was left out.
+    """
+    splits = _stdlib_splits(spec, config, say) if spec.data.text == STDLIB else _file_splits(spec, config, say, cache)
+    certify = overlap(splits.certify, splits.search, splits.bos)
+    for note in (*splits.dropped, *([certify.sentence()] if certify.near_duplicates else [])):
+        say(f"note: {note}")
+    return replace(splits, overlap=certify)
+
+
+def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
+    """Each split from its own part of the library, less what another split has drawn already."""
+    data, length, path = spec.data, window_length(spec, config), tokenizer_path(spec)
+    tokenizer = load_tokenizer(path, config.vocabulary, say)
+    bos = bos_id(data.bos, tokenizer, path if path.is_dir() else path.parent, config.vocabulary)
+
+    def part(name: Part) -> Pool:
+        documents = stdlib_documents(name)
+        documents = documents[::_CALIBRATION_STRIDE] if name == "train" else documents
+        return cut(tokenize(documents, tokenizer), length, f"the library's {name} part", bos)
+
+    search_pool = part("search")
+    search = draw(search_pool, [data.search_windows], data.seed)[0]
+    text = part("train")
+    calibration = text.without([search])
+    counts = text.counts(config.vocabulary, repeats=True)
+    drawn = _calibration(spec, calibration, counts)
+    certify_pool = part("certify").without([search, drawn])
+    certify = draw(certify_pool, [data.certify_windows], data.seed)[0]
+    dropped = [line for pool in (calibration, search_pool, certify_pool) for line in pool.dropped()]
+    return Splits(drawn, search, certify, counts, bos, tuple(dropped))
+
+
+def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) -> Splits:
+    """All splits from one text."""
+    data, path = spec.data, spec.resolve(spec.data.text, "[data] text")
+    tokenizer, folder = None, None
+    if path.suffix != ".npy":
+        tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary, say)
+        named = tokenizer_path(spec)
+        folder = named if named.is_dir() else named.parent
+    bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
+    ids = read_tokens(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
+    pool = cut(ids, window_length(spec, config), str(path), bos)
+    # calibration windows first: a larger certify split then leaves the other two as they are
+    own = 0 if data.calibration == "synthetic" else data.calibration_count
+    calibration, search, certify = draw(pool, [own, data.search_windows, data.certify_windows], data.seed)
+    if data.calibration == "text":
+        # not the unused windows: there are fewer of them where more windows certify
+        counts = torch.bincount(calibration.ids.flatten(), minlength=config.vocabulary)
+    else:
+        counts = pool.without([search, certify]).counts(config.vocabulary)
+        calibration = _calibration(spec, pool, counts)
+    return Splits(calibration, search, certify, counts, bos, pool.dropped())
+
+
+def _calibration(spec: StudySpec, pool: Pool, counts: torch.Tensor) -> Windows:
+    """Calibration windows of a text, or made up from the frequencies of its tokens."""
+    data = spec.data
+    if data.calibration == "text":
+        return draw(pool, [data.calibration_count], data.seed)[0]
+    return synthetic_windows(counts.numpy(), data.calibration_count, pool.length, data.seed, pool.bos)
+
+
+def tokenizer_path(spec: StudySpec) -> Path:
+    """The study's tokenizer, else the one found beside the checkpoint."""
+    asked = spec.data.tokenizer
+    if asked is not None:
+        named = spec.resolve(asked, "[data] tokenizer")
+        return Path(BYTES) if asked == BYTES and not named.exists() else named
+    checkpoint = spec.checkpoint_path
+    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    return find_tokenizer(folder) or folder / "tokenizer.json"
+
+
+def tokenizer_json(spec: StudySpec, config: Config) -> bytes | None:
+    """The tokenizer that the study's text is read with, as a `tokenizer.json`; None where the text is token ids."""
+    if Path(spec.data.text).suffix == ".npy":
+        return None
+    return load_tokenizer(tokenizer_path(spec), config.vocabulary).to_str().encode()

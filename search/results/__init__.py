@@ -1,0 +1,1 @@
+"""What a study says: certificate, gates, export, report, plots."""

@@ -1,0 +1,92 @@
+"""Quality gates: is the result good enough to use? Each gate says pass, warn or fail, with its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from search.results.certify import Certificate
+
+GateVerdict = Literal["pass", "warn", "fail"]
+
+GOOD_COMPRESSION, LEAST_COMPRESSION = 1.5, 1.3
+GOOD_SPEEDUP = 1.2
+_ORDER: tuple[GateVerdict, ...] = ("pass", "warn", "fail")
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One question with its answer and the figures behind it."""
+
+    name: str
+    verdict: GateVerdict
+    figures: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the gates judge: measured on the exported artifact, read back from disk."""
+
+    compression: float
+    speedup: float
+    float32_arrays: int
+
+
+def overall(gates: Sequence[Gate]) -> GateVerdict:
+    """The worst of the verdicts."""
+    return max((gate.verdict for gate in gates), key=_ORDER.index, default="fail")
+
+
+def judge(certificate: Certificate | None, facts: Facts | None, failure: str = "") -> list[Gate]:
+    """All gates; `certificate` is None where no map is within the budget, `facts` where none was exported.
+
+    failure: why the winner could not be exported and read back.
+    """
+    if certificate is None:
+        return [Gate("quality", "fail", "no evaluated map is within the budget on the search windows")]
+    gates = [_quality(certificate)]
+    if failure:
+        return [*gates, Gate("loads", "fail", failure)]
+    if facts is None:
+        return gates
+    return [
+        *gates,
+        _compression(facts.compression),
+        _precision(facts),
+        Gate("loads", "pass", "re-read from disk, same perplexity"),
+        _speed(facts.speedup),
+    ]
+
+
+def _quality(certificate: Certificate) -> Gate:
+    budget = certificate.budget_percent
+    figures = (
+        f"{certificate.verdict}: {certificate.increase_percent:+.2f} % on {certificate.windows} certify windows, "
+        f"upper bound {certificate.upper_percent:+.2f} %, budget {budget:g} %"
+    )
+    if certificate.verdict == "certified":
+        return Gate("quality", "pass", figures)
+    return Gate("quality", "fail" if certificate.increase_percent > 2 * budget else "warn", figures)
+
+
+def _compression(compression: float) -> Gate:
+    verdict: GateVerdict = "pass"
+    if compression < GOOD_COMPRESSION:
+        verdict = "fail" if compression < LEAST_COMPRESSION else "warn"
+    return Gate(
+        "compression", verdict, f"{compression:.2f}× (≥ {GOOD_COMPRESSION} passes, < {LEAST_COMPRESSION} fails)"
+    )
+
+
+def _precision(facts: Facts) -> Gate:
+    count = facts.float32_arrays
+    return Gate("no FP32 left", "fail" if count else "pass", f"{count} float32 arrays in the file")
+
+
+def _speed(speedup: float) -> Gate:
+    verdict: GateVerdict = "pass" if speedup >= GOOD_SPEEDUP else "warn"
+    return Gate("speed", verdict, f"{speedup:.2f}× FP32, prefill at batch 32 (< {GOOD_SPEEDUP} warns)")

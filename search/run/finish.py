@@ -1,0 +1,173 @@
+"""The end of a search: front, certificate, export of the winner, plots, report; all in the run directory."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+
+from search.base.front import Point, front_by_size, pareto_front
+from search.measure.objective import require_knowing
+from search.measure.probe import Probe
+from search.problem.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINNER, RunDirectory
+from search.problem.source import source_of
+from search.problem.spec import StudySpec
+from search.problem.workspace import Workspace
+from search.results import plots
+from search.results.certify import Certificate, certify
+from search.results.export import export, provenance_of
+from search.results.gates import judge
+from search.results.ledger import tries_of
+from search.results.outlook import outlook
+from search.results.report import Result, front_json, render
+from search.run.prepare import Prepared, Say
+from search.run.study import prediction_error
+from search.trials.trials import counts, points
+from ssm_mp.artifact_folder import remove_artifact
+from ssm_mp.components import Component
+from ssm_mp.errors import ArtifactError, DataError
+from ssm_mp.evaluation.evaluate import Increase, evaluate, paired_increase
+from ssm_mp.precision_map import PrecisionMap
+
+
+def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Result:
+    """Front, certificate, export of the winner, plots, report."""
+    workspace, baseline = prepared.workspace, prepared.baseline
+    spec = workspace.spec
+    found = points(study, workspace.space.choices)
+    front = pareto_front(found, spec.search.budget_percent)
+    certificate = certify_front(workspace, run, front_by_size(front), say)
+    exported, failure = None, ""
+    winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
+    if winner is not None:
+        say(f"exporting trial {winner.trial} and reading it back")
+        try:
+            exported = export(
+                workspace, baseline, workspace.space.map(winner.map), run / WINNER,
+                certificate=certificate, provenance={"trial": winner.trial}, replace=True, latency=prepared.latency,
+            )  # fmt: skip
+        except (ArtifactError, DataError) as error:  # the report must still say what was found, and that this failed
+            failure = str(error)
+            say(f"error: {failure}")
+    else:
+        clear_winner(run / WINNER, say)
+    run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
+    result = Result(
+        spec=spec,
+        components=workspace.space.components,
+        pins=workspace.space.pins,
+        baseline_perplexity=baseline.perplexity,
+        baseline_bytes=baseline.bytes,
+        points=found,
+        front=front,
+        counts=counts(study),
+        surrogate=prepared.surrogate,
+        prediction_error=prediction_error(prepared.knowledge, study),
+        certificate=certificate,
+        gates=judge(certificate, exported.facts if exported else None, failure),
+        benchmark=exported.benchmark if exported else None,
+        provenance=provenance_of(workspace),
+        latency=prepared.latency,
+        windows=workspace.splits.described(),
+        doubt=require_knowing(workspace, baseline.evaluation),
+        source=source_of(workspace.checkpoint),
+    )
+    draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
+    run.write_text(REPORT, render(result))
+    run.write_json(FRONT, answer(result))
+    return result
+
+
+def clear_winner(folder: Path, say: Say) -> None:
+    """Remove a former winner, which has lost; whatever else is in its folder is kept under another name."""
+    try:
+        if not remove_artifact(folder) or not folder.exists():
+            return
+        kept = next(
+            path for n in itertools.count(1) if not (path := folder.with_name(f"{folder.name}-kept-{n}")).exists()
+        )
+        folder.rename(kept)
+    except (OSError, ArtifactError) as error:  # the report must still be written
+        say(f"note: {folder} is a former winner, which has lost, and cannot be removed ({error})")
+        return
+    say(f"note: the former winner was removed; the other files in {folder} are now in {kept}")
+
+
+def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:
+    """Hold the front against the budget on the certify windows, and note each new try in the run directory."""
+    spec, windows = workspace.spec, workspace.splits.certify
+    if not front:
+        return None
+    say(f"certifying on {len(windows)} windows")
+    reference = evaluate(workspace.model, windows)
+
+    def measure(point: Point) -> Increase:
+        model = workspace.converter.convert(workspace.space.map(point.map))
+        return paired_increase(evaluate(model, windows), reference)
+
+    with run.lock("certify").held():  # two exports at once must not spend the same share
+        former = tries_of(run.read_lines(TRIES), str(run / TRIES))
+        certificate = certify(
+            front,
+            measure,
+            budget_percent=spec.search.budget_percent,
+            confidence=spec.search.confidence,
+            windows_digest=windows.digest,
+            former=former,
+        )
+        new = [tried for tried in certificate.tries if tried not in former] if certificate else []
+        run.append_lines(TRIES, [tried.to_json() for tried in new])
+    return certificate
+
+
+def draw(
+    run: RunDirectory,
+    spec: StudySpec,
+    components: tuple[Component, ...],
+    found: Sequence[Point],
+    probes: Sequence[Probe],
+    certificate: Certificate | None,
+    baseline_bytes: int,
+) -> list[Path]:
+    """The study's pictures, PNG and SVG. The allocation is the winner's, or the smallest front map's where none won."""
+    budget = spec.search.budget_percent
+    winner = None if certificate is None else certificate.winner
+    front = pareto_front(found, budget)
+    picture = plots.plot_front(found, budget, winner, describe(certificate, bool(front)), baseline_bytes)
+    paths = plots.save(picture, run.path, "front")
+    if probes:
+        paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
+    shown = next((point for point in front if point.trial == winner), front[0] if front else None)
+    if shown is not None:
+        allocation = PrecisionMap(tuple(shown.map.items()))
+        paths += plots.save(
+            plots.plot_allocation(components, allocation, spec.precision.activations), run.path, "allocation"
+        )
+    return paths
+
+
+def describe(certificate: Certificate | None, any_within: bool) -> str:
+    """The certificate in one sentence, for titles; `any_within` tells an empty front from one not yet certified."""
+    if certificate is None:
+        return "Not certified yet." if any_within else "No map is within the budget on the search windows."
+    return (
+        f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows: "
+        f"{certificate.increase_percent:+.2f} %, at most {certificate.upper_percent:+.2f} % "
+        f"({100 * certificate.confidence:g} % confidence), budget {certificate.budget_percent:+g} %"
+    )
+
+
+def answer(result: Result) -> dict[str, Any]:
+    """What `search` and `front` answer, with the gates."""
+    certificate = None if result.certificate is None else result.certificate.to_json()
+    source = {} if result.source is None else result.source.to_json()
+    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}
+    budget = result.spec.search.budget_percent
+    content = front_json(
+        result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate)
+    )
+    return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

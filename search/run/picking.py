@@ -1,0 +1,94 @@
+"""Which map of a finished search to export: the certified winner, the knee, the fastest, or a trial by number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from optuna.study import Study
+
+from search.base.errors import NothingFoundError, StudyError
+from search.base.front import Point, fastest, knee, pareto_front
+from search.measure.latency import stored_latency
+from search.measure.objective import measure_baseline
+from search.problem.run_directory import RunDirectory
+from search.problem.spec import StudySpec
+from search.problem.workspace import open_workspace
+from search.results.export import Exported, export
+from search.run.finish import certify_front
+from search.run.stored import stored_certificate
+from search.trials.trials import points
+from ssm_mp.artifact import require_free
+
+
+def pick_point(pick: str, found: Sequence[Point], budget_percent: float, winner: int | None) -> Point:
+    """The point that `pick` names. Raises NothingFoundError where the study has none, StudyError for a wrong word."""
+    front = pareto_front(found, budget_percent)
+    if pick == "smallest":
+        chosen = next((point for point in front if point.trial == winner), None)
+        if chosen is None:
+            raise NothingFoundError(
+                "no map of this study is certified for this budget and confidence, so there is no smallest to export; "
+                "run its search (again), or name a map with --pick knee or --pick TRIAL"
+            )
+        return chosen
+    if pick == "knee":
+        point = knee(front)
+        if point is None:
+            raise NothingFoundError("no map of this study is within the budget, so its front has no knee")
+        return point
+    if pick == "fastest":
+        if found and all(point.latency is None for point in found):
+            raise StudyError(
+                '--pick fastest: this study knows no latencies; one with [search] objectives = ["compression", '
+                '"perplexity", "latency"] does'
+            )
+        point = fastest(front)
+        if point is None:
+            raise NothingFoundError("no map of this study is within the budget, so there is no fastest")
+        return point
+    if not pick.isdecimal():
+        raise StudyError(f"--pick {pick}: expected smallest, knee, fastest or a trial's number")
+    for point in found:
+        if point.trial == int(pick):
+            return point
+    numbers = f"0 to {max(p.trial for p in found)}" if found else "none"
+    raise StudyError(f"--pick {pick}: no finished trial has this number (finished: {numbers})")
+
+
+def export_pick(
+    spec: StudySpec,
+    run: RunDirectory,
+    study: Study,
+    pick: str,
+    out: str | Path,
+    *,
+    replace: bool,
+    say: Callable[[str], None],
+) -> tuple[Exported, str]:
+    """Export a map of a study; returns it and its certificate's verdict.
+
+    A map other than the certified winner is held against the certify windows by itself.
+    """
+    require_free(out, replace)
+    search = spec.search
+    found = points(study, run.space())
+    front = pareto_front(found, search.budget_percent)
+    certificate = stored_certificate(run, spec, front)
+    winner = None if certificate is None else certificate.winner
+    point = pick_point(pick, found, search.budget_percent, winner)
+    workspace = open_workspace(spec, say, run.path)
+    run.check_fingerprint(workspace.fingerprint())
+    if point.trial != winner:
+        certificate = certify_front(workspace, run, [point], say)
+    exported = export(
+        workspace,
+        measure_baseline(workspace),
+        workspace.space.map(point.map),
+        out,
+        certificate=certificate,
+        provenance={"trial": point.trial},
+        replace=replace,
+        latency=stored_latency(run),
+    )
+    return exported, certificate.verdict if certificate else "inconclusive"

@@ -1,0 +1,264 @@
+"""What trials need before they start: baseline, both ends, probes, surrogate, seeds.
+
+Any number of processes may prepare one study at once: what one has measured the others read, and probes are shared
+out by the layer and the end that they depart from. What a former run measured is not measured again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from search.base.file_lock import FileLock
+from search.base.progress import Progress
+from search.base.stop import Stop
+from search.measure.gradient import gradient_probes, gradient_windows
+from search.measure.latency import latency_table
+from search.measure.objective import Baseline, measure_baseline, require_knowing
+from search.measure.probe import (
+    GRADIENT,
+    LOWEST,
+    WIDEST,
+    End,
+    Group,
+    Probe,
+    groups,
+    missing,
+    open_end,
+    planned,
+    probe_from_stored,
+    run_group,
+)
+from search.problem.run_directory import BASELINE, PROBES, RunDirectory
+from search.problem.source import source_of
+from search.problem.space import Space
+from search.problem.spec import StudySpec
+from search.problem.workspace import Workspace, open_workspace
+from search.run.claim import Seed
+from search.run.widening import check_or_widen
+from search.sampling.catalogue import catalogue_of
+from search.sampling.knowledge import Knowledge, before_any_trial
+from search.sampling.surrogate import Surrogate, additive, effects_of_size, fit, predicted_front
+from ssm_mp.components import fp32_bytes
+from ssm_mp.evaluation.evaluate import Evaluation, paired_increase
+from ssm_mp.evaluation.latency import LatencyTable
+from ssm_mp.precision_map import PRESETS, PrecisionMap
+from ssm_mp.precisions.precision import FOUR_BIT
+
+Say = Callable[[str], None]
+"""Told a line for people before each slow step."""
+
+MANY_PROBES = 64
+"""More probes than these are left to the workers by a step that only prepares."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What trials need: the loaded study, its baseline, the surrogate of its probes, its latencies if any."""
+
+    workspace: Workspace
+    baseline: Baseline
+    probes: list[Probe]
+    surrogate: Surrogate
+    knowledge: Knowledge
+    latency: LatencyTable | None = None
+
+    @property
+    def choices(self) -> dict[str, tuple[str, ...]]:
+        """The free components' precisions: what a trial's parameters may be."""
+        space = self.workspace.space
+        return {component.name: space.choices[component.name] for component in space.free}
+
+
+def prepare(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop | None = None) -> Prepared:
+    """Load, check the fingerprint, measure what is missing of baseline and probes, together with whoever else does.
+
+    Raises StudyError where the run belongs to a study with another fingerprint, WorkInterruptedError where `stop` asks.
+    """
+    study = _Preparation.begin(spec, run, say, Stop() if stop is None else stop)
+    probes = study.all_probes()
+    return study.prepared(probes)
+
+
+def prepare_alone(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> Prepared | None:
+    """The step before many workers: all of it, or where there are many probes all but those; then None."""
+    study = _Preparation.begin(spec, run, say, stop)
+    if spec.search.probe == "measured" and planned(study.workspace) > MANY_PROBES:
+        say(f"{planned(study.workspace)} probes are left to the workers")
+        return None
+    return study.prepared(study.all_probes())
+
+
+@dataclass(frozen=True, eq=False)
+class _Preparation:
+    """A study that is being prepared. `offsets`: log-increase of the widest and of the lowest map."""
+
+    workspace: Workspace
+    run: RunDirectory
+    say: Say
+    stop: Stop
+    baseline: Baseline
+    offsets: tuple[float, float]
+    latency: LatencyTable | None
+
+    @classmethod
+    def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
+        workspace = open_workspace(spec, say, run.path)
+        check_or_widen(spec, run, workspace.fingerprint(), say)
+        with run.lock("prepare").awaited(stop.check):  # one measures, the others read
+            baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
+            latency = latency_table(run, workspace, say, stop) if spec.search.asks_latency else None
+        if doubt := require_knowing(workspace, baseline.evaluation):
+            say(f"note: {doubt}")
+        say(
+            f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
+            f"{baseline.bytes:,} bytes in FP32"
+        )
+        return cls(workspace, run, say, stop, baseline, offsets, latency)
+
+    @cached_property
+    def _ends(self) -> tuple[End, End]:
+        return open_end(self.workspace, WIDEST), open_end(self.workspace, LOWEST)
+
+    def _stored(self) -> list[Probe]:
+        """Probes that were measured under this fingerprint, of the kind that the study asks for."""
+        gradient, mark = self.workspace.spec.search.probe == "gradient", self.workspace.fingerprint_digest
+        lines = [line for line in self.run.read_lines(PROBES) if line["fingerprint"] == mark]
+        stored = [probe_from_stored(line["probe"]) for line in lines]
+        return [probe for probe in stored if (probe.end == GRADIENT) == gradient]
+
+    def _save(self, probes: Iterable[Probe]) -> None:
+        mark = self.workspace.fingerprint_digest
+        self.run.append_lines(PROBES, [{"fingerprint": mark, "probe": probe.stored()} for probe in probes])
+
+    def all_probes(self) -> list[Probe]:
+        """The study's probes, in an order that does not depend on who measured them."""
+        kind = self.workspace.spec.search.probe
+        if kind == "none":
+            return []
+        if kind == "gradient":
+            with self.run.lock("prepare").awaited(self.stop.check):
+                if not self._stored():
+                    progress = Progress("gradients", len(gradient_windows(self.workspace)))
+                    self._save(gradient_probes(self.workspace, progress.step))
+        else:
+            self._measure_probes()
+        by_key = {(probe.end, probe.component, probe.precision): probe for probe in self._stored()}
+        return [by_key[key] for key in sorted(by_key)]
+
+    def _measure_probes(self) -> None:
+        """Measure the groups of probes that nobody has taken; then, in case a worker died, what is still missing."""
+        progress = Progress("probes", planned(self.workspace), len(self._stored()))
+        every = groups(self.workspace)
+        for group in every:
+            with self._lock(group).tried() as free:
+                if free:
+                    self._measure(group, progress)
+        for group in every:
+            if missing(self.workspace, group, self._stored()):
+                with self._lock(group).awaited(self.stop.check):
+                    self._measure(group, progress)
+        progress.close()
+
+    def _measure(self, group: Group, progress: Progress) -> None:
+        end = self._ends[0] if group.end == WIDEST else self._ends[1]
+        for probe in run_group(self.workspace, end, group, self._stored(), self.stop.check):
+            self._save([probe])
+            progress.step()
+
+    def _lock(self, group: Group) -> FileLock:
+        return self.run.lock(f"probes-{group.end}-{group.stage}")
+
+    def prepared(self, probes: list[Probe]) -> Prepared:
+        """With the surrogate of the probes."""
+        space, offsets = self.workspace.space, self.offsets
+        if self.workspace.spec.search.probe == "none":
+            surrogate = additive(space, effects_of_size(space, *offsets), *offsets)
+        else:
+            surrogate = fit(space, probes, *offsets)
+        self.say(
+            f"probes: {len(probes)}; all-lowest costs {100 * math.expm1(offsets[1]):+.3f} %, "
+            f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
+        )
+        knowledge = _knowledge(self.workspace, surrogate, probes, offsets, self.latency)
+        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency)
+
+
+def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tuple[Baseline, tuple[float, float]]:
+    """Measure the FP32 checkpoint and both ends, and write them down."""
+    say("measuring the baseline and both ends")
+    baseline = measure_baseline(workspace)
+    widest, lowest = (
+        paired_increase(open_end(workspace, name).evaluation, baseline.evaluation).log_mean for name in (WIDEST, LOWEST)
+    )
+    content = {
+        "perplexity": baseline.perplexity,
+        "bytes": baseline.bytes,
+        **({} if (source := source_of(workspace.checkpoint)) is None else source.to_json()),
+        "ends": {WIDEST: widest, LOWEST: lowest},
+        "fingerprint": workspace.fingerprint_digest,
+        "predicted": baseline.evaluation.predicted,
+        "nll": baseline.evaluation.nll.tolist(),
+    }
+    run.write_json(BASELINE, content)
+    return baseline, (widest, lowest)
+
+
+def _stored_baseline(run: RunDirectory, workspace: Workspace) -> tuple[Baseline, tuple[float, float]] | None:
+    """What another process or a former run measured; None where that is missing, or of an older version."""
+    stored = run.read_json(BASELINE)
+    if not isinstance(stored, dict) or stored.get("fingerprint") != workspace.fingerprint_digest:
+        return None
+    evaluation = Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
+    ends = stored["ends"]
+    return Baseline(evaluation, fp32_bytes(workspace.converter.components)), (ends[WIDEST], ends[LOWEST])
+
+
+def _knowledge(
+    workspace: Workspace,
+    surrogate: Surrogate,
+    probes: Sequence[Probe],
+    offsets: Sequence[float],
+    latency: LatencyTable | None,
+) -> Knowledge:
+    """What the sampler starts from: expected effects, and all maps that probes and ends have measured."""
+    space: Space = workspace.space
+    ends = {WIDEST: (space.widest(), offsets[0]), LOWEST: (space.lowest(), offsets[1])}
+    measured = [(space.chosen(held), offset) for held, offset in ends.values()]
+    for probe in probes:
+        if probe.end in ends:
+            held, offset = ends[probe.end]
+            changed = held.changed({probe.component: probe.precision})
+            measured.append((space.chosen(changed), offset + probe.log_increase))
+    catalogue = catalogue_of(space, workspace.spec.precision.activations, latency)
+    return before_any_trial(catalogue, surrogate.effects, measured)
+
+
+def seeds(prepared: Prepared) -> list[Seed]:
+    """The study's first maps: both ends, the presets, then the surrogate's predicted front.
+
+    With latency half of those are by size, a quarter by latency, and a quarter by both.
+    """
+    space, spec = prepared.workspace.space, prepared.workspace.spec
+    found: list[tuple[PrecisionMap, str]] = [
+        (space.widest(), f"uniform {spec.precision.choices[0]}"),
+        (space.lowest(), f"uniform {spec.precision.choices[-1]}"),
+    ]
+    four_bit = next((name for name in FOUR_BIT if name in spec.precision.choices), None)
+    for name in PRESETS:
+        if name != "cumulative" or four_bit is not None:
+            preset = PrecisionMap.preset(name, space.components, four_bit=four_bit or FOUR_BIT[0])
+            found.append((space.within(preset), name))
+    named = [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
+    budget = math.log1p(spec.search.budget_percent / 100)
+    catalogue, count = prepared.knowledge.catalogue, spec.search.seeds
+    shares = [(catalogue, count)]
+    if catalogue.latencies is not None:
+        part = count // 4
+        shares = [(catalogue, count - 2 * part), (catalogue.by_latency, part), (catalogue.blended(0.5), part)]
+    predicted = [params for axis, n in shares for params in predicted_front(prepared.surrogate, axis, n, budget)]
+    return named + [Seed(params, "predicted front") for params in predicted]

@@ -1,0 +1,1 @@
+"""Which map next: samplers, surrogate, posterior, gain, catalogue, integer programme."""

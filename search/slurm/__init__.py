@@ -1,0 +1,1 @@
+"""Slurm: batch scripts, sbatch's options, the queue."""

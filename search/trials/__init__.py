@@ -1,0 +1,1 @@
+"""What is kept: storages, journal, who owns a trial, what a trial carries."""

@@ -1,0 +1,1 @@
+"""One file a block: a kind of residual branch that knows nothing of file names or neighbours."""

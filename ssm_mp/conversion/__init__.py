@@ -1,0 +1,1 @@
+"""Model + map + statistics → a new model."""

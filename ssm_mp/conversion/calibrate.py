@@ -1,0 +1,130 @@
+"""Activation statistics of one model: how large the inputs of each product are on the calibration windows.
+
+Dimensions: `w` windows, `L` window length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ssm_mp.assembly import LanguageModel, assemble
+from ssm_mp.components import find_components
+from ssm_mp.data import Windows
+from ssm_mp.errors import InfeasibleError
+from ssm_mp.kernels.scan import Scan
+from ssm_mp.precisions.quantize import histogram_scale
+from ssm_mp.scheme import ScaleRule
+
+_BINS = 2048
+_BATCH = 8
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Magnitudes of the inputs of one component: the largest, and a histogram over `[0, largest]` (float64)."""
+
+    largest: float
+    counts: Tensor
+
+    def scale(self, rule: ScaleRule) -> Tensor:
+        """Static input scale, float16 `[1]`. Raises InfeasibleError where nothing ever reached the component."""
+        if self.counts.sum() == 0:
+            raise InfeasibleError("no calibration token reached it, so the range of its inputs is unknown")
+        return histogram_scale(self.counts, self.largest, rule)
+
+
+Statistics = Mapping[str, InputStatistics]
+"""Component name → statistics of its inputs, for every component that multiplies inputs."""
+
+
+Watcher = Callable[[Tensor], Tensor]
+"""Sees the inputs `[..., k]` of a product; what it returns, the same values, is what is multiplied."""
+
+
+class _Observed(nn.Module):
+    """Passes inputs on to a component's module by way of `see`."""
+
+    def __init__(self, inner: nn.Module, see: Watcher) -> None:
+        super().__init__()
+        self.inner = inner
+        self.see = see
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(self.see(x))
+        return out
+
+
+class _ObservedHead(_Observed):
+    """An embedding whose tied head is observed; the lookup multiplies nothing."""
+
+    def __init__(self, inner: nn.Module, see: Watcher) -> None:
+        super().__init__(inner, see)
+        self.block_of = inner.block_of
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x)
+        return out
+
+    def project(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner.project(self.see(x))  # type: ignore[operator]  # nn.Module attributes are untyped
+        return out
+
+
+def calibrate(model: LanguageModel, windows: Windows) -> dict[str, InputStatistics]:
+    """Statistics of the inputs of every product of `model` on `windows`, in two passes: range, then histogram.
+
+    The model is left as it is; the passes run on one that shares its modules.
+    """
+    names = [component.name for component in find_components(model) if component.multiplies_inputs]
+    largest = dict.fromkeys(names, 0.0)
+
+    def see_range(name: str) -> Watcher:
+        def see(x: Tensor) -> Tensor:
+            if x.numel():
+                largest[name] = max(largest[name], x.abs().max().item())
+            return x
+
+        return see
+
+    _run(observed(model, {name: see_range(name) for name in names}), windows)
+    counts = {name: torch.zeros(_BINS, dtype=torch.float64) for name in names}
+
+    def see_histogram(name: str) -> Watcher:
+        def see(x: Tensor) -> Tensor:
+            if x.numel():
+                found = torch.histc(x.abs().float(), bins=_BINS, min=0.0, max=max(largest[name], 1e-30))
+                counts[name] += found.double().cpu()
+            return x
+
+        return see
+
+    _run(observed(model, {name: see_histogram(name) for name in names}), windows)
+    return {name: InputStatistics(largest[name], counts[name]) for name in names}
+
+
+def observed(model: LanguageModel, watchers: Mapping[str, Watcher], scan: Scan | None = None) -> LanguageModel:
+    """A model of the same modules whose products' inputs go by way of the watchers, by component name.
+
+    scan: as in `assemble`.
+    """
+    modules: dict[str, nn.Module] = {}
+    for component in find_components(model):
+        inner = model.get_submodule(component.name)
+        if component.name not in watchers:
+            modules[component.name] = inner
+        else:
+            wrapper = _ObservedHead if component.kind == "embedding" else _Observed
+            modules[component.name] = wrapper(inner, watchers[component.name])
+    return assemble(model.config, modules, scan)
+
+
+def _run(model: LanguageModel, windows: Windows) -> None:
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        for ids in windows.ids.split(_BATCH):
+            for part in model.hidden(ids.to(device)).flatten(0, 1).split(model.head_tokens):
+                model.head(part)

@@ -1,0 +1,107 @@
+"""Model + precision map + activation statistics → a new mixed-precision model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ssm_mp.assembly import LanguageModel, assemble
+from ssm_mp.components import Component, find_components
+from ssm_mp.conversion.calibrate import Statistics
+from ssm_mp.errors import InfeasibleError, PrecisionMapError
+from ssm_mp.modules.layers import DynamicInput, InputQuantizer, StaticInput, component_module
+from ssm_mp.precision_map import PrecisionMap, require_pins
+from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
+from ssm_mp.scheme import Scheme
+
+
+class Converter:
+    """Converts one FP32 model by any number of maps; each component is quantised once per precision.
+
+    The converted models share those modules by reference and never share any with the FP32 model.
+    """
+
+    def __init__(self, model: LanguageModel, scheme: Scheme, statistics: Statistics | None = None) -> None:
+        if scheme.activations == "static" and statistics is None:
+            raise PrecisionMapError(
+                "static activation scales need calibration statistics: pass calibrate(model, windows)"
+            )
+        self.model = model
+        self.scheme = scheme
+        self.components = find_components(model)
+        self._statistics = statistics or {}
+        self._modules: dict[tuple[str, str], nn.Module] = {}
+
+    def convert(self, precision_map: PrecisionMap) -> LanguageModel:
+        """A new model by `precision_map`. Raises InfeasibleError naming the component that does not fit."""
+        precisions = precision_map.to_json()
+        names = {component.name for component in self.components}
+        if names != precisions.keys():
+            odd = sorted(names ^ precisions.keys())
+            raise PrecisionMapError(f"this map is of another model: {', '.join(odd[:5])} in only one of them")
+        require_pins(precision_map, self.components)
+        modules = {component.name: self.module(component, precisions[component.name]) for component in self.components}
+        return assemble(self.model.config, modules)
+
+    def module(self, component: Component, precision: str) -> nn.Module:
+        """The module of one component at one precision, made once."""
+        key = (component.name, precision)
+        if key not in self._modules:
+            self._modules[key] = self._make(component, precision)
+        return self._modules[key]
+
+    def infeasible(self, component: Component, precision: str) -> str | None:
+        """Why a component cannot be held at a precision; None where it can."""
+        try:
+            self.module(component, precision)
+        except InfeasibleError as error:
+            return str(error)
+        return None
+
+    def _make(self, component: Component, name: str) -> nn.Module:
+        precision = get_precision(name)
+        source = self.model.get_submodule(component.name)
+        tensors: dict[str, Stored] = {}
+        for parameter in component.parameters:
+            held = source if isinstance(source, Stored) else getattr(source, parameter.leaf)
+            if isinstance(held, ByteTensor):
+                tensors[parameter.leaf] = ByteTensor(held.value)
+                continue
+            if not isinstance(held, FloatTensor) or held.value.dtype != torch.float32:
+                raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
+            try:
+                tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
+            except InfeasibleError as error:
+                raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
+        return component_module(component.kind, tensors, self.model.config, self._inputs(component, name))
+
+    def _inputs(self, component: Component, name: str) -> InputQuantizer | None:
+        """The input quantiser that the scheme asks for."""
+        scheme = component.input_scheme(name, self.scheme.activations)
+        if scheme == "static":
+            try:
+                return StaticInput(self._statistics[component.name].scale(self.scheme.input_scales))
+            except InfeasibleError as error:
+                raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
+        return DynamicInput() if scheme == "dynamic" else None
+
+
+def convert(
+    model: LanguageModel,
+    precision_map: PrecisionMap,
+    scheme: Scheme | None = None,
+    statistics: Statistics | None = None,
+) -> LanguageModel:
+    """A new model converted by a map; the given one is left as it is.
+
+    statistics: of `calibrate(model, windows)`, needed by the default scheme (static activations).
+    Raises InfeasibleError where a component does not fit its precision.
+
+    >>> from ssm_mp import PrecisionMap, Scheme, convert, find_components, load_model
+    >>> model = load_model("studies/reference/model.safetensors")
+    >>> everywhere = PrecisionMap.uniform("int8", find_components(model))
+    >>> convert(model, everywhere, Scheme(activations="none")) is model
+    False
+    """
+    return Converter(model, scheme or Scheme(), statistics).convert(precision_map)

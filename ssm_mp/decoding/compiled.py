@@ -1,0 +1,82 @@
+"""A Mamba-1 model as one compiled call a token: every weight is read once, as it is stored, whatever its precision.
+
+Dimensions: `b` batch, `d` model, `I` inner, `N` state, `K` convolution kernel, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ssm_mp.blocks.mamba1 import MambaLayer
+from ssm_mp.blocks.mamba1_compiled import Held
+from ssm_mp.config import MambaConfig
+from ssm_mp.kernels import calls, decoding, matrices
+from ssm_mp.model import LanguageModel, LayerState
+from ssm_mp.modules.layers import BlockedEmbedding, Embedding, Linear
+
+MOST_SEQUENCES = 8
+"""With more at a time, products of matrices are faster than rows one after another."""
+
+
+class CompiledDecoder:
+    """A decoding session: `step` takes one token of every sequence further, carrying the states in place."""
+
+    def __init__(self, model: LanguageModel, states: Sequence[LayerState], position: int) -> None:
+        """`states` are copied. Only for what `CompiledDecoder.of` would take."""
+        config = model.config
+        assert isinstance(config, MambaConfig)
+        self._model, self.position = model, position
+        self._held = Held()
+        batch = states[0].conv.shape[0]
+        layers = (decoding.Layer * config.n_layers)(
+            *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
+        )
+        heads = [self._held.matrix(head) for head in _heads(model)]
+        self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
+        self._structure = decoding.Model(
+            batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,
+            config.n_layers, len(heads), layers, self._held.norm(model.norm), (matrices.Matrix * len(heads))(*heads),
+            self._x.data_ptr(), self._logits.data_ptr(), None,
+        )  # fmt: skip
+        self._scratch = torch.empty(decoding.scratch_floats(self._structure))
+        self._structure.scratch = self._scratch.data_ptr()
+
+    @classmethod
+    def of(cls, model: LanguageModel, states: Sequence[LayerState], position: int) -> CompiledDecoder | None:
+        """A session that goes on from `states`; None where there is no compiled way: another family, not on a CPU,
+        no compiler, or more sequences than it is good for."""
+        known = isinstance(model.config, MambaConfig)
+        if not known or states[0].conv.shape[0] > MOST_SEQUENCES or not calls.usable(*(s.scan for s in states)):
+            return None
+        return cls(model, states, position)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The next token of every sequence, `[b]` → logits `[b, V]` in the order of the token ids."""
+        with torch.inference_mode():
+            self._x.copy_(self._model.embed(tokens[:, None], self.position)[:, 0])
+            decoding.decode_step(self._structure)
+            self.position += 1
+            embedding = self._model.embedding
+            if self._model.lm_head is None and isinstance(embedding, BlockedEmbedding):
+                return self._logits.index_select(-1, embedding.column_of)
+            return self._logits.clone()
+
+    def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
+        assert isinstance(layer, MambaLayer)
+        found = self._held.layer(layer.ssm, many=False)
+        found.conv, found.state = self._held.floats(state.conv), self._held.floats(state.scan)
+        return found
+
+
+def _heads(model: LanguageModel) -> list[Linear | Embedding]:
+    """What makes the logits, one after another; a tied head may be in blocks."""
+    embedding = model.embedding
+    tied = list(embedding.blocks) if isinstance(embedding, BlockedEmbedding) else [embedding]
+    found: list[Linear | Embedding] = []
+    for head in tied if model.lm_head is None else [model.lm_head]:
+        assert isinstance(head, Linear | Embedding)
+        found.append(head)
+    return found

@@ -1,0 +1,1 @@
+"""Windows → likelihoods, divergences, drift, latency; many candidates at once."""

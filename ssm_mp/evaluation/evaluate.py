@@ -1,0 +1,281 @@
+"""Windows → negative log-likelihood of each, perplexity, and paired comparisons.
+
+Dimensions: `w` windows, `b` batch, `L` window length, `d` model, `V` vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ssm_mp.assembly import LanguageModel
+from ssm_mp.data import Windows
+from ssm_mp.errors import EvaluationError
+from ssm_mp.evaluation.parallel import in_parallel
+from ssm_mp.evaluation.prefix_cache import Prefixes
+from ssm_mp.model import Scorer
+
+_SHARD_TOKENS, _MANY_TOKENS = 1024, 8192
+"""Tokens that one thread takes at a time, so that their activations stay near its core; twice as many where there are
+enough of them, so that the interpreter, which threads share, has less to do."""
+_GPU_WINDOWS = 32
+FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """Negative log-likelihood of each window in nats, `nll [w]` float64, over `predicted` tokens a window."""
+
+    nll: FloatArray
+    predicted: int
+
+    @property
+    def windows(self) -> int:
+        return self.nll.size
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens of all windows."""
+        return self.windows * self.predicted
+
+    @property
+    def perplexity(self) -> float:
+        """exp(total negative log-likelihood ÷ predicted tokens)."""
+        return math.exp(self.nll.sum() / self.tokens)
+
+
+@dataclass(frozen=True)
+class Increase:
+    """Rise of log-perplexity over a reference on the same windows: mean and standard error of paired differences.
+
+    skewness: of the differences, adjusted for the number of windows (Fisher and Pearson); 0 below three windows.
+    """
+
+    log_mean: float
+    log_stderr: float
+    windows: int
+    skewness: float = 0.0
+
+    @property
+    def percent(self) -> float:
+        """Perplexity increase in percent."""
+        return percent_of(self.log_mean)
+
+    @property
+    def stderr_percent(self) -> float:
+        """Its standard error in percentage points, to first order."""
+        if self.log_mean > 700:
+            return math.inf if self.log_stderr > 0 else 0.0
+        return 100 * math.exp(self.log_mean) * self.log_stderr
+
+
+def percent_of(log_increase: float) -> float:
+    """A rise of log-perplexity as a rise of perplexity in percent; infinite where no float can hold it."""
+    return math.inf if log_increase > 700 else 100 * math.expm1(log_increase)
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Hidden states `[w, L, d]` of all windows at the input of layer `layer`, to evaluate from there on."""
+
+    layer: int
+    hidden: Tensor
+
+
+def evaluate(
+    model: LanguageModel,
+    windows: Windows,
+    before_layer: Callable[[], None] | None = None,
+    prefixes: Prefixes | None = None,
+) -> Evaluation:
+    """Negative log-likelihood of every window, summed in float64. Deterministic on one machine.
+
+    before_layer: called before each layer; what it raises ends the evaluation. prefixes: where hidden states that
+    other models share with this one are found and kept; the result is the same without.
+    Raises EvaluationError where a window's likelihood is NaN or infinite.
+
+    >>> import torch
+    >>> from ssm_mp import Windows, evaluate, load_model
+    >>> model = load_model("studies/reference/model.safetensors")
+    >>> evaluate(model, Windows(torch.arange(256).reshape(2, 128))).tokens
+    254
+    """
+    score = _scorer(model)
+
+    def nll(ids: Tensor) -> FloatArray:
+        hidden = model.hidden(ids, before_layer) if prefixes is None else _continued(model, ids, before_layer, prefixes)
+        return window_nll(model, score, hidden, ids)
+
+    parts = in_parallel(nll, shards(windows.ids.to(_device(model))))
+    return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
+
+
+def _continued(
+    model: LanguageModel, ids: Tensor, before_layer: Callable[[], None] | None, prefixes: Prefixes
+) -> Tensor:
+    """`model.hidden` of windows `ids [b, L]`, from the deepest layer whose input is known: `[b, L, d]`."""
+    keys = prefixes.keys(ids)  # of the inputs of layers 1, 2, …
+    found = prefixes.cache.deepest(keys)
+    first, x = (0, model.embed(ids)) if found is None else (found[0] + 1, found[1])
+    new = []
+    for i in range(first, len(model.layers)):
+        if before_layer is not None:
+            before_layer()
+        x = model.layers[i](x)
+        if i < len(keys):
+            new.append((keys[i], x))
+    prefixes.cache.keep(new)
+    return x
+
+
+def start(model: LanguageModel, windows: Windows) -> Prefix:
+    """The embedded windows: the prefix of layer 0."""
+    return Prefix(0, torch.cat(in_parallel(model.embed, shards(windows.ids.to(_device(model))))))
+
+
+def advance(
+    model: LanguageModel, prefix: Prefix, layers: int = 1, before_layer: Callable[[], None] | None = None
+) -> Prefix:
+    """The prefix `layers` further on; `before_layer` as in `evaluate`."""
+    run = model.layers[prefix.layer : prefix.layer + layers]
+
+    def onward(hidden: Tensor) -> Tensor:
+        for layer in run:
+            if before_layer is not None:
+                before_layer()
+            hidden = layer(hidden)
+        return hidden
+
+    return Prefix(prefix.layer + layers, torch.cat(in_parallel(onward, shards(prefix.hidden))))
+
+
+def finish(model: LanguageModel, final: Prefix, windows: Windows) -> Evaluation:
+    """Evaluation from the last hidden states alone."""
+    score = _scorer(model)
+    pairs = list(zip(shards(final.hidden), shards(windows.ids.to(final.hidden.device)), strict=True))
+    parts = in_parallel(lambda pair: window_nll(model, score, *pair), pairs)
+    return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
+
+
+def finish_against(
+    reference: LanguageModel, expected: Prefix, model: LanguageModel, final: Prefix, windows: Windows
+) -> tuple[Evaluation, float]:
+    """`finish`, and the Kullback–Leibler divergence KL(reference ‖ model) in nats a token."""
+    score, score_reference = _scorer(model), _scorer(reference)
+
+    def compared(part: tuple[Tensor, Tensor, Tensor]) -> tuple[FloatArray, float]:
+        """Of windows `ids [b, L]` with hidden states `[b, L, d]`: likelihoods `[b]`, and the divergences' sum."""
+        *hidden, ids = part
+        ours, theirs = (h[:, :-1].flatten(0, 1) for h in hidden)
+        nll, kl = score.divergence(ours, model.columns(ids[:, 1:]).flatten(), score_reference, theirs)
+        return _by_window(nll, ids), kl.sum().item()
+
+    ids = windows.ids.to(final.hidden.device)
+    parts = list(zip(shards(final.hidden), shards(expected.hidden), shards(ids), strict=True))
+    nll, sums = zip(*in_parallel(compared, parts), strict=True)
+    evaluation = require_finite(Evaluation(np.concatenate(nll), windows.predicted))
+    return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
+
+
+def require_better_than_guessing(baseline: Evaluation, vocabulary: int, unigram: float = math.inf) -> None:
+    """Raise EvaluationError where `doubt` finds that a baseline does not know its text."""
+    found = doubt(baseline, vocabulary, unigram)
+    if found is not None:
+        raise EvaluationError(found)
+
+
+def doubt(baseline: Evaluation, vocabulary: int, unigram: float = math.inf) -> str | None:
+    """Why a baseline does not seem to know its text, in a sentence; None where nothing is wrong with it.
+
+    It predicts no better than uniform guessing over the vocabulary, or no better than the frequencies of tokens do:
+    unigram: their perplexity on the same windows, learned from another text.
+    """
+    if baseline.perplexity >= vocabulary:
+        return (
+            f"the FP32 model's perplexity on this text is {baseline.perplexity:.6g}, no better than guessing uniformly "
+            f"among {vocabulary} tokens; the text, the tokenizer and the checkpoint do not belong together, or the "
+            "model is not trained. No precision can be judged on it"
+        )
+    if baseline.perplexity >= unigram:
+        return (
+            f"the FP32 model's perplexity on this text is {baseline.perplexity:.6g}, no better than that of mere token "
+            f"frequencies, counted in the calibration text ({unigram:.6g}). That usually means another tokenizer than "
+            "the model was trained with, token ids that are shifted, or weights read in a wrong layout (see `ssm-mp "
+            "inspect`). No precision can be judged on it"
+        )
+    return None
+
+
+def paired_increase(candidate: Evaluation, reference: Evaluation) -> Increase:
+    """Rise of log-perplexity from `reference` to `candidate`, window by window, so that common noise cancels."""
+    if candidate.windows != reference.windows or candidate.predicted != reference.predicted:
+        raise EvaluationError(
+            f"paired comparison of {candidate.windows} windows with {reference.windows}: they are not the same"
+        )
+    differences = (candidate.nll - reference.nll) / candidate.predicted
+    n = differences.size
+    stderr = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return Increase(float(differences.mean()), stderr, n, skewness(differences))
+
+
+def skewness(values: FloatArray) -> float:
+    """Adjusted Fisher–Pearson coefficient of `values [n]`; 0 for fewer than three, or where all are the same."""
+    n = values.size
+    centred = values - values.mean()
+    variance = float(np.mean(centred**2))
+    if n < 3 or variance < 1e-200:  # whose power of 1.5 would be 0
+        return 0.0
+    return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
+
+
+def _device(model: LanguageModel) -> torch.device:
+    return next(model.parameters()).device
+
+
+def shards(values: Tensor) -> Sequence[Tensor]:
+    """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
+    if values.is_cuda:
+        return list(values.split(_GPU_WINDOWS))
+    tokens = values.shape[0] * values.shape[1]
+    parts = math.ceil(tokens / (_SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)))
+    even = parts + parts % 2 if parts > 1 else 1  # two threads have as much to do
+    return list(values.tensor_split(min(even, values.shape[0])))
+
+
+def _scorer(model: LanguageModel) -> Scorer:
+    with torch.inference_mode():
+        return model.scorer()
+
+
+def window_nll(model: LanguageModel, score: Scorer, hidden: Tensor, ids: Tensor) -> FloatArray:
+    """Negative log-likelihood of windows `ids [b, L]` from their last hidden states `[b, L, d]`: `[b]`.
+
+    score: the model's `scorer`.
+    """
+    return _by_window(score.nll(hidden[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten()), ids)
+
+
+def _by_window(nll: Tensor, ids: Tensor) -> FloatArray:
+    """Likelihoods of tokens `[b·(L − 1)]` summed over each of the windows `ids [b, L]`: `[b]`."""
+    result: FloatArray = nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy()
+    return result
+
+
+def require_finite(evaluation: Evaluation) -> Evaluation:
+    """The same evaluation; raises EvaluationError where a likelihood is NaN, infinite or too large for a perplexity."""
+    bad = np.flatnonzero(~np.isfinite(evaluation.nll))
+    if bad.size:
+        raise EvaluationError(
+            f"the negative log-likelihood is {evaluation.nll[bad[0]]} on {bad.size} of {evaluation.windows} windows "
+            f"(first: window {bad[0]}); a perplexity that is not finite is no result"
+        )
+    if evaluation.nll.sum() / evaluation.tokens > 700:  # exp would overflow
+        raise EvaluationError(
+            f"the mean negative log-likelihood is {evaluation.nll.sum() / evaluation.tokens:.4g} nats a token"
+        )
+    return evaluation

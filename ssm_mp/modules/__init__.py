@@ -1,0 +1,1 @@
+"""What one component computes, whatever its precision."""

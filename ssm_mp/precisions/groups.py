@@ -1,0 +1,141 @@
+"""Group-wise quantisation below 8 bits as pure functions: code books, scales, packing.
+
+Dimensions: `g` groups of 64 values, `c` codes of a book, `n` values of a tensor.
+
+A tensor is read row after row as one list of values, cut into groups of 64; the last group is filled up with
+zeros, which are stored and counted. Each group has one float16 scale; a value is a code of the book times it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
+from torch import Tensor
+
+from ssm_mp.precisions.quantize import least_square_scales, stored_scales
+from ssm_mp.scheme import ScaleRule
+
+GROUP = 64
+"""Values that share a scale."""
+
+_CLIPPINGS = 33
+"""Clippings of a group's range that the least-square rule tries: fewer than of a row, there are more groups."""
+
+
+@dataclass(frozen=True)
+class CodeBook:
+    """The values that a code can stand for, rising, before the scale; the largest magnitude is `limit`."""
+
+    bits: int
+    values: tuple[float, ...]
+
+    @property
+    def limit(self) -> float:
+        return max(abs(value) for value in self.values)
+
+    def levels(self, device: torch.device) -> Tensor:
+        """The values as float32 `[c]`."""
+        return torch.tensor(self.values, dtype=torch.float32, device=device)
+
+
+INT4_BOOK = CodeBook(4, tuple(float(value) for value in range(-7, 8)))
+INT3_BOOK = CodeBook(3, tuple(float(value) for value in range(-3, 4)))
+NF4_BOOK = CodeBook(
+    4,
+    (
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ),
+)  # fmt: skip
+"""NormalFloat: quantiles of a normal distribution with an exact zero (Dettmers et al. 2023, QLoRA, appendix E)."""
+
+
+def to_groups(tensor: Tensor) -> Tensor:
+    """The values of a tensor, row after row, as groups `[g, 64]`, zeros at the end."""
+    flat = tensor.reshape(-1)
+    return F.pad(flat, (0, -flat.numel() % GROUP)).reshape(-1, GROUP)
+
+
+def group_count(values: int) -> int:
+    """Groups that so many values take."""
+    return -(-values // GROUP)
+
+
+def nearest_codes(groups: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
+    """The code of the nearest level for each value of `groups [g, 64]`: int32 `[g, 64]`; ties go down."""
+    levels = book.levels(groups.device)
+    between = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize((groups / scales.float()[:, None]).contiguous(), between, out_int32=True)
+
+
+def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook) -> Tensor:
+    """Scale of each group by a rule: float16 `[g]`, as stored. Raises InfeasibleError where float16 cannot hold one.
+
+    `minmax` and `percentile` reach to the largest magnitude (a percentile of 64 values is their largest);
+    `mse` takes the clipping of the range with the least squared error.
+    """
+    full = groups.abs().amax(dim=1) / book.limit
+    if rule.method != "mse":
+        return stored_scales(full)
+    return least_square_scales(full, lambda scales: _square_error(groups, scales, book), _CLIPPINGS)
+
+
+def _square_error(groups: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
+    """Squared quantisation error of each group: float32 `[g]`."""
+    codes = nearest_codes(groups, scales, book)
+    restored = book.levels(groups.device)[codes] * scales.float()[:, None]
+    return (restored - groups).square_().sum(dim=1)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes `[..., k]` below 2^bits → bytes `[..., k·bits/8]`, uint8; the first code in the lowest bits.
+
+    k·bits must be a multiple of 8.
+    """
+    planes = (codes[..., None].int() >> torch.arange(bits, device=codes.device)) & 1  # [..., k, bits]
+    octets = planes.reshape(*codes.shape[:-1], -1, 8)  # [..., bytes, 8]
+    return (octets << torch.arange(8, device=codes.device)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_reference(packed: Tensor, bits: int) -> Tensor:
+    """Inverse of `pack`, bit by bit: int64 `[..., k]`."""
+    planes = (packed[..., None].int() >> torch.arange(8, device=packed.device)) & 1  # [..., bytes, 8]
+    codes = planes.reshape(*packed.shape[:-1], -1, bits)  # [..., k, bits]
+    return (codes << torch.arange(bits, device=packed.device)).sum(dim=-1)
+
+
+def unpack_at(packed: Tensor, bits: int, positions: Tensor) -> Tensor:
+    """Single codes of one packed list: `packed [bytes]`, `positions [...]` in codes → int32 `[...]`."""
+    first = positions * bits
+    byte = first >> 3
+    low = packed[byte].int()
+    high = packed[(byte + 1).clamp_(max=packed.numel() - 1)].int()  # a code may reach into the next byte
+    return ((low | high << 8) >> (first & 7).int()) & ((1 << bits) - 1)
+
+
+def unpack_values(packed: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
+    """Packed groups `[g, 8·bits]` and scales `[g]` → float32 `[g, 64]`, several codes at a time from a table."""
+    table = _table(book, packed.device)  # [2^index bits, codes at a time]
+    if book.bits == 4:
+        index = packed.int()
+    else:  # three bytes hold two numbers of 12 bits
+        triples = packed.reshape(-1, 3).int()
+        first = triples[:, 0] | (triples[:, 1] & 15) << 8
+        second = triples[:, 1] >> 4 | triples[:, 2] << 4
+        index = torch.stack((first, second), dim=1)
+    values = table.index_select(0, index.flatten()).reshape(-1, GROUP)
+    return values.mul_(scales.float()[:, None])
+
+
+@cache
+def _table(book: CodeBook, device: torch.device) -> Tensor:
+    """The values of all codes that 8 bits (of 4-bit codes) or 12 bits (of 3-bit codes) hold, float32."""
+    index_bits = 8 if book.bits == 4 else 12
+    index = torch.arange(1 << index_bits)
+    codes = torch.stack([index >> shift & ((1 << book.bits) - 1) for shift in range(0, index_bits, book.bits)], dim=1)
+    values = torch.tensor((*book.values, *[0.0] * ((1 << book.bits) - len(book.values))))  # codes that never occur
+    return values[codes].to(device)

@@ -1,0 +1,140 @@
+"""A layer as one call, against the same layer module by module."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_mp.assembly import LanguageModel
+from ssm_mp.blocks.mamba1 import MambaLayer
+from ssm_mp.components import find_components
+from ssm_mp.conversion.convert import Converter
+from ssm_mp.model import LayerState
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.scheme import Scheme
+from tests.tiny import MAMBA, MAMBAS, random_model
+
+
+def converted(name: str, rules: Mapping[str, str]) -> LanguageModel:
+    """A random model in these precisions, its inputs quantised by the token."""
+    model = random_model(MAMBAS[name])
+    components = find_components(model)
+    pins = frozenset(c.name for c in components if c.pin == "always")
+    return Converter(model, Scheme(activations="dynamic")).convert(PrecisionMap.from_rules(rules, components, pins))
+
+
+def layers(name: str, rules: Mapping[str, str]) -> tuple[MambaLayer, MambaLayer]:
+    """The first layer as one call, and module by module; skips where this CPU has no such call."""
+    found = []
+    for by_module in (False, True):
+        layer = converted(name, rules).layers[0]
+        assert isinstance(layer, MambaLayer)
+        if by_module:
+            layer.ssm.scan = partial(layer.ssm.scan)  # no longer the scan that the call computes
+        found.append(layer)
+    if found[0].compiled() is None:
+        pytest.skip("this CPU has no instruction for it")
+    assert found[1].compiled() is None
+    return found[0], found[1]
+
+
+def assert_near(found: tuple[Tensor, LayerState], expected: tuple[Tensor, LayerState]) -> None:
+    for one, other in ((found[0], expected[0]), (found[1].conv, expected[1].conv), (found[1].scan, expected[1].scan)):
+        largest = float(other.abs().max()) if other.numel() else 0.0  # a convolution of one tap carries nothing
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * max(1.0, largest))
+
+
+RULES = {
+    "int8": {"*": "int8"},
+    "fp16": {"*": "fp16"},
+    "mixed": {"*": "int8", "*.in_proj": "fp16", "*.dt_proj": "fp16"},
+}
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("name", MAMBAS)
+@pytest.mark.parametrize(("batch", "length"), [(9, 1), (5, 2), (1, 40), (3, 300), (20, 30)])
+def test_it_gives_what_the_modules_give(name: str, rules: str, batch: int, length: int) -> None:
+    one, other = layers(name, RULES[rules])
+    x = torch.randn(batch, length, MAMBAS[name].d_model)
+    with torch.inference_mode():
+        assert_near(one.carry(x, None), other.carry(x, None))
+
+
+@pytest.mark.parametrize("name", MAMBAS)
+def test_states_are_carried_and_those_before_are_left_as_they_are(name: str) -> None:
+    one, other = layers(name, RULES["int8"])
+    x = torch.randn(10, 8, MAMBAS[name].d_model)
+    with torch.inference_mode():
+        _, before = one.carry(x[:, :5], None)
+        kept = copy.deepcopy(before)
+        # two tokens are fewer than the convolution looks back
+        assert_near(one.carry(x[:, 5:7], before), other.carry(x[:, 5:7], before))
+        assert torch.equal(before.conv, kept.conv)
+        assert torch.equal(before.scan, kept.scan)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    one, _ = layers("mamba", RULES["mixed"])
+    x, before, found = torch.randn(6, 100, MAMBA.d_model), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            with torch.inference_mode():
+                found.append(one(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+
+
+def test_a_token_that_is_not_finite_spoils_its_sequence_from_there_on_and_no_other() -> None:
+    one, _ = layers("mamba", RULES["int8"])
+    x = torch.randn(3, 20, MAMBA.d_model)
+    x[1, 7, 3] = torch.nan
+    with torch.inference_mode():
+        finite = one(x).isfinite().all(dim=-1)
+    assert finite[0].all()
+    assert finite[2].all()
+    assert finite[1].tolist() == [True] * 7 + [False] * 13
+
+
+def test_a_copy_and_a_weight_that_was_replaced_compute_with_their_own() -> None:
+    one, other = layers("mamba", RULES["int8"])
+    x = torch.randn(2, 30, MAMBA.d_model)
+    with torch.inference_mode():
+        first = one(x)
+        assert torch.equal(copy.deepcopy(one)(x), first)
+    for layer in (one, other):
+        layer.ssm.in_proj.weight.q.copy_(layer.ssm.in_proj.weight.q.flip(0))  # type: ignore[operator, union-attr]
+    with torch.inference_mode():
+        assert not torch.allclose(one(x), first)
+        assert_near(one.carry(x, None), other.carry(x, None))
+
+
+def test_its_observer_is_told_where_the_time_goes() -> None:
+    one, _ = layers("mamba", RULES["int8"])
+    told: list[Mapping[str, float]] = []
+    one.observer = told.append
+    began = time.perf_counter()
+    with torch.inference_mode():
+        one(torch.randn(2, 30, MAMBA.d_model))
+    whole = time.perf_counter() - began
+    assert set(told[0]) == {"norm", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}
+    assert min(told[0].values()) > 0
+    assert sum(told[0].values()) < whole
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int3"])
+def test_what_it_does_not_take_is_computed_by_the_modules(precision: str) -> None:
+    layer = converted("mamba", {"*": "int8", "*.x_proj": precision}).layers[0]
+    assert isinstance(layer, MambaLayer)
+    assert layer.compiled() is None
+    full = random_model(MAMBA).layers[0]
+    assert isinstance(full, MambaLayer)
+    assert full.compiled() is None

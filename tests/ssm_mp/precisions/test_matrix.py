@@ -1,0 +1,322 @@
+"""Products of few rows with a weight as it is stored, against those of the unpacked weight."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import ssm_mp.precisions.matrix
+from ssm_mp.modules.layers import DepthwiseConv, DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
+from ssm_mp.modules.likelihood import token_nll
+from ssm_mp.precisions.matrix import FEW_ROWS, Matrix
+from ssm_mp.precisions.precision import PRECISIONS
+from ssm_mp.precisions.stored import FloatTensor, Int8Tensor
+from ssm_mp.scheme import ActivationScheme, ScaleRule
+
+
+@given(
+    st.integers(1, FEW_ROWS), st.integers(1, 9), st.integers(1, 300), st.sampled_from(sorted(PRECISIONS)),
+    st.booleans(), st.sampled_from(["none", "static", "dynamic"]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_equals_that_of_the_unpacked_weight(
+    m: int, n: int, k: int, precision: str, bias: bool, scheme: ActivationScheme, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = PRECISIONS[precision].store(weights(n, k, g), "weight", ScaleRule())
+    held = FloatTensor(torch.randn(n, generator=g).half()) if bias else None
+    inputs: InputQuantizer | None = None
+    if PRECISIONS[precision].quantizes_inputs and scheme != "none":
+        inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
+    x = torch.randn(m, k + 2, generator=g)[:, :k]
+    expected = linear(x, weight, held, inputs)
+    found = Linear(weight, held, inputs).matrix().product(x)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@given(st.integers(1, 9), st.integers(1, 300), st.sampled_from(sorted(PRECISIONS)), st.integers(0, 99))
+def test_an_unpacked_weight_has_the_very_numbers_that_it_stands_for(n: int, k: int, precision: str, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, k, generator=g) * 1e-3
+    values[:, 0] = 1e-3  # no row so small that its scale is none
+    weight = PRECISIONS[precision].store(values, "weight", ScaleRule())
+    assert torch.equal(Matrix(weight).unpacked(), weight.tensor())
+
+
+def weights(n: int, k: int, g: torch.Generator) -> torch.Tensor:
+    """Random weights, no row of them so small that its scale would be none."""
+    values = torch.randn(n, k, generator=g)
+    return torch.where(values.abs() < 1e-3, 1e-3, values)
+
+
+def integer_linear(n: int, k: int, scheme: ActivationScheme, bias: bool, g: torch.Generator) -> Linear:
+    """A linear layer whose product is one of integers; skips where this CPU's kernels take no many inputs."""
+    weight = PRECISIONS["int8"].store(weights(n, k, g), "weight", ScaleRule())
+    held = FloatTensor(torch.randn(n, generator=g)) if bias else None
+    inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
+    layer = Linear(weight, held, inputs)
+    if not layer.matrix().takes_many:
+        pytest.skip("this CPU has no instruction for it")
+    return layer
+
+
+@given(
+    st.integers(FEW_ROWS + 1, 60), st.integers(1, 150), st.integers(1, 140), st.booleans(),
+    st.sampled_from(["static", "dynamic"]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_of_many_integers_equals_that_of_the_operators(
+    m: int, n: int, k: int, bias: bool, scheme: ActivationScheme, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    layer = integer_linear(n, k, scheme, bias, g)
+    x = torch.randn(m, k + 2, generator=g)[:, :k]
+    expected = linear(x, layer.weight, layer.bias, layer.inputs)
+    torch.testing.assert_close(layer.matrix().product(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@given(
+    st.integers(1, 60), st.integers(1, 2500), st.integers(1, 70), st.sampled_from(["static", "dynamic"]),
+    st.sampled_from([1e-3, 1.0, 40.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_likelihoods_of_an_integer_head_are_those_of_its_logits(
+    m: int, n: int, k: int, scheme: ActivationScheme, spread: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    head = integer_linear(n, k, scheme, False, g)
+    x, targets = torch.randn(m, k, generator=g) * spread, torch.randint(n, (m,), generator=g)
+    logits = linear(x, head.weight, None, head.inputs)
+    found = head.projection().nll(x, targets, held=7)
+    torch.testing.assert_close(found, token_nll(logits.double(), targets), rtol=1e-5, atol=1e-5 * max(1.0, spread))
+
+
+def float16_linear(n: int, k: int, g: torch.Generator, bias: bool = False) -> Linear:
+    """A linear layer of float16 weights of many magnitudes; skips where this CPU's kernels take no many inputs."""
+    weight = torch.randn(n, k, generator=g) * 10 ** torch.randint(-7, 3, (n, 1), generator=g)
+    layer = Linear(FloatTensor(weight.half()), FloatTensor(torch.randn(n, generator=g)) if bias else None)
+    if not layer.matrix().takes_many:
+        pytest.skip("this CPU has no instruction for it")
+    return layer
+
+
+@given(
+    st.integers(FEW_ROWS + 1, 250), st.integers(1, 150), st.integers(1, 200), st.booleans(),
+    st.sampled_from([1e-20, 1.0, 1e30]), st.integers(0, 99),
+)  # fmt: skip
+def test_products_with_float16_weights_are_as_exact_as_those_of_float32(
+    m: int, n: int, k: int, bias: bool, size: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    layer = float16_linear(n, k, g, bias)
+    x = torch.randn(m, k + 2, generator=g)[:, :k] * size
+    weight = layer.weight.tensor().double()
+    held = torch.zeros(n, dtype=torch.float64) if layer.bias is None else layer.bias.tensor().double()
+    # what float32 may be off by: its rounding of each product and of the sums
+    rounding = 2**-23 * (k**0.5 + 2) * (x.double().abs() @ weight.abs().t() + held.abs())
+    lost = k * 20 * 2.0**-126  # what is below the smallest normal number counts as zero
+    found = layer.matrix().product(x).double()
+    assert ((found - (x.double() @ weight.t() + held)).abs() <= rounding + lost).all()
+
+
+@given(st.integers(1, 250), st.integers(1, 2500), st.integers(1, 70), st.integers(0, 99))
+def test_likelihoods_of_a_float16_head_are_those_of_its_logits(m: int, n: int, k: int, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    head = Embedding(FloatTensor(torch.randn(n, k, generator=g).half()))
+    x, targets = torch.randn(m, k, generator=g), torch.randint(n, (m,), generator=g)
+    found = head.projection().nll(x, targets, held=7)
+    torch.testing.assert_close(
+        found, token_nll(x.double() @ head.weight.tensor().double().t(), targets), rtol=1e-5, atol=1e-5
+    )
+
+
+@given(
+    st.integers(1, 250), st.integers(1, 2500), st.integers(1, 70), st.sampled_from(["int8", "fp16"]),
+    st.sampled_from(["int8", "fp16"]), st.sampled_from([0.3, 1.0, 5.0]), st.integers(0, 99),
+)  # fmt: skip
+def test_divergences_of_two_heads_are_those_of_their_logits(
+    m: int, n: int, k: int, ours: str, theirs: str, spread: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    values, x = weights(n, k, g) * spread, torch.randn(m, k, generator=g)
+    heads = [
+        Embedding(
+            PRECISIONS[precision].store(values, "weight", ScaleRule()), DynamicInput() if precision == "int8" else None
+        )
+        for precision in (ours, theirs)
+    ]
+    inputs = (x, x + 0.1 * torch.randn(m, k, generator=g))
+    logits = [
+        of.double() @ head.weight.tensor().double().t()
+        if head.inputs is None
+        else linear(of, head.weight, None, head.inputs).double()
+        for of, head in zip(inputs, heads, strict=True)
+    ]
+    q, p = (each.log_softmax(-1) for each in logits)
+    targets, head = torch.randint(n, (m,), generator=g), heads[0].projection()
+    nll, found = head.divergence(inputs[0], targets, heads[1].projection(), inputs[1], held=7)
+    assert torch.equal(nll, head.nll(inputs[0], targets, held=7))
+    rounding = 2e-6 * max(1.0, *(float(each.abs().max()) for each in logits))  # float32's, of numbers as large
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=rounding)
+
+
+def test_a_head_does_not_diverge_from_itself_and_what_is_not_finite_spoils_its_token() -> None:
+    head = integer_linear(700, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
+    x, targets = torch.randn(30, 30), torch.arange(30)
+    assert head.divergence(x, targets, head, x, held=7)[1].abs().max() < 1e-6
+    for at in (0, 1):
+        spoiled = [x, x]
+        spoiled[at] = x.clone()
+        spoiled[at][11, 3] = torch.inf
+        kl = head.divergence(spoiled[0], targets, head, spoiled[1], held=7)[1]
+        assert torch.equal(kl.isfinite(), torch.arange(30) != 11)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3.4e38])
+def test_an_input_that_float16_products_cannot_hold_spoils_its_row_and_no_other(value: float) -> None:
+    layer = float16_linear(70, 30, torch.Generator().manual_seed(0))
+    layer.weight.value.data.fill_(2.0)  # type: ignore[operator]
+    x = torch.randn(40, 30)
+    x[11, 3] = value
+    assert torch.equal(layer.matrix().product(x).isfinite().all(dim=1), torch.arange(40) != 11)
+
+
+def test_an_input_scale_that_is_replaced_is_the_one_that_counts() -> None:
+    layer = integer_linear(40, 30, "static", False, torch.Generator().manual_seed(0))
+    x = torch.randn(20, 30)
+    layer(x)
+    assert isinstance(layer.inputs, StaticInput)
+    layer.inputs.scale.fill_(0.3)
+    torch.testing.assert_close(layer(x), linear(x, layer.weight, None, layer.inputs))
+    torch.testing.assert_close(layer(x[:2]), linear(x[:2], layer.weight, None, layer.inputs))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp16"])
+def test_no_inputs_give_nothing_and_sizes_that_do_not_fit_are_refused(kind: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    layers = [
+        integer_linear(n, 30, "dynamic", False, g) if kind == "int8" else float16_linear(n, 30, g) for n in (70, 40)
+    ]
+    head, other = (layer.matrix() for layer in layers)
+    none, x = torch.empty(0, 30), torch.randn(20, 30)
+    no_targets, targets = torch.empty(0, dtype=torch.int64), torch.zeros(20, dtype=torch.int64)
+    assert head.nll(none, no_targets).shape == (0,)
+    assert head.divergence(none, no_targets, head, none)[1].shape == (0,)
+    wrong_calls: list[Callable[[], torch.Tensor]] = [
+        lambda: head.product(x[:, :29].contiguous()),
+        lambda: head.nll(x[:, :29].contiguous(), targets),
+        lambda: head.nll(x, targets[:19]),
+        lambda: head.nll(x, targets.int()),
+        lambda: head.nll(x, torch.full((20,), 70)),
+        lambda: head.nll(x, torch.full((20,), -1)),
+        lambda: head.divergence(x, targets, other, x)[1],
+        lambda: head.divergence(x, targets, head, x[:19])[1],
+    ]
+    for wrong in wrong_calls:
+        with pytest.raises(ValueError, match="inputs|targets|outputs"):
+            wrong()
+
+
+def test_a_head_too_large_for_each_thread_to_lay_out_is_scored_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, targets = torch.randn(20, 30), torch.arange(20)
+    found = []
+    for most in (3 << 26, 100):
+        monkeypatch.setattr(ssm_mp.precisions.matrix, "_MOST_PACKED", most)
+        head = integer_linear(40, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
+        assert (head.matrix is None) == (most == 100)
+        found.append(head.divergence(x, targets, head, x + 0.1, held=7))
+    for fused, logits in zip(*found, strict=True):
+        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:
+    head = integer_linear(1000, 8, "static", False, torch.Generator().manual_seed(0))
+    assert isinstance(head.weight, Int8Tensor)
+    # from −406 to 406: each few dozens are far above all before them
+    head.weight.q.copy_(torch.linspace(-127, 127, 1000).round()[:, None].expand(1000, 8))
+    head.weight.scale.fill_(4.0)
+    x, targets = torch.full((20, 8), 0.1), torch.arange(20) * 50
+    logits = linear(x, head.weight, None, head.inputs)
+    assert float(logits.max() - logits.min()) > 800
+    found = head.projection().nll(x, targets, held=7)
+    torch.testing.assert_close(found, token_nll(logits.double(), targets), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("logit", [-5000.0, 5000.0])
+def test_a_likelihood_survives_logits_that_are_all_far_from_zero(logit: float) -> None:
+    head = integer_linear(70, 4, "dynamic", False, torch.Generator().manual_seed(0))
+    assert isinstance(head.weight, Int8Tensor)
+    head.weight.q.fill_(127)
+    head.weight.scale.fill_(1.0)
+    x = torch.full((20, 4), logit / (4 * 127))
+    scorer = head.projection()
+    nll, kl = scorer.divergence(x, torch.zeros(20, dtype=torch.int64), scorer, x, held=7)
+    assert nll.tolist() == pytest.approx([math.log(70)] * 20, abs=1e-3)
+    assert kl.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("scheme", ["static", "dynamic"])
+def test_an_input_that_is_not_finite_spoils_its_row_and_no_other(value: float, scheme: ActivationScheme) -> None:
+    head = integer_linear(70, 30, scheme, False, torch.Generator().manual_seed(0))
+    x = torch.randn(30, 30)
+    x[11, 3] = value
+    finite = torch.arange(30) != 11
+    assert torch.equal(head(x).isfinite().all(dim=1), finite)
+    assert torch.equal(head.projection().nll(x, torch.zeros(30, dtype=torch.int64), held=7).isfinite(), finite)
+
+
+def test_products_of_many_do_not_depend_on_the_number_of_threads() -> None:
+    head = integer_linear(300, 64, "dynamic", False, torch.Generator().manual_seed(0))
+    x, targets, before, found = torch.randn(200, 64), torch.randint(300, (200,)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append((head(x), head.projection().nll(x, targets, held=7)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_a_float32_product_equals_torch() -> None:
+    weight, x = torch.randn(7, 133), torch.randn(2, 133)
+    torch.testing.assert_close(Matrix(FloatTensor(weight)).product(x), x @ weight.t(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
+def test_modules_give_the_same_with_few_rows_as_with_many(precision: str, rows: int) -> None:
+    weight, x = PRECISIONS[precision].store(torch.randn(30, 70), "weight", ScaleRule()), torch.randn(2 * FEW_ROWS, 70)
+    for multiply in (Linear(weight), Embedding(weight).project):
+        torch.testing.assert_close(multiply(x[None, :rows])[0], multiply(x)[:rows], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", sorted(PRECISIONS))
+def test_a_weight_that_was_loaded_anew_is_the_one_that_multiplies(precision: str) -> None:
+    one, other = (Linear(PRECISIONS[precision].store(torch.randn(3, 64), "weight", ScaleRule())) for _ in range(2))
+    x = torch.randn(1, 64)
+    assert not torch.equal(one(x), other(x))
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x), other(x))
+
+
+def test_a_convolution_that_was_loaded_anew_is_the_one_that_is_computed() -> None:
+    one, other = (DepthwiseConv(FloatTensor(torch.randn(5, 1, 3)), FloatTensor(torch.randn(5))) for _ in range(2))
+    x = torch.randn(1, 4, 5)
+    assert not torch.equal(one(x)[0], other(x)[0])
+    one.load_state_dict(other.state_dict())
+    assert torch.equal(one(x)[0], other(x)[0])
+
+
+def test_a_module_can_be_copied_after_its_weight_was_read() -> None:
+    module = Linear(PRECISIONS["int8"].store(torch.randn(3, 40), "weight", ScaleRule()))
+    x = torch.randn(1, 40)
+    assert torch.equal(module(x), copy.deepcopy(module)(x))
+
+
+def test_nothing_of_the_weight_is_copied() -> None:
+    weight = FloatTensor(torch.randn(4, 8).half())
+    assert Matrix(weight).structure.values == weight.value.data_ptr()
