@@ -1,33 +1,78 @@
-"""One layer of family `mamba` (Mamba-1; Gu & Dao 2023, section 3.4; transformers' MambaMixer.slow_forward).
+"""The Mamba-1 mixer (Gu & Dao 2023, section 3.4; transformers' MambaMixer.slow_forward and FalconMambaMixer's).
 
-Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step rank.
+Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step rank, `K` convolution kernel.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
-from ssm_mp.blocks.mamba1_compiled import CompiledLayer, Observer
-from ssm_mp.config import MambaConfig
+from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State, Whole
+from ssm_mp.blocks.mamba1_compiled import Branch, CompiledBranch
 from ssm_mp.kernels import calls
-from ssm_mp.kernels.scan import Scan, selective_scan
-from ssm_mp.model import LayerState, Parts
-from ssm_mp.modules.layers import Linear, Unpacked
+from ssm_mp.kernels.scan import selective_scan, selective_scan_reference
+from ssm_mp.modules.linear import Linear
+from ssm_mp.modules.norm import NormForm
+from ssm_mp.modules.parameter import Parameter
+from ssm_mp.modules.unpacked import Unpacked
 from ssm_mp.precisions.matrix import FEW_ROWS
 from ssm_mp.precisions.stored import Stored
 
 
-class MambaMixer(nn.Module):
-    """Norm, gated convolution, selective scan, projection."""
+@dataclass(frozen=True, kw_only=True)
+class Mamba1(Block):
+    """Gated convolution, selective scan, projection.
 
-    def __init__(self, config: MambaConfig, parts: Parts, scan: Scan) -> None:
+    inner_norms: a norm of the step, B and C before they are used (Jamba); weightless_eps: the same without weights
+    (Falcon-Mamba).
+    """
+
+    word = "mamba1"
+    differentiable = staticmethod(selective_scan_reference)
+
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    d_conv: int
+    projection_bias: bool = False
+    conv_bias: bool = True
+    inner_norms: NormForm | None = None
+    weightless_eps: float | None = None
+
+    def parameters(self, at: str, layer: int) -> Iterator[Parameter]:
+        d, inner = self.d_model, self.d_inner
+        yield from self.linear(at, layer, "in_proj", 2 * inner, d, with_bias=self.projection_bias)
+        yield from self.convolution(at, layer, "conv1d", inner, self.d_conv, with_bias=self.conv_bias)
+        yield from self.linear(at, layer, "x_proj", self.dt_rank + 2 * self.d_state, inner)
+        if self.inner_norms is not None:
+            for leaf, size in (("dt_norm", self.dt_rank), ("B_norm", self.d_state), ("C_norm", self.d_state)):
+                yield from self.norm(at, layer, leaf, size, self.inner_norms)
+        yield from self.linear(at, layer, "dt_proj", inner, self.dt_rank, with_bias=True)
+        yield self.value(at, layer, "A_log", inner, self.d_state)
+        yield self.value(at, layer, "D", inner)
+        yield from self.linear(at, layer, "out_proj", d, inner, with_bias=self.projection_bias)
+
+    def module(self, parts: Parts, scan: Scan | None = None) -> Mamba1Mixing:
+        return Mamba1Mixing(self, parts, scan or selective_scan)
+
+    @property
+    def token_floats(self) -> int:
+        return 4 * self.d_model + 14 * self.d_inner + self.dt_rank + 6 * self.d_state
+
+
+class Mamba1Mixing(Mixing):
+    """The module of `Mamba1`. Its state: the convolution's last inputs `[b, K−1, I]`, and the scan's `[b, I, N]`."""
+
+    def __init__(self, block: Mamba1, parts: Parts, scan: Scan) -> None:
         super().__init__()
-        self.sizes = (config.dt_rank, config.d_state, config.d_state)
+        self.sizes = (block.dt_rank, block.d_state, block.d_state)
         self.scan = scan
-        self.norm = parts["norm"]
         self.in_proj = parts["in_proj"]
         self.conv1d = parts["conv1d"]
         self.x_proj = parts["x_proj"]
@@ -35,57 +80,60 @@ class MambaMixer(nn.Module):
         self.A_log = parts.value("A_log")
         self.D = parts.value("D")
         self.out_proj = parts["out_proj"]
+        weighted = block.inner_norms is not None
+        self.inner_norms = nn.ModuleList(parts[n] for n in ("dt_norm", "B_norm", "C_norm")) if weighted else None
+        self.weightless_eps = block.weightless_eps
         self._A = Unpacked(lambda tensor: -torch.exp(tensor).t().contiguous().t())  # [I, N]
         self._skip = Unpacked()  # [I]
-
-    def forward(self, x: Tensor, before: LayerState | None = None) -> tuple[Tensor, LayerState]:
-        """`x [b, l, d]` → the mixer's output `[b, l, d]`, before the residual, and the state after its last token."""
-        a, z = self.in_proj(self.norm(x)).chunk(2, dim=-1)  # [b, l, I] each
-        a, inputs = self.conv1d(a, None if before is None else before.conv)
-        dt, B, C = self.x_proj(a).split(self.sizes, dim=-1)  # [b, l, R], [b, l, N], [b, l, N]  # noqa: N806
-        state = None if before is None else before.scan
-        y, last = self.scan(a, self.dt_proj(dt), self._A(self.A_log), B, C, self._skip(self.D), z, state)
-        return self.out_proj(y), LayerState(inputs, last)
-
-
-class MambaLayer(nn.Module):
-    """One residual layer; `observer` is told where a compiled call of it spends its time."""
-
-    def __init__(self, config: MambaConfig, parts: Parts, scan: Scan = selective_scan) -> None:
-        super().__init__()
-        self.observer: Observer | None = None
-        self.ssm = MambaMixer(config, parts.within("ssm"), scan)
-        self._compiled: tuple[object, CompiledLayer | None, object] | None = None
+        self._compiled: tuple[object, CompiledBranch | None, object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_compiled": None}  # addresses cannot be copied
 
-    def compiled(self) -> CompiledLayer | None:
-        """The layer as one call, made once; None where there is no such way, or another scan is asked for."""
-        if self.ssm.scan is not selective_scan:
+    def forward(self, u: Tensor, before: State | None = None) -> tuple[Tensor, State]:
+        a, z = self.in_proj(u).chunk(2, dim=-1)  # [b, l, I] each
+        a, inputs = self.conv1d(a, None if before is None else before[0])
+        dt, B, C = self._normed(*self.x_proj(a).split(self.sizes, dim=-1))  # [b, l, R], [b, l, N] twice  # noqa: N806
+        state = None if before is None else before[1]
+        y, last = self.scan(a, self.dt_proj(dt), self._A(self.A_log), B, C, self._skip(self.D), z, state)
+        return self.out_proj(y), (inputs, last)
+
+    def _normed(self, *values: Tensor) -> tuple[Tensor, ...]:
+        """Step, B and C as they are used."""
+        if self.inner_norms is not None:
+            return tuple(norm(value) for norm, value in zip(self.inner_norms, values, strict=True))
+        if self.weightless_eps is not None:
+            return tuple(F.rms_norm(value, value.shape[-1:], eps=self.weightless_eps) for value in values)
+        return values
+
+    def whole(self, norm: nn.Module, x: Tensor) -> Whole | None:
+        if not calls.usable(x) or x.shape[0] * x.shape[1] <= FEW_ROWS:
             return None
-        stored = [module for module in self.modules() if isinstance(module, Stored)]
+        return self.compiled(norm)
+
+    def compiled(self, norm: nn.Module) -> CompiledBranch | None:
+        """The branch as one call, made once; None where there is no such way, or another scan is asked for."""
+        if self.scan is not selective_scan or self.has_inner_norms:
+            return None
+        stored = [module for part in (norm, self) for module in part.modules() if isinstance(module, Stored)]
         if any(tensor.is_trained for tensor in stored):
             return None
-        projections = (self.ssm.in_proj, self.ssm.x_proj, self.ssm.dt_proj, self.ssm.out_proj)
+        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         inputs = [module.inputs_stamp for module in projections if isinstance(module, Linear)]
         stamp = ([tensor.stamp for tensor in stored], inputs)
         current = self._compiled
         if current is None or current[0] != stamp:
             # what was read is held too: another tensor in its place would have its stamp
-            current = (stamp, CompiledLayer.of(self.ssm), [tensor.arrays() for tensor in stored])
+            current = (stamp, CompiledBranch.of(self.branch(norm)), [tensor.arrays() for tensor in stored])
             self._compiled = current
         return current[1]
 
-    def carry(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
-        """`x [b, l, d]`, and the state before it (None: the beginning) → `[b, l, d]`, and the state after it."""
-        if calls.usable(x) and x.shape[0] * x.shape[1] > FEW_ROWS:
-            compiled = self.compiled()
-            if compiled is not None:
-                return compiled(x, before, self.observer)
-        mixed, state = self.ssm(x, before)
-        return x + mixed, state
+    def branch(self, norm: nn.Module) -> Branch:
+        """What the compiled ways are made of."""
+        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
+        return Branch(norm, *projections, self.conv1d, self.A_log, self.D, self.sizes[0])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, l, d]` → `[b, l, d]`, from the beginning."""
-        return self.carry(x, None)[0]
+    @property
+    def has_inner_norms(self) -> bool:
+        """Whether step, B and C are normalised, which the compiled ways do not know."""
+        return self.inner_norms is not None or self.weightless_eps is not None

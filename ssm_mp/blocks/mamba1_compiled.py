@@ -1,4 +1,4 @@
-"""A layer of family `mamba` as one compiled call for many tokens, where the kernels take all of its products.
+"""A Mamba-1 branch as one compiled call for many tokens, where the kernels take all of its products.
 
 Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step rank, `K` convolution kernel.
 """
@@ -6,24 +6,41 @@ Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step ran
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ssm_mp.blocks.block import Observer, State
 from ssm_mp.kernels import calls, decoding, matrices
-from ssm_mp.model import LayerState
-from ssm_mp.modules.layers import DepthwiseConv, Embedding, Linear, Norm
+from ssm_mp.modules.convolution import DepthwiseConv
+from ssm_mp.modules.embedding import Embedding
+from ssm_mp.modules.linear import Linear
+from ssm_mp.modules.norm import Norm
 from ssm_mp.precisions.matrix import Matrix
 from ssm_mp.precisions.stored import Stored
 
-if TYPE_CHECKING:
-    from ssm_mp.blocks.mamba1 import MambaMixer
-
 _LOG2_E = math.log2(math.e)
-Observer = Callable[[Mapping[str, float]], None]
-"""Takes the seconds spent in each component of a layer, by kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """The components of a Mamba-1 branch, its norm among them; a stack of maps puts modules of its own in some."""
+
+    norm: nn.Module
+    in_proj: nn.Module
+    x_proj: nn.Module
+    dt_proj: nn.Module
+    out_proj: nn.Module
+    conv1d: nn.Module
+    A_log: nn.Module
+    D: nn.Module
+    dt_rank: int
+
+    @property
+    def projections(self) -> tuple[nn.Module, ...]:
+        """In the order of the structure that the kernels take."""
+        return (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
 
 
 class Held:
@@ -53,54 +70,51 @@ class Held:
         assert isinstance(norm, Norm)
         return decoding.Norm(self.floats(norm.weight.tensor()), self.optional(norm.bias), norm.eps)
 
-    def layer(self, mixer: MambaMixer, many: bool) -> decoding.Layer:
-        """A layer's structure for one token at a time, or for many, as yet without states."""
-        A2 = torch.exp(mixer.A_log.tensor()) * -_LOG2_E  # [I, N]  # noqa: N806
-        conv = mixer.conv1d
-        assert isinstance(conv, DepthwiseConv)
+    def layer(self, branch: Branch, many: bool) -> decoding.Layer:
+        """A branch's structure for one token at a time, or for many, as yet without states."""
+        conv, A_log, D = branch.conv1d, branch.A_log, branch.D  # noqa: N806
+        assert isinstance(conv, DepthwiseConv) and isinstance(A_log, Stored) and isinstance(D, Stored)
+        A2 = torch.exp(A_log.tensor()) * -_LOG2_E  # [I, N]  # noqa: N806
         return decoding.Layer(
-            self.norm(mixer.norm),
-            *(self.matrix(module) for module in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj)),
+            self.norm(branch.norm),
+            *(self.matrix(module) for module in branch.projections),
             self.floats(conv.weight.tensor()[:, 0].t()),  # [K, I]
             self.optional(conv.bias),
             self.floats(A2.t() if many else A2),
-            self.floats(mixer.D.tensor()),
+            self.floats(D.tensor()),
         )
 
 
-class CompiledLayer:
-    """The whole layer, residual included."""
+class CompiledBranch:
+    """The whole branch, norm and residual included."""
 
-    def __init__(self, mixer: MambaMixer) -> None:
-        """Only of what `CompiledLayer.of` would take."""
+    def __init__(self, branch: Branch) -> None:
+        """Only of what `CompiledBranch.of` would take."""
+        assert isinstance(branch.A_log, Stored) and isinstance(branch.conv1d, DepthwiseConv)
         self._held = Held()
-        self._layer = self._held.layer(mixer, many=True)
-        self._inner, self._states = mixer.A_log.tensor().shape
-        self._rank = mixer.sizes[0]
-        conv = mixer.conv1d
-        assert isinstance(conv, DepthwiseConv)
-        self._kernel = conv.weight.tensor().shape[-1]
+        self._layer = self._held.layer(branch, many=True)
+        self._inner, self._states = branch.A_log.tensor().shape
+        self._rank = branch.dt_rank
+        self._kernel = branch.conv1d.weight.tensor().shape[-1]
 
     @classmethod
-    def of(cls, mixer: MambaMixer) -> CompiledLayer | None:
+    def of(cls, branch: Branch) -> CompiledBranch | None:
         """None where there is no compiled way: not on a CPU, no compiler or instructions, another precision, or so
         large that torch's products are faster."""
-        # a stack of maps puts a module of its own where they differ
-        if not isinstance(mixer.norm, Norm) or not isinstance(mixer.conv1d, DepthwiseConv):
+        norm, conv = branch.norm, branch.conv1d
+        if not isinstance(norm, Norm) or norm.one_plus or not isinstance(conv, DepthwiseConv):
             return None
-        if not isinstance(mixer.A_log, Stored) or not isinstance(mixer.D, Stored):
+        if not isinstance(branch.A_log, Stored) or not isinstance(branch.D, Stored):
             return None
-        for module in (mixer.in_proj, mixer.x_proj, mixer.dt_proj, mixer.out_proj):
+        for module in branch.projections:
             if not isinstance(module, Linear) or module.weight.device.type != "cpu" or not calls.compiled():
                 return None
             matrix = module.matrix()
             if not matrix.takes_many or not matrix.is_small:
                 return None
-        return cls(mixer)
+        return cls(branch)
 
-    def __call__(
-        self, x: Tensor, before: LayerState | None, observer: Observer | None = None
-    ) -> tuple[Tensor, LayerState]:
+    def __call__(self, x: Tensor, before: State | None, observer: Observer | None = None) -> tuple[Tensor, State]:
         """`x [b, l, d]`, float32, and the state before it (None: zeros) → `[b, l, d]`, and the state after it.
 
         observer: is told where its time goes.
@@ -112,7 +126,7 @@ class CompiledLayer:
         if before is None:
             conv, scan = torch.zeros(b, self._kernel - 1, self._inner), torch.zeros(b, self._inner, self._states)
         else:
-            conv, scan = (t.clone(memory_format=torch.contiguous_format) for t in (before.conv, before.scan))
+            conv, scan = (t.clone(memory_format=torch.contiguous_format) for t in before)
         y = torch.empty_like(x)
         # a structure of its own for each call: threads share this object
         layer = decoding.Layer.from_buffer_copy(self._layer)
@@ -125,4 +139,4 @@ class CompiledLayer:
         decoding.layer_many(layer, tokens)
         if observer is not None:
             observer(dict(zip(decoding.TIMED, seconds.tolist(), strict=True)))
-        return y, LayerState(conv, scan)
+        return y, (conv, scan)

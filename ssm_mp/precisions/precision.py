@@ -14,7 +14,6 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ssm_mp.config import Role
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.precisions.groups import (
     GROUP,
@@ -29,7 +28,7 @@ from ssm_mp.precisions.groups import (
     to_groups,
 )
 from ssm_mp.precisions.quantize import quantize_rows, weight_scales
-from ssm_mp.precisions.stored import ArraySpec, ByteTensor, FloatTensor, GroupedTensor, Int8Tensor, Stored
+from ssm_mp.precisions.stored import ArraySpec, ByteTensor, FloatTensor, GroupedTensor, Int8Tensor, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
 FLOAT16_LARGEST = 65504.0

@@ -8,12 +8,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssm_mp.precisions.groups import CodeBook, unpack_at, unpack_values
 from ssm_mp.precisions.quantize import dequantize_rows, fits_product, integer_product, padded_weight
+
+Role = Literal["weight", "vector", "bias", "index"]
+"""`weight`: quantised per row (output channel); `vector`: one scale; `bias`: stored float16 always; `index`: bytes
+that no precision changes, not a parameter of the FP32 model."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,190 @@
+"""Linear layers, whatever precision each is stored in.
+
+Dimensions: `b` batch, `l` length, `m` tokens (`b·l`), `n` outputs, `k` inputs of a product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
+from torch import Tensor, nn
+
+from ssm_mp.kernels import calls
+from ssm_mp.kernels.chosen import kernels_for
+from ssm_mp.modules.inputs import InputQuantizer, StaticInput
+from ssm_mp.modules.likelihood import token_divergence, token_nll
+from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
+from ssm_mp.precisions.stored import FloatTensor, Int8Tensor, Stored
+
+
+def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
+    """`x [..., k]` times `weight [n, k]` transposed, plus `bias [n]`: float32 `[..., n]`.
+
+    With an input quantiser the product is one of integers, accumulated in int32. Without one, a quantised
+    weight is unpacked first, and a float16 weight computes in float16 on a GPU.
+    """
+    if inputs is not None:
+        assert isinstance(weight, Int8Tensor)
+        flat = x.reshape(-1, x.shape[-1])  # [m, k]
+        quantized, input_scale = inputs(flat)
+        sums = weight.product(quantized)
+        product = rescaled(sums, weight.scale.float(), input_scale, None if bias is None else bias.tensor())
+        return product.reshape(*x.shape[:-1], -1)
+    if x.is_cuda and isinstance(weight, FloatTensor) and weight.value.dtype == torch.float16:
+        half_bias = None if bias is None else bias.tensor().half()
+        return F.linear(x.half(), weight.value, half_bias).float()
+    return F.linear(x, weight.tensor(), None if bias is None else bias.tensor())
+
+
+def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """int32 `sums [m, n]` · scales `columns [n]` and `rows [m, 1]`, plus `bias [n]`: float32 `[m, n]`."""
+    kernels = kernels_for(columns, rows)
+    if kernels is not None:
+        return kernels.rescale(sums, columns, rows, bias)
+    product = sums.float().mul_(columns).mul_(rows)
+    return product if bias is None else product.add_(bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Products with the same inputs side by side, each `(weight, bias, input quantiser)`, ready for many calls.
+
+    matrix: of a single product, where kernels take it straight from its inputs to likelihoods.
+    """
+
+    parts: Sequence[tuple[Stored, Stored | None, InputQuantizer | None]]
+    matrix: Matrix | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → `[..., n]`, one part after another."""
+        if self.matrix is not None and self.matrix.suits_many and calls.usable(x):
+            return self.matrix.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        found = [linear(x, *part) for part in self.parts]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    def nll(self, x: Tensor, columns: Tensor, held: int) -> Tensor:
+        """Negative log-likelihood of `columns [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
+
+        held: for how many tokens at most there may be logits in memory.
+        """
+        if self.matrix is not None and calls.usable(x):
+            return self.matrix.nll(x, columns)
+        return torch.cat([self._nll(*part) for part in zip(x.split(held), columns.split(held), strict=True)])
+
+    def divergence(
+        self, x: Tensor, columns: Tensor, reference: Projection, expected: Tensor, held: int
+    ) -> tuple[Tensor, Tensor]:
+        """`nll`, the very same numbers, and KL(reference ‖ this) of each token's logits: float64 `[m]` each.
+
+        Logits are those of `x [m, k]` here and of `expected [m, k]` there.
+        """
+        if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
+            return self.matrix.divergence(x, columns, reference.matrix, expected)
+        chunks = zip(x.split(held), expected.split(held), strict=True)
+        kl = torch.cat([token_divergence(self(ours), reference(theirs)) for ours, theirs in chunks])
+        return self.nll(x, columns, held), kl
+
+    def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
+        weight, bias, inputs = self.parts[0]
+        if len(self.parts) == 1 and inputs is not None and bias is None and calls.usable(x):
+            assert isinstance(weight, Int8Tensor)
+            quantized, rows = inputs(x)
+            return calls.scaled_nll(weight.product(quantized), weight.scale.float(), rows, columns)
+        return token_nll(self(x), columns)
+
+
+class Multiplier(nn.Module):
+    """A module with one weight that multiplies its inputs."""
+
+    def __init__(self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.inputs = inputs
+        self._matrix: tuple[object, Matrix, object] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": None}  # addresses cannot be copied
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → `[..., n]`."""
+        rows = x.numel() // x.shape[-1]
+        if not self._is_float32 and calls.usable(x):
+            matrix = self.matrix()
+            if rows <= FEW_ROWS or matrix.suits_many:
+                return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        return linear(x, self._to_multiply(), self.bias, self.inputs)
+
+    def _to_multiply(self) -> Stored:
+        """The weight as many rows are multiplied with it: unpacked, unless its own product takes it packed."""
+        if self._is_float32 or self.inputs is not None or self.weight.device.type == "cuda":
+            return self.weight
+        return FloatTensor(self.matrix().unpacked() if calls.compiled() else self.weight.tensor())
+
+    def matrix(self) -> Matrix:
+        """The weight as the kernels of a CPU read it, made once."""
+        held = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
+        stamp = ([tensor.stamp for tensor in held], self.inputs_stamp)
+        current = self._matrix
+        if current is None or current[0] != stamp:
+            how: Inputs = "none" if self.inputs is None else "dynamic"
+            if isinstance(self.inputs, StaticInput):
+                made = Matrix(self.weight, self.bias, "static", self.inputs.scale.item())
+            else:
+                made = Matrix(self.weight, self.bias, how)
+            # what was read is held too: another tensor in its place would have its stamp
+            current = (stamp, made, [tensor.arrays() for tensor in held])
+            self._matrix = current
+        return current[1]
+
+    @property
+    def inputs_stamp(self) -> object:
+        """Changes whenever the way that inputs are quantised does."""
+        if not isinstance(self.inputs, StaticInput):
+            return type(self.inputs)
+        scale = self.inputs.scale
+        return scale.item() if scale.device.type == "cpu" else scale.data_ptr()
+
+    def projection(self) -> Projection:
+        """`multiply` for many calls."""
+        if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
+            matrix = self.matrix()
+            if matrix.scores_many:
+                return Projection([(self.weight, self.bias, self.inputs)], matrix)
+        return Projection([self.part()])
+
+    def part(self) -> tuple[Stored, Stored | None, InputQuantizer | None]:
+        """As one of several in a `Projection`: the weight is unpacked once."""
+        return self._to_multiply(), self.bias, self.inputs
+
+    @property
+    def _is_float32(self) -> bool:
+        """Whether torch has nothing to unpack."""
+        return isinstance(self.weight, FloatTensor) and self.weight.value.dtype == torch.float32
+
+
+class Linear(Multiplier):
+    """A projection with its optional bias."""
+
+    def __init__(self, weight: Stored, bias: Stored | None = None, inputs: InputQuantizer | None = None) -> None:
+        super().__init__(weight, bias, inputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → `[..., n]`."""
+        return self.multiply(x)
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """A linear layer."""
+
+    @property
+    def multiplies_inputs(self) -> bool:
+        return True
+
+    def module(self, tensors: Mapping[str, Stored], inputs: InputQuantizer | None) -> nn.Module:
+        return Linear(tensors["weight"], tensors.get("bias"), inputs)

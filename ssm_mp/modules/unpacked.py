@@ -1,0 +1,28 @@
+"""Small tensors as they are computed with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ssm_mp.precisions.stored import Stored
+
+
+class Unpacked:
+    """A small tensor as it is computed with, unpacked once: what does not change need not be unpacked at every call."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """`make`: of the float32 tensor, what is computed with."""
+        self._make = make
+        self._held: tuple[object, Tensor, object] | None = None
+
+    def __call__(self, stored: Stored) -> Tensor:
+        """What is computed with in place of `stored`."""
+        if stored.is_trained:
+            return self._make(stored.tensor())
+        stamp = stored.stamp
+        if self._held is None or self._held[0] != stamp:
+            # what was unpacked is held too: another tensor in its place would have its stamp
+            self._held = (stamp, self._make(stored.tensor()), stored.arrays())
+        return self._held[1]
