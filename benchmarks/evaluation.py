@@ -45,8 +45,8 @@ from search.run.prepare import Prepared, prepare
 from search.run.working import open_prepared, work_on
 from search.trials.measured import ORIGIN, map_of
 from search.trials.owner import this_process
-from ssm_mp.config import MambaConfig
 from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import PRECISION_NAMES
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.checkpoints import load_checkpoint
-from ssm_mp.config import MambaConfig
 from ssm_mp.data import Windows
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precisions.precision import get_precision
 from ssm_mp.precisions.quantize import INT8_LIMIT, stored_scales
 from ssm_mp.scheme import ScaleRule

@@ -36,10 +36,10 @@ from benchmarks.memory import measure_apart
 from benchmarks.shapes import checkpoint_of, random_windows, workspace_of
 from search.problem.run_directory import WINNER
 from ssm_mp.artifact import MAP, save_artifact
-from ssm_mp.assembly import LanguageModel, build
 from ssm_mp.checkpoints import Checkpoint
-from ssm_mp.config import MambaConfig
 from ssm_mp.decoding.decode import open_decoder, prefill
+from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.model import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 
 from ssm_mp import load_artifact, load_model
-from ssm_mp.assembly import LanguageModel, build
-from ssm_mp.config import MambaConfig
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.decoding.decode import open_decoder, prefill
+from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.model import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 

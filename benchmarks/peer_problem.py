@@ -17,7 +17,7 @@ from benchmarks.plain_mamba import HEAD, PlainMamba, plain_mamba
 from search.base.errors import StudyError
 from search.problem.workspace import Workspace
 from ssm_mp.components import Component
-from ssm_mp.config import MambaConfig
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.kernels.scan import Scan, selective_scan_reference
 from ssm_mp.precision_map import PINNED_TO, PrecisionMap
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
-from ssm_mp.config import MambaConfig
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.kernels.scan import Scan, selective_scan_reference
 
 HEAD = "lm_head"

@@ -32,9 +32,9 @@ from benchmarks.shapes import LENGTH, NAMES, checkpoint_of, workspace_of
 from search.measure.probe import LOWEST, End, Group, open_end, planned, run_group
 from search.problem.workspace import Workspace
 from ssm_mp.components import find_components
-from ssm_mp.config import MambaConfig
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import advance, evaluate, finish, finish_against, start
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
 
 WINDOWS = {"reference": 128, "8 layers of 256": 64, "16 layers of 512": 32, "130m": 16}
@@ -111,7 +111,7 @@ def probe_seconds(stages: Stages, layers: int, stage: int) -> float:
 
 def all_probes_seconds(workspace: Workspace, stages: Stages) -> float:
     """What all probes of a study should take, both ends and the states that groups share included."""
-    layers, space = workspace.checkpoint.config.n_layers, workspace.space
+    layers, space = len(workspace.checkpoint.config.branches), workspace.space
     ends = stages.embed + layers * stages.layer + stages.head
     prefixes = sum(stages.embed + (stage - 1) * stages.layer for stage in range(1, layers + 1))
     each = [

@@ -19,12 +19,12 @@ from benchmarks.huggingface import REFERENCE
 from search.problem.space import make_space
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace
-from ssm_mp.assembly import build
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
-from ssm_mp.config import MambaConfig
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Splits, Windows
+from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.model import build
 from ssm_mp.precision_map import pinned_names
 
 STUDY = Path("studies/reference.toml")

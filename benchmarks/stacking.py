@@ -28,9 +28,9 @@ import torch
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.components import Component
-from ssm_mp.config import MambaConfig
 from ssm_mp.evaluation.evaluate import Evaluation, evaluate
 from ssm_mp.evaluation.stack import evaluate_stacked, in_order, make_stack
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
 
 STUDY = Path("studies/reference.toml")

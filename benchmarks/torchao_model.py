@@ -23,9 +23,9 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from benchmarks.plain_mamba import PlainMamba, PlainMixer, plain_mamba
-from ssm_mp.config import MambaConfig
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.kernels.scan import selective_scan
-from ssm_mp.modules.layers import conv_silu_reference
+from ssm_mp.modules.convolution import conv_silu_reference
 
 States = list[tuple[Tensor, Tensor]]
 """Of each layer: the convolution's last inputs `[b, K − 1, I]`, the scan's state `[b, I, N]`."""

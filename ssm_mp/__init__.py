@@ -58,7 +58,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
 class _Package(ModuleType):
-    """The package itself. A name that a function shares with its file (`convert`) is always the function."""
+    """The package itself, whose public names are loaded on first use."""
 
     def __getattr__(self, name: str) -> object:
         if name not in _HOME_OF:
@@ -66,11 +66,6 @@ class _Package(ModuleType):
         value = getattr(import_module(f"{self.__name__}.{_HOME_OF[name]}"), name)
         setattr(self, name, value)
         return value
-
-    def __setattr__(self, name: str, value: object) -> None:
-        # the import system binds a file to its package: that would hide the function of the same name
-        if not (name in _HOME_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
 
     def __dir__(self) -> Iterable[str]:
         return sorted({*super().__dir__(), *__all__})
@@ -87,8 +82,8 @@ def load_model(path: str | Path) -> LanguageModel:
     >>> load_model("studies/reference/model.safetensors")(torch.zeros(1, 4, dtype=torch.long)).shape
     torch.Size([1, 4, 8000])
     """
-    from ssm_mp.assembly import build
     from ssm_mp.checkpoints import load_checkpoint
+    from ssm_mp.model import build
 
     checkpoint = load_checkpoint(path)
     return build(checkpoint.config, checkpoint.tensors)

@@ -30,11 +30,12 @@ from ssm_mp.artifact_folder import (
     write_folder,
 )
 from ssm_mp.artifact_folder import require_free as require_free_folder
-from ssm_mp.assembly import LanguageModel, assemble
 from ssm_mp.components import Component, find_components
-from ssm_mp.config import Config, config_from_json, config_to_json
+from ssm_mp.config import Config
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
-from ssm_mp.modules.layers import DynamicInput, InputQuantizer, StaticInput, component_module
+from ssm_mp.families.registry import config_from_json, config_to_json
+from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.precision import get_precision
 from ssm_mp.precisions.stored import ArraySpec, Stored
@@ -82,7 +83,7 @@ def stored_arrays(model: LanguageModel) -> dict[str, Tensor]:
     """Every array that a model holds, by the name it has in a file: weights, scales and input scales."""
     arrays: dict[str, Tensor] = {}
     for component in find_components(model):
-        module = model.get_submodule(component.name)
+        module = model.component(component.name)
         for parameter in component.parameters:
             held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
             for suffix, array in held.arrays().items():
@@ -296,7 +297,7 @@ def _restored(
             inputs = StaticInput(arrays[f"{component.name}.input_scale"])
         case "dynamic":
             inputs = DynamicInput()
-    return component_module(component.kind, tensors, config, inputs)
+    return component.form.module(tensors, inputs)
 
 
 def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], scheme: Scheme) -> dict[str, ArraySpec]:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, Protocol
 
-from ssm_mp.config import Config, Parameter
-from ssm_mp.modules.layers import LINEAR_KINDS
+from ssm_mp.config import Config
+from ssm_mp.modules.parameter import Form, Parameter
 from ssm_mp.precisions.precision import get_precision
 from ssm_mp.scheme import ActivationScheme
 
 ALWAYS_PINNED = frozenset({"A_log", "D"})
 """Kinds that stay fp16 in every study."""
-DEFAULT_PINNED = frozenset({"norm", "router", "B", "C"})
+DEFAULT_PINNED = frozenset({"norm", "router", "correction_bias", "dt_bias", "B", "C"})
 """Kinds that stay fp16 unless a study lifts the pin."""
 
 Pin = Literal["always", "default"]
@@ -41,7 +41,16 @@ class Component:
     layer: int | None
     stage: int
     parameters: tuple[Parameter, ...]
-    multiplies_inputs: bool
+
+    @property
+    def form(self) -> Form:
+        """What kind of module it is."""
+        return self.parameters[0].form
+
+    @property
+    def multiplies_inputs(self) -> bool:
+        """Whether its inputs may be quantised."""
+        return self.form.multiplies_inputs
 
     @property
     def pin(self) -> Pin | None:
@@ -92,8 +101,7 @@ def _component(name: str, parameters: tuple[Parameter, ...], config: Config) -> 
         stage = layer + 1
     else:
         stage = 0 if kind in ("embedding", "position_embedding") else config.n_layers + 1
-    multiplies = kind in LINEAR_KINDS or (kind == "embedding" and config.tied)
-    return Component(name, kind, layer, stage, parameters, multiplies)
+    return Component(name, kind, layer, stage, parameters)
 
 
 def fp32_bytes(components: Iterable[Component]) -> int:

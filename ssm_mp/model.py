@@ -1,109 +1,164 @@
-"""What both families share: embedding, positions, a stack of layers, final norm and head.
+"""A language model: embedding, positions, layers of residual branches, final norm and head.
 
 Dimensions: `b` batch, `l` length, `d` model, `V` vocabulary.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ssm_mp.config import Config, index_bits
+from ssm_mp.blocks.block import Mixing, Observer, Parts, Scan, State
+from ssm_mp.config import Branch, Config
 from ssm_mp.errors import DataError
-from ssm_mp.modules.layers import BlockedEmbedding, Projection
-from ssm_mp.precisions.groups import unpack_reference
-from ssm_mp.precisions.stored import Stored
+from ssm_mp.modules.embedding import BlockedEmbedding, blocked_embedding
+from ssm_mp.modules.linear import Projection
+from ssm_mp.modules.parameter import Form
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
 
 _LOGIT_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Logits held at once: few enough to stay near a core, and enough that the interpreter is no burden; on a GPU, enough
 to fill it."""
 
-
-@dataclass(frozen=True)
-class Parts:
-    """Component modules by name, seen from inside one branch of the model."""
-
-    modules: Mapping[str, nn.Module]
-    prefix: str = ""
-
-    def __getitem__(self, name: str) -> nn.Module:
-        return self.modules[self.prefix + name]
-
-    def value(self, name: str) -> Stored:
-        """A component that is a bare stored value, such as `A_log`."""
-        module = self[name]
-        assert isinstance(module, Stored)
-        return module
-
-    def within(self, branch: str) -> Parts:
-        """The same modules seen from `branch`, so that layers need not know where they stand."""
-        return Parts(self.modules, f"{self.prefix}{branch}.")
-
-
-@dataclass(frozen=True, eq=False)
-class LayerState:
-    """What a layer carries from token to token: the convolution's last inputs `[b, K−1, I]` and the scan's state."""
-
-    conv: Tensor
-    scan: Tensor
+LayerState = tuple[State, ...]
+"""What a layer carries from token to token: each of its blocks' state, in order."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
     """Final norm and head, for many calls; `held`: for how many tokens at most there may be logits in memory."""
 
-    norm: nn.Module
+    final: Callable[[Tensor], Tensor]
     head: Projection
     held: int
 
     def nll(self, x: Tensor, columns: Tensor) -> Tensor:
         """Negative log-likelihood of the tokens in `columns [m]` of the scores of `x [m, d]`: float64 `[m]`."""
-        return self.head.nll(self.norm(x), columns, self.held)
+        return self.head.nll(self.final(x), columns, self.held)
 
     def divergence(self, x: Tensor, columns: Tensor, reference: Scorer, expected: Tensor) -> tuple[Tensor, Tensor]:
         """`nll`, and KL(reference ‖ this) of the scores of `expected [m, d]` there, `x [m, d]` here: float64 `[m]`."""
-        return self.head.divergence(self.norm(x), columns, reference.head, reference.norm(expected), self.held)
+        return self.head.divergence(self.final(x), columns, reference.head, reference.final(expected), self.held)
+
+
+class Residual(nn.Module):
+    """A residual branch: norm, blocks side by side, multipliers."""
+
+    def __init__(self, branch: Branch, modules: Mapping[str, nn.Module], at: str, scans: Mapping[str, Scan]) -> None:
+        """`at`: where the layer stands, such as `layers.0`."""
+        super().__init__()
+        self.observer: Observer | None = None
+        self.norm = modules[f"{at}.{branch.norm_name}"]
+        self.mixings = nn.ModuleList()
+        for part in branch.parts:
+            parts = Parts(modules, f"{at}.{part.name}.", dict(part.block.names))
+            self.mixings.append(part.block.module(parts, scans.get(part.block.word)))
+        self._multipliers = [(part.before, part.after) for part in branch.parts]
+        self._residual = branch.residual
+        self._plain = self._multipliers == [(1.0, 1.0)] and branch.residual == 1.0
+
+    def carry(self, x: Tensor, before: Sequence[State] | None) -> tuple[Tensor, list[State]]:
+        """`x [b, l, d]`, and its blocks' states before it (None: the beginning) → `[b, l, d]`, and those after it."""
+        if self._plain:
+            first = self.mixings[0]
+            whole = first.whole(self.norm, x) if isinstance(first, Mixing) else None
+            if whole is not None:
+                x, state = whole(x, None if before is None else before[0], self.observer)
+                return x, [state]
+        u, mixed, states = self.norm(x), None, []
+        for i, (mixing, (enter, leave)) in enumerate(zip(self.mixings, self._multipliers, strict=True)):
+            y, state = mixing(u if enter == 1.0 else u * enter, None if before is None else before[i])
+            y = y if leave == 1.0 else y * leave
+            mixed = y if mixed is None else mixed + y
+            states.append(state)
+        assert mixed is not None
+        return x + (mixed if self._residual == 1.0 else mixed * self._residual), states
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [b, l, d]` → `[b, l, d]`, from the beginning."""
+        return self.carry(x, None)[0]
+
+
+class Layer(nn.Module):
+    """Residual branches, one after another."""
+
+    def __init__(self, branches: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def carry(self, x: Tensor, before: LayerState | None) -> tuple[Tensor, LayerState]:
+        """`x [b, l, d]`, and the state before it (None: the beginning) → `[b, l, d]`, and the state after it."""
+        states: list[State] = []
+        for branch in self.branches:
+            assert isinstance(branch, Residual)
+            own = None if before is None else before[len(states) : len(states) + len(branch.mixings)]
+            x, found = branch.carry(x, own)
+            states += found
+        return x, tuple(states)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [b, l, d]` → `[b, l, d]`, from the beginning."""
+        for branch in self.branches:
+            x = branch(x)
+        return x
 
 
 class LanguageModel(nn.Module):
     """Token ids `[b, l]` → logits `[b, l, V]`, in three stages that can be run apart: embed, layers, head."""
 
-    def __init__(self, config: Config, parts: Parts, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, config: Config, modules: Mapping[str, nn.Module], scans: Mapping[str, Scan]) -> None:
+        """`modules`: the components' by name; `scans` as in `assemble`."""
         super().__init__()
         self.config = config
-        self.embedding = _blocked(config, parts) if config.embedding_blocks else parts["embedding"]
-        self.position_embedding = None if config.max_length is None else parts["position_embedding"]
-        self.layers = nn.ModuleList(layers)
-        self.norm = parts["norm"]
-        self.lm_head = None if config.tied else parts["lm_head"]
+        self._components = dict(modules)
+        blocks = [modules[f"embedding.blocks.{b}"] for b in range(len(config.embedding_blocks))]
+        self.embedding = blocked_embedding(blocks, config.vocabulary) if blocks else modules["embedding"]
+        self.position_embedding = None if config.position_table is None else modules["position_embedding"]
+        self.layers = nn.ModuleList(
+            Layer([Residual(branch, modules, f"layers.{i}", scans) for branch in branches])
+            for i, branches in enumerate(config.branches)
+        )
+        self.norm = modules["norm"]
+        self.lm_head = None if config.tied else modules["lm_head"]
+
+    def component(self, name: str) -> nn.Module:
+        """The module of a component. Raises KeyError for another name."""
+        return self._components[name]
 
     def embed(self, ids: Tensor, start: int = 0) -> Tensor:
         """Token ids `[b, l]`, the first at position `start` → `[b, l, d]`, positions added.
 
         Raises DataError where there are too few positions.
         """
-        x: Tensor = self.embedding(ids)
-        if self.position_embedding is None:
-            return x
-        end, most = start + ids.shape[1], self.config.max_length
+        end, most = start + ids.shape[1], self.config.max_tokens
         if most is not None and end > most:
             raise DataError(f"a sequence of {end} tokens, but the model has positions for {most}")
+        x: Tensor = self.embedding(ids)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
+        if self.position_embedding is None:
+            return x
         positions: Tensor = self.position_embedding(end, start)
         return x + positions
 
+    def final(self, x: Tensor) -> Tensor:
+        """Last hidden state `[..., d]` → what the head multiplies: normalised, logits' multiplier included."""
+        normed: Tensor = self.norm(x)
+        return normed if self.config.logit_multiplier == 1.0 else normed * self.config.logit_multiplier
+
     def scores(self, x: Tensor) -> Tensor:
         """Last hidden state `[..., d]` → logits `[..., V]` in the head's own order, which `columns` tells."""
-        normed = self.norm(x)
         head = self.embedding.project if self.lm_head is None else self.lm_head
-        logits: Tensor = head(normed)  # type: ignore[operator]  # nn.Module attributes are untyped
+        logits: Tensor = head(self.final(x))  # type: ignore[operator]  # nn.Module attributes are untyped
         return logits
 
     def scorer(self) -> Scorer:
         """`scores` for many calls: the head's weights are unpacked once."""
         head = self.embedding if self.lm_head is None else self.lm_head
-        return Scorer(self.norm, head.projection(), self.head_tokens)  # type: ignore[operator]
+        return Scorer(self.final, head.projection(), self.head_tokens)  # type: ignore[operator]
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of tokens stand in `scores`; anywhere but in a tied head of blocks, at their ids."""
@@ -151,10 +206,28 @@ class LanguageModel(nn.Module):
         return max(1, _LOGIT_BYTES[device] // (4 * self.config.vocabulary))
 
 
-def _blocked(config: Config, parts: Parts) -> BlockedEmbedding:
-    """The token embedding of blocks; the first one says which token is in which."""
-    blocks = [parts[f"embedding.blocks.{b}"] for b in range(len(config.embedding_blocks))]
-    packed = blocks[0].block_of
-    assert isinstance(packed, Stored)
-    numbers = unpack_reference(packed.tensor(), index_bits(len(blocks)))[: config.vocabulary]
-    return BlockedEmbedding(blocks, numbers)
+def assemble(
+    config: Config, modules: Mapping[str, nn.Module], scans: Mapping[str, Scan] | None = None
+) -> LanguageModel:
+    """A model of component modules by component name, in eval mode.
+
+    scans: by a block's word, what takes the place of its own fast scan, which cannot be differentiated.
+    """
+    return LanguageModel(config, modules, scans or {}).eval()
+
+
+def differentiable_scans(config: Config) -> dict[str, Scan]:
+    """For `assemble`: the scans that gradients pass through."""
+    blocks = {part.block for branches in config.branches for branch in branches for part in branch.parts}
+    return {block.word: block.differentiable for block in blocks if block.differentiable is not None}
+
+
+def build(config: Config, tensors: Mapping[str, Tensor], scans: Mapping[str, Scan] | None = None) -> LanguageModel:
+    """The model of canonical float tensors, held as they are (no copy); `scans` as in `assemble`."""
+    stored: dict[str, dict[str, Stored]] = defaultdict(dict)
+    forms: dict[str, Form] = {}
+    for parameter in config.parameters():
+        held = ByteTensor if parameter.role == "index" else FloatTensor
+        stored[parameter.component][parameter.leaf] = held(tensors[parameter.name])
+        forms[parameter.component] = parameter.form
+    return assemble(config, {name: forms[name].module(held, None) for name, held in stored.items()}, scans)

@@ -74,7 +74,7 @@ def test_a_study_a_map_and_a_config_may_begin_with_a_byte_order_mark(tmp_path: P
     for path in (study, *(tmp_path / name for name in ("config.json", "map.toml", "map.json"))):
         marked(path)
     assert load_spec(study).checkpoint_path == tmp_path / "model.safetensors"
-    assert load_checkpoint(tmp_path / "model.safetensors").config.norm_eps == 0.25
+    assert load_checkpoint(tmp_path / "model.safetensors").config.final_norm.eps == 0.25
     assert read_rules(tmp_path / "map.toml") == read_rules(tmp_path / "map.json") == {"*": "fp16"}
 
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssm_mp.assembly import LanguageModel, build
-from ssm_mp.config import Config, IteraConfig, IteraLayer, MambaConfig
+from ssm_mp.config import Config
 from ssm_mp.data import Windows
+from ssm_mp.families.itera import IteraConfig, IteraLayer
+from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.model import LanguageModel, build
 
 VOCABULARY, LENGTH = 64, 16
 

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from search.problem.spec import StudySpec
-    from ssm_mp.assembly import LanguageModel
     from ssm_mp.config import Config
     from ssm_mp.data import Windows
     from ssm_mp.decoding.decode import Generation
+    from ssm_mp.model import LanguageModel
 
 _ROUNDS = 7
 """How often each model is timed, in turn with the others, after a round to warm up."""
@@ -113,7 +113,7 @@ def drift(
     if not spec.search.force_baseline:
         unigram = unigram_perplexity(splits.token_counts, splits.search)
         require_better_than_guessing(found.fp32, fp32.config.vocabulary, unigram)
-    length = LONG * (fp32.config.max_length or window_length(spec, fp32.config))
+    length = LONG * (fp32.config.max_tokens or window_length(spec, fp32.config))
     refused, long = too_long(fp32.config, length), None
     if refused is None:
         windows = _long_windows(spec, study, overrides(set_), fp32.config, length)
@@ -137,8 +137,8 @@ def drift(
 def _opened(path: Path, device: torch.device, weights: str | None = None) -> tuple[LanguageModel, Path | None]:
     """The model of an artifact folder and its tokenizer, else the model of a checkpoint, of `weights` in it."""
     from ssm_mp.artifact import is_artifact, read_artifact
-    from ssm_mp.assembly import build
     from ssm_mp.checkpoints import load_checkpoint
+    from ssm_mp.model import build
 
     if is_artifact(path):
         artifact = read_artifact(path, str(device))
@@ -149,12 +149,10 @@ def _opened(path: Path, device: torch.device, weights: str | None = None) -> tup
 
 def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.device) -> LanguageModel:
     """The study's FP32 model. Raises StudyError where `model`, read from `path`, is no version of it."""
-    from dataclasses import replace
-
     from search.base.errors import StudyError
 
     fp32, _ = _opened(spec.checkpoint_path, device, spec.checkpoint.weights)
-    if replace(model.config, embedding_blocks=()) != replace(fp32.config, embedding_blocks=()):
+    if model.config.replaced(embedding_blocks=()) != fp32.config.replaced(embedding_blocks=()):
         raise StudyError(
             f"{path} is no version of {spec.checkpoint_path}, the checkpoint of {spec.path}: their sizes differ; give "
             "the study that it was converted in"

@@ -81,7 +81,7 @@ def inspect(
     from search.results.report import component_rows
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.components import find_components, fp32_bytes
-    from ssm_mp.config import config_to_json
+    from ssm_mp.families.registry import config_to_json
     from ssm_mp.precision_map import pinned_names
 
     found = load_checkpoint(checkpoint, weights)
@@ -115,11 +115,11 @@ def evaluate(
     from search.problem.spec import load_spec
     from search.problem.workspace import check_device, load_splits
     from ssm_mp.artifact import is_artifact, read_artifact
-    from ssm_mp.assembly import build
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluation.evaluate import evaluate as measure
     from ssm_mp.evaluation.evaluate import require_better_than_guessing
+    from ssm_mp.model import build
 
     spec = load_spec(study)
     device = check_device(spec.search.device)

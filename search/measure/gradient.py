@@ -30,13 +30,15 @@ from torch import Tensor, nn
 
 from search.measure.probe import GRADIENT, Probe
 from search.problem.workspace import Workspace
-from ssm_mp.assembly import LanguageModel, assemble, differentiable_scan
 from ssm_mp.components import Component
 from ssm_mp.conversion.calibrate import Watcher, observed
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import FloatArray
-from ssm_mp.modules.layers import Embedding, InputQuantizer, Linear, component_module
+from ssm_mp.model import LanguageModel, assemble, differentiable_scans
+from ssm_mp.modules.embedding import Embedding
+from ssm_mp.modules.inputs import InputQuantizer
+from ssm_mp.modules.linear import Linear
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
 _PASSES = 3
@@ -129,7 +131,7 @@ def _differentiable(workspace: Workspace, scores: _Scores) -> LanguageModel:
     modules: dict[str, nn.Module] = {}
     watchers: dict[str, Watcher] = {}
     for component in space.components:
-        source = model.get_submodule(component.name)
+        source = model.component(component.name)
         if component.name not in free:
             modules[component.name] = source
             continue
@@ -137,8 +139,8 @@ def _differentiable(workspace: Workspace, scores: _Scores) -> LanguageModel:
         quantizers = _input_quantizers(workspace, component)
         if quantizers:
             watchers[component.name] = _watcher(component.name, quantizers, scores)
-    scan = differentiable_scan(model.config)
-    return observed(assemble(model.config, modules, scan), watchers, scan)
+    scans = differentiable_scans(model.config)
+    return observed(assemble(model.config, modules, scans), watchers, scans)
 
 
 def _weighed(workspace: Workspace, component: Component, source: nn.Module, scores: _Scores) -> nn.Module:
@@ -151,7 +153,7 @@ def _weighed(workspace: Workspace, component: Component, source: nn.Module, scor
             held.value.requires_grad_()
             held.value.register_post_accumulate_grad_hook(_weigher(workspace, component, parameter.leaf, scores))
         tensors[parameter.leaf] = held
-    return component_module(component.kind, tensors, workspace.model.config)
+    return component.form.module(tensors, None)
 
 
 def _stored(module: nn.Module, leaf: str) -> Stored:

@@ -65,9 +65,9 @@ def prompts(windows: Windows, batch: int, length: int, config: Config) -> Tensor
 
     Raises StudyError where the model has positions for fewer tokens.
     """
-    if config.max_length is not None and length > config.max_length:
+    if config.max_tokens is not None and length > config.max_tokens:
         raise StudyError(
-            f"[search] latency_length = {length}, but the model has positions for {config.max_length} tokens"
+            f"[search] latency_length = {length}, but the model has positions for {config.max_tokens} tokens"
         )
     text = windows.ids.flatten()
     return text.repeat(-(-batch * length // text.numel()))[: batch * length].reshape(batch, length)

@@ -10,12 +10,12 @@ import torch
 
 from search.measure.racing import Reason, best_rival, judge, next_rung, rungs
 from search.problem.workspace import Workspace
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.components import fp32_bytes
 from ssm_mp.data import Windows, unigram_perplexity
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import Evaluation, Increase, doubt, evaluate, paired_increase
 from ssm_mp.evaluation.prefix_cache import PrefixCache, Prefixes, Reuse
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 
 Finished = Sequence[tuple[int, np.ndarray]]

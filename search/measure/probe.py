@@ -13,11 +13,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from search.problem.workspace import Workspace
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.components import Component
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, finish, finish_against, paired_increase, start
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 
 WIDEST, LOWEST, GRADIENT = "widest", "lowest", "gradient"

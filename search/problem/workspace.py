@@ -14,7 +14,6 @@ from search.base.errors import StudyError
 from search.problem.run_directory import mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
-from ssm_mp.assembly import LanguageModel, build
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
@@ -40,7 +39,8 @@ from ssm_mp.data.corpus import Part, stdlib_documents
 from ssm_mp.evaluation.memory import keep_freed_memory
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
-from ssm_mp.modules.layers import BlockedEmbedding
+from ssm_mp.model import LanguageModel, build
+from ssm_mp.modules.embedding import BlockedEmbedding
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 
 _LONGEST_DEFAULT_WINDOW = 1024
@@ -162,10 +162,10 @@ def _compute_type(device: str) -> str:
 def window_length(spec: StudySpec, config: Config) -> int:
     """The study's window, else the model's positions, else a default. Raises StudyError beyond the positions."""
     if spec.data.window is None:
-        return min(config.max_length or _DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
-    if config.max_length is not None and spec.data.window > config.max_length:
+        return min(config.max_tokens or _DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
+    if config.max_tokens is not None and spec.data.window > config.max_tokens:
         raise StudyError(
-            f"[data] window = {spec.data.window}, but the model has positions for {config.max_length} tokens"
+            f"[data] window = {spec.data.window}, but the model has positions for {config.max_tokens} tokens"
         )
     return spec.data.window
 

@@ -91,6 +91,9 @@ class Block(ABC):
 
     word: ClassVar[str]
     """What files say for this kind of block."""
+    gathers_tokens: ClassVar[bool] = False
+    """Whether components see tokens of several sequences together, so that a stack of maps cannot run each for itself
+    on the sequences that have it."""
     differentiable: ClassVar[Scan | None] = None
     """The scan that gradients pass through, where the default one does not let them."""
 

@@ -21,6 +21,7 @@ class Experts(Block):
     """Each token goes to its `top_k` best experts, weighted by a softmax over those."""
 
     word = "experts"
+    gathers_tokens = True
 
     d_hidden: int
     experts: int

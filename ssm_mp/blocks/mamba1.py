@@ -58,6 +58,11 @@ class Mamba1(Block):
         yield self.value(at, layer, "D", inner)
         yield from self.linear(at, layer, "out_proj", d, inner, with_bias=self.projection_bias)
 
+    @property
+    def has_inner_norms(self) -> bool:
+        """Whether step, B and C are normalised, which the compiled ways do not know."""
+        return self.inner_norms is not None or self.weightless_eps is not None
+
     def module(self, parts: Parts, scan: Scan | None = None) -> Mamba1Mixing:
         return Mamba1Mixing(self, parts, scan or selective_scan)
 
@@ -83,6 +88,7 @@ class Mamba1Mixing(Mixing):
         weighted = block.inner_norms is not None
         self.inner_norms = nn.ModuleList(parts[n] for n in ("dt_norm", "B_norm", "C_norm")) if weighted else None
         self.weightless_eps = block.weightless_eps
+        self.has_inner_norms = block.has_inner_norms
         self._A = Unpacked(lambda tensor: -torch.exp(tensor).t().contiguous().t())  # [I, N]
         self._skip = Unpacked()  # [I]
         self._compiled: tuple[object, CompiledBranch | None, object] | None = None
@@ -132,8 +138,3 @@ class Mamba1Mixing(Mixing):
         """What the compiled ways are made of."""
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
         return Branch(norm, *projections, self.conv1d, self.A_log, self.D, self.sizes[0])
-
-    @property
-    def has_inner_norms(self) -> bool:
-        """Whether step, B and C are normalised, which the compiled ways do not know."""
-        return self.inner_norms is not None or self.weightless_eps is not None

@@ -73,7 +73,9 @@ class Held:
     def layer(self, branch: Branch, many: bool) -> decoding.Layer:
         """A branch's structure for one token at a time, or for many, as yet without states."""
         conv, A_log, D = branch.conv1d, branch.A_log, branch.D  # noqa: N806
-        assert isinstance(conv, DepthwiseConv) and isinstance(A_log, Stored) and isinstance(D, Stored)
+        assert isinstance(conv, DepthwiseConv)
+        assert isinstance(A_log, Stored)
+        assert isinstance(D, Stored)
         A2 = torch.exp(A_log.tensor()) * -_LOG2_E  # [I, N]  # noqa: N806
         return decoding.Layer(
             self.norm(branch.norm),
@@ -90,7 +92,8 @@ class CompiledBranch:
 
     def __init__(self, branch: Branch) -> None:
         """Only of what `CompiledBranch.of` would take."""
-        assert isinstance(branch.A_log, Stored) and isinstance(branch.conv1d, DepthwiseConv)
+        assert isinstance(branch.A_log, Stored)
+        assert isinstance(branch.conv1d, DepthwiseConv)
         self._held = Held()
         self._layer = self._held.layer(branch, many=True)
         self._inner, self._states = branch.A_log.tensor().shape

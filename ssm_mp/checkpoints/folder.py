@@ -7,15 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ssm_mp.checkpoints.json_file import read_json
-from ssm_mp.checkpoints.refused import foreign_folder
-from ssm_mp.checkpoints.shards import INDEX, read_index, read_shards, shard_family, shard_names
-from ssm_mp.checkpoints.shown import listed
-from ssm_mp.checkpoints.stored_config import StoredConfig, config_of, config_within, refuse_quantised
-from ssm_mp.checkpoints.tree import equal, leaves
-from ssm_mp.checkpoints.weights_file import WEIGHTS_SUFFIXES, Content, read_file
 from ssm_mp.checkpoints.wrappers import holds_model
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.json_file import read_json
+from ssm_mp.files.refused import foreign_folder
+from ssm_mp.files.shards import INDEX, read_index, read_shards, shard_family, shard_names
+from ssm_mp.files.shown import listed
+from ssm_mp.files.stored_config import StoredConfig, config_of, config_within, refuse_quantised
+from ssm_mp.files.tree import equal, leaves
+from ssm_mp.files.weights_file import WEIGHTS_SUFFIXES, Content, read_file
 
 _CONFIG = "config.json"
 _TRANSFORMERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")

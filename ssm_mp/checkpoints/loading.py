@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from ssm_mp.checkpoints.folder import broken_link, read_content
-from ssm_mp.checkpoints.packed import refuse_nested, refuse_unreadable, type_name
-from ssm_mp.checkpoints.shown import listed, shown_name
-from ssm_mp.checkpoints.stored_config import StoredConfig, declares_untied, refuse_quantised, with_stored
-from ssm_mp.checkpoints.weights_file import Content
 from ssm_mp.checkpoints.wrappers import Weights, find_weights
-from ssm_mp.config import Config, IteraConfig, config_to_json
+from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
-from ssm_mp.layouts import Recognised, infer_config, recognise
+from ssm_mp.families.family import Family
+from ssm_mp.families.registry import Recognised, config_to_json, recognise
+from ssm_mp.families.stated import declares_untied
+from ssm_mp.files.packed import refuse_nested, refuse_unreadable, type_name
+from ssm_mp.files.shown import listed, shown_name
+from ssm_mp.files.stored_config import StoredConfig, refuse_quantised
+from ssm_mp.files.weights_file import Content
 
 _MOST_PROBLEMS = 40
 """Lines of the longest list of tensors that do not fit."""
@@ -95,24 +97,30 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
     refuse_quantised(stored)
     weights = find_weights(content.values, wanted)
     refuse_nested({**weights.tensors, **weights.strangers})
-    found = recognise(weights.tensors)
-    found = replace(found, names=_with_embedding(found.names, stored))
+    found = recognise(weights.tensors, stored)
+    weights, left_out = _without_other_parts(found.family, weights)
+    names = {canonical: name for canonical, name in found.names.items() if name in weights.tensors}
+    found = replace(found, names=_with_embedding(names, stored))
     tensors = {canonical: weights.tensors[name] for canonical, name in found.names.items()}
-    tensors, notes = _with_kernels_last(tensors)
+    arranged = found.family.arranged(tensors, stored)
+    found = replace(found, names={name: found.names[under] for name, (under, _) in arranged.items()})
+    tensors, notes = _with_kernels_last({name: tensor for name, (_, tensor) in arranged.items()})
     if _HEAD in found.names.values() and _HEAD not in found.names:
         notes.append("no embedding in the file; the head is used for both, as the two are tied")
-    config = infer_config(found.family, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    config, more = found.family.config(shapes, stored)
     expected = {parameter.name for parameter in config.parameters()}
     refuse_unreadable({weights.names[found.names[name]]: tensors[name] for name in tensors if name in expected})
     if not declares_untied(stored) and _head_is_embedding(tensors):
-        del tensors[_HEAD]
-        config = replace(config, tied=True)
-    config, more = with_stored(config, stored)
+        del tensors[_HEAD], shapes[_HEAD]
+        config, more = found.family.config(shapes, stored)
     _account(found, weights, tensors, config)
     held = {name: tensor for name, tensor in tensors.items() if name in {one.name for one in config.parameters()}}
     kept = {name: tensor.detach().float().contiguous() for name, tensor in held.items()}
     _refuse_non_finite(kept)
     notes = [*content.notes, *weights.notes, *notes, *more]
+    if left_out:
+        notes.append(f"parts of a larger model that are not read: {listed(left_out)}")
     if content.left_out:
         notes.append(f"left out: {listed(content.left_out, 12)}")
     types: Counter[str] = Counter()
@@ -120,6 +128,18 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
         types[type_name(tensor)] += tensor.numel()
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in held.values())
     return Checkpoint(path, found.layout, config, kept, tuple(notes), dict(types.most_common()), size)
+
+
+def _without_other_parts(family: Family, weights: Weights) -> tuple[Weights, list[str]]:
+    """The weights without what the family does not read, such as a vision tower, and the names of that."""
+    left = {name for name in weights.tensors if family.is_left_out(name)}
+    strange = {name for name in weights.strangers if family.is_left_out(name)}
+    kept = replace(
+        weights,
+        tensors={name: tensor for name, tensor in weights.tensors.items() if name not in left},
+        strangers={name: tensor for name, tensor in weights.strangers.items() if name not in strange},
+    )
+    return kept, sorted({weights.names[name] for name in left} | strange)
 
 
 def _with_embedding(names: Mapping[str, str], stored: StoredConfig) -> dict[str, str]:
@@ -154,7 +174,7 @@ def _head_is_embedding(tensors: Mapping[str, Tensor]) -> bool:
 def _account(found: Recognised, weights: Weights, tensors: Mapping[str, Tensor], config: Config) -> None:
     """Raise one error that lists every missing, unknown, empty or misshapen tensor."""
     expected = {parameter.name: parameter.shape for parameter in config.parameters()}
-    optional = config.statistics() if isinstance(config, IteraConfig) else {}
+    optional = config.statistics()
     names = {canonical: weights.names[name] for canonical, name in found.names.items()}
     problems = [f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
     problems += sorted(_misfits(names, tensors, {**expected, **optional}))
@@ -164,7 +184,7 @@ def _account(found: Recognised, weights: Weights, tensors: Mapping[str, Tensor],
         shown += [f"… and {len(problems) - len(shown)} more"] if len(problems) > len(shown) else []
         raise CheckpointError(
             f"{len(problems)} tensor{'s do' if len(problems) > 1 else ' does'} not fit a model of family "
-            f"{found.family!r} (layout {found.layout!r}):\n  " + "\n  ".join(shown)
+            f"{found.family.word!r} (layout {found.layout!r}):\n  " + "\n  ".join(shown)
         )
 
 

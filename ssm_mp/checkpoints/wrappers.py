@@ -1,8 +1,9 @@
 """Where in a file's content the model is: state dicts inside dictionaries, and what stands before every name.
 
-A file is a tree of named values. A model is wherever names go on as a known family's do (`layouts.MARK`); what stands
-before that is its path, whether it is made of nested dictionaries (`{"model": {"state_dict": …}}`) or of prefixes
-(`module._orig_mod.…`). Several models in one file are told apart by their paths.
+A file is a tree of named values. A model is wherever names go on as a known family's do (`MARK` in
+`families/registry.py`); what stands before that is its path, whether it is made of nested dictionaries
+(`{"model": {"state_dict": …}}`) or of prefixes (`module._orig_mod.…`). Several models in one file are told apart by
+their paths.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ssm_mp.checkpoints.packed import refuse_adapter, refuse_packed, refuse_stand_ins
-from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.shown import listed, shown_name
-from ssm_mp.checkpoints.tree import INNER, Leaf, key_name, leaves, members
 from ssm_mp.errors import CheckpointError
-from ssm_mp.layouts import FAMILIES, MARK, canonical_name
+from ssm_mp.families.registry import EXAMPLES, MARK, is_outer, outer_name
+from ssm_mp.files.packed import refuse_adapter, refuse_packed, refuse_stand_ins
+from ssm_mp.files.record import Record
+from ssm_mp.files.shown import listed, shown_name
+from ssm_mp.files.tree import INNER, Leaf, key_name, leaves, members
 
 _USUAL = (
     "model_state_dict",
@@ -40,8 +41,6 @@ _BUFFERS = re.compile(
 """Buffers of modules and tools that no forward pass of these families uses."""
 _LONGEST = 1000
 """Characters of the longest name that a model's tensor can have."""
-_OUTER = re.compile(r"(embedding|position_embedding|norm|lm_head)\.(weight|bias)")
-"""Parts of a model that may stand outside of what wraps its layers."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _gathered(at: str, held: list[Leaf], paths: frozenset[str]) -> Weights:
         at_home = leaf.keys[:-1] == home or (spread and leaf.keys[: len(home)] == home)
         name = leaf.name.removeprefix(at) if owner == at and at_home else None
         if name is None and (owner is None or at.startswith(owner)):
-            name = next((outer for outer in _outer_names(leaf.name, at) if canonical_name(outer) not in taken), None)
+            name = next((outer for outer in _outer_names(leaf.name, at) if outer_name(outer) not in taken), None)
         if not isinstance(leaf.value, Tensor) or (name is None and (owner not in (None, at) or not at_home)):
             beside.append(leaf)
         elif _BUFFERS.search(leaf.name) or (name is None and leaf.value.numel() == 1):
@@ -170,7 +169,7 @@ def _gathered(at: str, held: list[Leaf], paths: frozenset[str]) -> Weights:
             raise CheckpointError(f"{two} are two names of one tensor; keep one of them")
         else:
             tensors[name], names[name] = leaf.value, leaf.original
-            taken.add(canonical_name(name))
+            taken.add(outer_name(name))
     return Weights(_dotted(at), tensors, names, strangers, tuple(_notes(at, paths, ignored, beside, home)))
 
 
@@ -180,7 +179,7 @@ def _outer_names(name: str, at: str) -> Iterator[str]:
     for end in range(len(parts), -1, -1):
         above = "".join(f"{part}." for part in parts[:end])
         rest = name.removeprefix(above)
-        if name.startswith(above) and _OUTER.fullmatch(canonical_name(rest)):
+        if name.startswith(above) and is_outer(rest):
             yield rest
 
 
@@ -228,6 +227,6 @@ def _unknown_layout(content: object, held: list[Leaf]) -> str:
     hints = ((r"mixer\.dt_bias$", "Mamba-2"), (r"\.(self_attn|attn|attention)\.", "a model with attention"))
     guess = next((f"; it looks like {what}" for sign, what in hints if any(re.search(sign, n) for n in names)), "")
     return (
-        f"these tensors are of no known family (expected {FAMILIES}){guess}; top-level keys: {top}; "
+        f"these tensors are of no known family (expected {EXAMPLES}){guess}; top-level keys: {top}; "
         f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {listed(names)}"
     )

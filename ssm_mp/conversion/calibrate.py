@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.assembly import LanguageModel, assemble
+from ssm_mp.blocks.block import Scan
 from ssm_mp.components import find_components
 from ssm_mp.data import Windows
 from ssm_mp.errors import InfeasibleError
-from ssm_mp.kernels.scan import Scan
+from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.precisions.quantize import histogram_scale
 from ssm_mp.scheme import ScaleRule
 
@@ -106,20 +106,22 @@ def calibrate(model: LanguageModel, windows: Windows) -> dict[str, InputStatisti
     return {name: InputStatistics(largest[name], counts[name]) for name in names}
 
 
-def observed(model: LanguageModel, watchers: Mapping[str, Watcher], scan: Scan | None = None) -> LanguageModel:
+def observed(
+    model: LanguageModel, watchers: Mapping[str, Watcher], scans: Mapping[str, Scan] | None = None
+) -> LanguageModel:
     """A model of the same modules whose products' inputs go by way of the watchers, by component name.
 
-    scan: as in `assemble`.
+    scans: as in `assemble`.
     """
     modules: dict[str, nn.Module] = {}
     for component in find_components(model):
-        inner = model.get_submodule(component.name)
+        inner = model.component(component.name)
         if component.name not in watchers:
             modules[component.name] = inner
         else:
             wrapper = _ObservedHead if component.kind == "embedding" else _Observed
             modules[component.name] = wrapper(inner, watchers[component.name])
-    return assemble(model.config, modules, scan)
+    return assemble(model.config, modules, scans)
 
 
 def _run(model: LanguageModel, windows: Windows) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ssm_mp.assembly import LanguageModel, assemble
 from ssm_mp.components import Component, find_components
 from ssm_mp.conversion.calibrate import Statistics
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
-from ssm_mp.modules.layers import DynamicInput, InputQuantizer, StaticInput, component_module
+from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.precision import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
@@ -61,7 +61,7 @@ class Converter:
 
     def _make(self, component: Component, name: str) -> nn.Module:
         precision = get_precision(name)
-        source = self.model.get_submodule(component.name)
+        source = self.model.component(component.name)
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:
             held = source if isinstance(source, Stored) else getattr(source, parameter.leaf)
@@ -74,7 +74,7 @@ class Converter:
                 tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
             except InfeasibleError as error:
                 raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
-        return component_module(component.kind, tensors, self.model.config, self._inputs(component, name))
+        return component.form.module(tensors, self._inputs(component, name))
 
     def _inputs(self, component: Component, name: str) -> InputQuantizer | None:
         """The input quantiser that the scheme asks for."""

@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ssm_mp.assembly import LanguageModel, assemble
 from ssm_mp.components import find_components
-from ssm_mp.config import Config, index_bits
+from ssm_mp.config import Config
 from ssm_mp.errors import PrecisionMapError
-from ssm_mp.modules.layers import component_module
+from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.modules.embedding import EmbeddingForm, index_bits
 from ssm_mp.precisions.groups import pack
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor
 
@@ -41,7 +40,7 @@ def with_blocks(config: Config, boundaries: Sequence[int]) -> Config:
             f"embedding_blocks = {list(boundaries)}: expected fewer than {_MOST_BLOCKS} rising numbers of tokens "
             f"between 1 and {config.vocabulary - 1}, the vocabulary less one, e.g. [250, 1000]"
         )
-    return replace(config, embedding_blocks=tuple(high - low for low, high in itertools.pairwise(ends)))
+    return config.replaced(embedding_blocks=tuple(high - low for low, high in itertools.pairwise(ends)))
 
 
 def block_numbers(counts: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -64,7 +63,7 @@ def split_embedding(model: LanguageModel, counts: Tensor, boundaries: Sequence[i
     sizes = config.embedding_blocks
     if not sizes:
         return model
-    modules = {c.name: model.get_submodule(c.name) for c in find_components(model) if c.kind != "embedding"}
+    modules = {c.name: model.component(c.name) for c in find_components(model) if c.kind != "embedding"}
     weight = model.embedding.weight
     assert isinstance(weight, FloatTensor)
     numbers = block_numbers(counts, sizes).to(weight.value.device)
@@ -74,5 +73,5 @@ def split_embedding(model: LanguageModel, counts: Tensor, boundaries: Sequence[i
         tensors: dict[str, FloatTensor | ByteTensor] = {"weight": FloatTensor(weight.value.data[numbers == b])}
         if b == 0:
             tensors["block_of"] = ByteTensor(pack(padded, bits))
-        modules[f"embedding.blocks.{b}"] = component_module("embedding", tensors, config)
+        modules[f"embedding.blocks.{b}"] = EmbeddingForm(config.tied).module(tensors, None)
     return assemble(config, modules)

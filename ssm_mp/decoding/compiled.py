@@ -10,12 +10,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.blocks.mamba1 import MambaLayer
+from ssm_mp.blocks.mamba1 import Mamba1, Mamba1Mixing
 from ssm_mp.blocks.mamba1_compiled import Held
-from ssm_mp.config import MambaConfig
+from ssm_mp.config import Config
 from ssm_mp.kernels import calls, decoding, matrices
-from ssm_mp.model import LanguageModel, LayerState
-from ssm_mp.modules.layers import BlockedEmbedding, Embedding, Linear
+from ssm_mp.model import LanguageModel, Layer, LayerState, Residual
+from ssm_mp.modules.embedding import BlockedEmbedding, Embedding
+from ssm_mp.modules.linear import Linear
 
 MOST_SEQUENCES = 8
 """With more at a time, products of matrices are faster than rows one after another."""
@@ -26,19 +27,19 @@ class CompiledDecoder:
 
     def __init__(self, model: LanguageModel, states: Sequence[LayerState], position: int) -> None:
         """`states` are copied. Only for what `CompiledDecoder.of` would take."""
-        config = model.config
-        assert isinstance(config, MambaConfig)
+        config, block = model.config, _only_block(model.config)
+        assert block is not None
         self._model, self.position = model, position
         self._held = Held()
-        batch = states[0].conv.shape[0]
-        layers = (decoding.Layer * config.n_layers)(
+        batch = states[0][0][0].shape[0]
+        layers = (decoding.Layer * len(config.branches))(
             *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
         )
         heads = [self._held.matrix(head) for head in _heads(model)]
         self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
         self._structure = decoding.Model(
-            batch, config.d_model, config.d_inner, config.d_state, config.dt_rank, config.d_conv, config.vocabulary,
-            config.n_layers, len(heads), layers, self._held.norm(model.norm), (matrices.Matrix * len(heads))(*heads),
+            batch, config.d_model, block.d_inner, block.d_state, block.dt_rank, block.d_conv, config.vocabulary,
+            len(config.branches), len(heads), layers, self._held.norm(model.norm), (matrices.Matrix * len(heads))(*heads),
             self._x.data_ptr(), self._logits.data_ptr(), None,
         )  # fmt: skip
         self._scratch = torch.empty(decoding.scratch_floats(self._structure))
@@ -46,10 +47,12 @@ class CompiledDecoder:
 
     @classmethod
     def of(cls, model: LanguageModel, states: Sequence[LayerState], position: int) -> CompiledDecoder | None:
-        """A session that goes on from `states`; None where there is no compiled way: another family, not on a CPU,
-        no compiler, or more sequences than it is good for."""
-        known = isinstance(model.config, MambaConfig)
-        if not known or states[0].conv.shape[0] > MOST_SEQUENCES or not calls.usable(*(s.scan for s in states)):
+        """A session that goes on from `states`; None where there is no compiled way: other blocks than Mamba-1's, not
+        on a CPU, no compiler, or more sequences than it is good for."""
+        if _only_block(model.config) is None:
+            return None
+        held = [tensor for layer in states for state in layer for tensor in state]
+        if held[0].shape[0] > MOST_SEQUENCES or not calls.usable(*held):
             return None
         return cls(model, states, position)
 
@@ -65,10 +68,27 @@ class CompiledDecoder:
             return self._logits.clone()
 
     def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
-        assert isinstance(layer, MambaLayer)
-        found = self._held.layer(layer.ssm, many=False)
-        found.conv, found.state = self._held.floats(state.conv), self._held.floats(state.scan)
+        assert isinstance(layer, Layer)
+        (residual,) = layer.branches
+        assert isinstance(residual, Residual)
+        (mixing,) = residual.mixings
+        assert isinstance(mixing, Mamba1Mixing)
+        found = self._held.layer(mixing.branch(residual.norm), many=False)
+        found.conv, found.state = (self._held.floats(tensor) for tensor in state[0])
         return found
+
+
+def _only_block(config: Config) -> Mamba1 | None:
+    """The block that every layer is, where that is a Mamba-1 mixer that the kernels know, and nothing else."""
+    parts = {part for branches in config.branches for branch in branches for part in branch.parts}
+    plain = all(len(branches) == 1 and branches[0].residual == 1.0 for branches in config.branches)
+    if len(parts) != 1 or not plain or config.embedding_multiplier != 1.0 or config.logit_multiplier != 1.0:
+        return None
+    (part,) = parts
+    block = part.block
+    if not isinstance(block, Mamba1) or block.has_inner_norms or config.final_norm.one_plus:
+        return None
+    return block if part.before == part.after == 1.0 else None
 
 
 def _heads(model: LanguageModel) -> list[Linear | Embedding]:

@@ -16,10 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.decoding.compiled import CompiledDecoder
 from ssm_mp.errors import DataError, EvaluationError
-from ssm_mp.model import LayerState
+from ssm_mp.model import LanguageModel, LayerState
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,7 +163,7 @@ def require_room(model: LanguageModel, prompt: int, new_tokens: int) -> None:
     """Raise DataError where a model cannot make so many tokens after a prompt of `prompt` tokens."""
     if new_tokens < 0:
         raise DataError(f"{new_tokens} new tokens: expected 0 or more")
-    most = model.config.max_length
+    most = model.config.max_tokens
     if most is None:
         return
     possible = max(0, most - prompt + 1)  # the last token made is not read, so it needs no position

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ssm_mp.artifact import tensor_bytes
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.data import Windows
 from ssm_mp.decoding.decode import Decoding, open_decoder, prefill
+from ssm_mp.model import LanguageModel
 
 _DECODED = 32
 """Most tokens that are decoded in one measurement."""

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.config import Config
 from ssm_mp.data import Windows
 from ssm_mp.errors import DataError, EvaluationError
 from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase, shards
 from ssm_mp.evaluation.parallel import in_parallel
+from ssm_mp.model import LanguageModel
 
 LONG = 4
 """Long windows are so many times as long as those of training."""
@@ -115,9 +115,9 @@ def drift(model: LanguageModel, fp32: LanguageModel, windows: Windows, buckets: 
 
 def too_long(config: Config, length: int) -> str | None:
     """Why a model cannot read windows of `length` tokens; None where it can."""
-    if config.max_length is None or length <= config.max_length:
+    if config.max_tokens is None or length <= config.max_tokens:
         return None
-    return f"the model's positions end at {config.max_length} tokens, so it cannot read windows of {length}"
+    return f"the model's positions end at {config.max_tokens} tokens, so it cannot read windows of {length}"
 
 
 def token_losses(model: LanguageModel, windows: Windows) -> Losses:

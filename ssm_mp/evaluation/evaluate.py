@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.parallel import in_parallel
 from ssm_mp.evaluation.prefix_cache import Prefixes
-from ssm_mp.model import Scorer
+from ssm_mp.model import LanguageModel, Scorer
 
 _SHARD_TOKENS, _MANY_TOKENS = 1024, 8192
 """Tokens that one thread takes at a time, so that their activations stay near its core; twice as many where there are

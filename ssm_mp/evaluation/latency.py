@@ -28,9 +28,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.assembly import LanguageModel, assemble
-from ssm_mp.blocks.mamba1 import MambaLayer
 from ssm_mp.conversion.convert import Converter
+from ssm_mp.model import LanguageModel, Layer, Residual, assemble
 from ssm_mp.precision_map import PrecisionMap
 
 Choices = Mapping[str, Sequence[str]]
@@ -178,10 +177,10 @@ class _Stopwatch:
 
         return timed
 
-    def add(self, layer: str, seconds: Mapping[str, float]) -> None:
-        """A layer that ran as one call tells the seconds spent in each of its components."""
+    def add(self, names: Mapping[str, str], seconds: Mapping[str, float]) -> None:
+        """A branch that ran as one call tells the seconds spent in each of its components; `names` is by kind."""
         for kind, spent in seconds.items():
-            self._told[layer + kind] += spent
+            self._told[names[kind]] += spent
 
     def read(self) -> dict[str, float]:
         """Seconds in each component since the last reading."""
@@ -297,9 +296,14 @@ def _nanoseconds(spent: Sequence[float]) -> float:
 def _timed_model(converter: Converter, held: Mapping[str, str], watch: _Stopwatch) -> LanguageModel:
     modules = {c.name: watch.timed(c.name, converter.module(c, held[c.name])) for c in converter.components}
     model = assemble(converter.model.config, modules)
-    for i, layer in enumerate(model.layers):
-        if isinstance(layer, MambaLayer):
-            layer.observer = functools.partial(watch.add, f"layers.{i}.ssm.")
+    for i, (layer, branches) in enumerate(zip(model.layers, model.config.branches, strict=True)):
+        assert isinstance(layer, Layer)
+        for residual, branch in zip(layer.branches, branches, strict=True):
+            assert isinstance(residual, Residual)
+            names = {"norm": f"layers.{i}.{branch.norm_name}"}
+            for part in branch.parts:
+                names |= {p.kind: p.component for p in part.block.parameters(f"layers.{i}.{part.name}", i)}
+            residual.observer = functools.partial(watch.add, names)
     return model
 
 

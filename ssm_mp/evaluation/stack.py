@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.assembly import LanguageModel, assemble
+from ssm_mp.blocks.block import State
 from ssm_mp.components import Component, find_components
-from ssm_mp.config import Config, MambaConfig
+from ssm_mp.config import Branch, Config
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
 from ssm_mp.evaluation.evaluate import Evaluation, require_finite, window_nll
 from ssm_mp.evaluation.parallel import in_parallel
-from ssm_mp.model import Scorer
+from ssm_mp.model import LanguageModel, Layer, Residual, Scorer, assemble
+from ssm_mp.modules.value import ValueForm
 from ssm_mp.precision_map import PrecisionMap
 
 Outcome = Evaluation | EvaluationError | InfeasibleError
@@ -37,9 +38,6 @@ Rows = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 """Negative log-likelihoods `[maps, windows]`."""
 
 Key = TypeVar("Key")
-
-BARE_KINDS = frozenset({"A_log", "D", "B", "C"})
-"""Components without a product of their own: values that the scan takes, the same for all rows."""
 
 _GPU_WINDOWS = 32
 _GPU_SHARE = 0.7
@@ -188,24 +186,75 @@ def _layers(
 ) -> list[nn.Module]:
     """The layers of a stack; `acting` are the components of each, `owners` a map for each of its rows.
 
-    Components that take tokens apart are split each for itself. Experts gather their tokens from all rows, so
-    rows that differ in any of them are split before; a layer whose rows differ in a bare value (B or C of the
-    `itera` family), which the scan takes, is split as a whole.
+    Components that take tokens apart are split each for itself. Experts gather their tokens from all rows, so rows
+    that differ in any of them are split before; a branch whose rows differ in a bare value (B or C of the `itera`
+    family, a correction bias), which takes part in what all rows do, is split as a whole.
     """
-    modules = {c.name: models[0].get_submodule(c.name) for c in find_components(models[0])}
+    modules = {c.name: models[0].component(c.name) for c in find_components(models[0])}
     for components, own in zip(acting, owners, strict=True):
         for component in components:
-            if not _agree(held, own, [component]) and component.kind not in BARE_KINDS:
-                modules[component.name] = Split([models[m].get_submodule(component.name) for m in own], device)
-    layers: list[nn.Module] = list(assemble(models[0].config, modules).layers)
+            if not _agree(held, own, [component]) and not isinstance(component.form, ValueForm):
+                modules[component.name] = Split([models[m].component(component.name) for m in own], device)
+    config = models[0].config
+    layers = list(assemble(config, modules).layers)
     for i, (components, own) in enumerate(zip(acting, owners, strict=True)):
-        branch = [c for c in components if c.name.startswith(f"layers.{i}.moe.layer.")]
-        if not _agree(held, own, [c for c in components if c.kind in BARE_KINDS]):
-            layers[i] = Split([models[m].layers[i] for m in _first_alike(held, own, components)], device)
-        elif not _agree(held, own, branch):
-            alike = _first_alike(held, own, branch)
-            layers[i].moe = Split([models[m].get_submodule(f"layers.{i}.moe") for m in alike], device)
+        for k, branch in enumerate(config.branches[i]):
+            inside = _within(components, branch, i)
+            bare = [c for c in inside if isinstance(c.form, ValueForm)]
+            if not _agree(held, own, bare):
+                alike = _first_alike(held, own, inside)
+                _branches(layers[i])[k] = Split([_branches(models[m].layers[i])[k] for m in alike], device)
+                continue
+            for j, part in enumerate(branch.parts):
+                gathering = [c for c in inside if c.name.startswith(f"layers.{i}.{part.name}.")]
+                if part.block.gathers_tokens and not _agree(held, own, gathering):
+                    alike = _first_alike(held, own, gathering)
+                    outputs = {m: _Output(_mixings(models[m].layers[i], k)[j]) for m in alike}
+                    _mixings(layers[i], k)[j] = _Stateless(Split([outputs[m] for m in alike], device))
     return layers
+
+
+def _branches(layer: nn.Module) -> nn.ModuleList:
+    assert isinstance(layer, Layer)
+    return layer.branches
+
+
+def _mixings(layer: nn.Module, branch: int) -> nn.ModuleList:
+    residual = _branches(layer)[branch]
+    assert isinstance(residual, Residual)
+    return residual.mixings
+
+
+def _within(components: Sequence[Component], branch: Branch, layer: int) -> list[Component]:
+    """The components of a branch among those of its layer."""
+    names = [f"layers.{layer}.{name}" for name in (branch.norm_name, *(part.name for part in branch.parts))]
+    return [c for c in components if any(c.name == name or c.name.startswith(f"{name}.") for name in names)]
+
+
+class _Output(nn.Module):
+    """A block without its state."""
+
+    def __init__(self, mixing: nn.Module) -> None:
+        super().__init__()
+        self.mixing = mixing
+
+    def forward(self, u: Tensor) -> Tensor:
+        """`u [b, l, d]` → `[b, l, d]`."""
+        out: Tensor = self.mixing(u)[0]
+        return out
+
+
+class _Stateless(nn.Module):
+    """Takes a block's place in a branch, from the beginning only."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, u: Tensor, before: State | None = None) -> tuple[Tensor, State]:
+        """`u [r·b, l, d]` → `[r·b, l, d]`, and no state."""
+        assert before is None
+        return self.inner(u), ()
 
 
 def _precisions(held: Mapping[str, str], components: Iterable[Component]) -> tuple[str, ...]:
@@ -320,12 +369,8 @@ def free_bytes(device: torch.device) -> int:
 
 def token_bytes(config: Config) -> int:
     """Upper bound of the bytes of activations that one token of one map takes at the widest point of a forward pass."""
-    d = config.d_model
-    if isinstance(config, MambaConfig):
-        return 4 * (4 * d + 14 * config.d_inner + config.dt_rank + 6 * config.d_state)
-    mixers = [4 * d + 14 * layer.d_inner + 6 * layer.d_state for layer in config.layers]
-    branches = [8 * d + 6 * layer.d_hidden + 4 * layer.experts for layer in config.layers]
-    return 4 * max(mixers + branches)
+    branches = (branch for layer in config.branches for branch in layer)
+    return 4 * max(sum(part.block.token_floats for part in branch.parts) for branch in branches)
 
 
 def _device(model: LanguageModel) -> torch.device:

@@ -24,9 +24,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from ssm_mp.assembly import LanguageModel, build
-from ssm_mp.config import MambaConfig
 from ssm_mp.data.corpus import Part, stdlib_documents
+from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.model import LanguageModel, build
 
 VOCABULARY, LENGTH, CHUNK = 8000, 128, 32
 END_OF_TEXT = "<|endoftext|>"
@@ -188,7 +188,7 @@ def main() -> None:
     print({part: len(found) for part, found in tokens.items()}, flush=True)
 
     tensors = initial_tensors(CONFIG, given.seed)
-    model = build(CONFIG, tensors, scan=compiled_scan)
+    model = build(CONFIG, tensors, scans={"mamba1": compiled_scan})
     began = time.monotonic()
     train(model, tokens["train"], given.steps, given.batch, given.rate, given.dropout, given.seed)
     seconds = time.monotonic() - began

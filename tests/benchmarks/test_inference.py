@@ -12,7 +12,7 @@ from benchmarks.inference import CONVERTED, convert_all, in_turn, summarise, to_
 from benchmarks.memory import measure_apart
 from benchmarks.shapes import initial_tensors
 from ssm_mp.checkpoints import Checkpoint
-from ssm_mp.config import MambaConfig
+from ssm_mp.families.mamba import MambaConfig
 from tests.tiny import HUGGING_FACE
 
 

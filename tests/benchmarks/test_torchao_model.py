@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.plain_mamba import plain_mamba
 from benchmarks.torchao_model import TorchaoMamba, dynamic_int8
-from ssm_mp.assembly import build
-from ssm_mp.config import MambaConfig
 from ssm_mp.decoding.decode import prefill, step
+from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.kernels.scan import selective_scan
+from ssm_mp.model import build
 from tests.tiny import HUGGING_FACE, MAMBA, random_tensors
 
 

@@ -12,12 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ssm_mp.artifact import MAP, METRICS, TENSORS, read_artifact, save_artifact, tensor_bytes
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import convert
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.evaluate import evaluate
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
 from tests.tiny import CONFIGS, MAMBA, random_model, some_windows

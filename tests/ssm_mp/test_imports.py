@@ -20,8 +20,6 @@ LIGHT = (
     "search.run.status",
     "search.cli.main",
 )
-SHARED_NAMES = ("benchmark", "calibrate", "convert", "drift", "evaluate")
-"""Public functions that are named as the file that defines them."""
 
 
 def printed(*lines: str) -> str:
@@ -38,27 +36,13 @@ def test_light_files_import_no_torch(module: str) -> None:
 
 
 def test_a_study_file_is_read_where_torch_cannot_be_imported() -> None:
-    lines = ("import sys", "sys.modules['torch'] = None", "from search.spec import load_spec")
+    lines = ("import sys", "sys.modules['torch'] = None", "from search.problem.spec import load_spec")
     assert printed(*lines, "print(load_spec('studies/reference.toml').precision.scheme.activations)") == "static"
 
 
 def test_a_name_that_needs_torch_says_so_where_torch_cannot_be_imported() -> None:
     lines = ("import sys", "sys.modules['torch'] = None", "import ssm_mp", "try:", "    ssm_mp.convert")
     assert "torch" in printed(*lines, "except ImportError as error:", "    print(error)")
-
-
-@pytest.mark.parametrize("name", SHARED_NAMES)
-@pytest.mark.parametrize("before", ["import ssm_mp.{name}", "from ssm_mp import {name}; import ssm_mp.{name}"])
-def test_a_public_function_wins_over_its_file(name: str, before: str) -> None:
-    lines = (before.format(name=name), f"from ssm_mp import {name}", "import ssm_mp, sys")
-    found = printed(*lines, f"print({name} is ssm_mp.{name} is sys.modules['ssm_mp.{name}'].{name}, callable({name}))")
-    assert found == "True True"
-
-
-@pytest.mark.parametrize("name", SHARED_NAMES)
-def test_a_shared_name_can_still_be_replaced(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ssm_mp, name, len)
-    assert getattr(ssm_mp, name) is len
 
 
 def test_every_public_name_is_defined_by_the_package() -> None:

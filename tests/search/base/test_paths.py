@@ -55,7 +55,7 @@ def test_a_checkpoint_in_a_cache_of_links_is_read_under_its_own_name(cached: Pat
     found = load_spec(cached / "tiny.toml").checkpoint_path
     assert found.name == "model.safetensors"
     assert found.is_symlink()
-    assert load_checkpoint(found).config.norm_eps == 0.25  # of the config.json that is beside the link
+    assert load_checkpoint(found).config.final_norm.eps == 0.25  # of the config.json that is beside the link
 
 
 @pytest.mark.slow

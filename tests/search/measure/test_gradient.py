@@ -20,11 +20,11 @@ from search.measure.gradient import (
 )
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
-from ssm_mp.assembly import assemble
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import evaluate
-from ssm_mp.modules.layers import Linear
+from ssm_mp.model import assemble
+from ssm_mp.modules.linear import Linear
 from ssm_mp.precisions.stored import FloatTensor
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, write_study
@@ -40,7 +40,7 @@ def open_tiny(folder: Path, family: str = "mamba", *overrides: str) -> Workspace
 
 def part_of_the_way(workspace: Workspace, name: str, precision: str, step: float) -> float:
     """Mean log-perplexity with one component's weights `step` of the way to their quantised values."""
-    modules = {c.name: workspace.model.get_submodule(c.name) for c in workspace.space.components}
+    modules = {c.name: workspace.model.component(c.name) for c in workspace.space.components}
     component = next(c for c in workspace.space.components if c.name == name)
     moved = Converter(workspace.model, Scheme(activations="none")).module(component, "fp16")
     for parameter in component.parameters:
@@ -79,7 +79,7 @@ def test_the_linear_term_of_inputs_is_the_slope_too(tmp_path: Path) -> None:
             q, scale = quantizer(x.reshape(-1, x.shape[-1]))  # type: ignore[operator]
             return super().forward(x + self.sign * step * ((q.float() * scale).reshape(x.shape) - x))
 
-    modules = {c.name: both.model.get_submodule(c.name) for c in both.space.components}
+    modules = {c.name: both.model.component(c.name) for c in both.space.components}
     nudged = Nudged(modules[name].weight, modules[name].bias)  # type: ignore[arg-type]
     model = assemble(both.model.config, modules | {name: nudged})
     up = evaluate(model, gradient_windows(both))
@@ -131,7 +131,7 @@ def test_unpinned_bare_values_have_effects(tmp_path: Path) -> None:
 
 def test_a_weight_that_is_held_exactly_has_no_effect(tmp_path: Path) -> None:
     workspace = open_tiny(tmp_path, "mamba", "precision.activations=none")
-    weight = workspace.model.get_submodule("layers.0.ssm.in_proj").weight
+    weight = workspace.model.component("layers.0.ssm.in_proj").weight
     assert isinstance(weight, FloatTensor)
     with torch.no_grad():
         weight.value.copy_(torch.where(weight.value > 0, 127 * 2.0**-10, -127 * 2.0**-10))

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.written import hugging_face, write, write_index, write_shards
+from tests.ssm_mp.files.written import hugging_face, write, write_index, write_shards
 from tests.tiny import MAMBA, random_model
 
 
@@ -145,10 +145,10 @@ def test_a_link_in_a_cache_keeps_its_name_and_its_siblings(tmp_path: Path) -> No
     snapshot = cache(tmp_path, layer_norm_epsilon=0.25)
     for path in (snapshot, snapshot / "model.safetensors"):
         found = load_checkpoint(path)
-        assert (found.path, found.config.norm_eps) == (path, 0.25)
+        assert (found.path, found.config.final_norm.eps) == (path, 0.25)
     with pytest.raises(CheckpointError, match="it is a cache; give snapshots/0f3a"):
         load_checkpoint(tmp_path)
-    assert load_checkpoint(tmp_path / "blobs" / "5c1d").config.norm_eps == 1e-5
+    assert load_checkpoint(tmp_path / "blobs" / "5c1d").config.final_norm.eps == 1e-5
 
 
 def test_linked_shards_are_looked_for_beside_the_index_link(tmp_path: Path) -> None:

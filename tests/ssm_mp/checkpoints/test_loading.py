@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssm_mp.assembly import build
 from ssm_mp.checkpoints import load_checkpoint
-from ssm_mp.config import Config, IteraConfig
+from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
+from ssm_mp.families.itera import IteraConfig
+from ssm_mp.model import build
 from tests.tiny import HUGGING_FACE, ITERA, MAMBA, in_layout, random_tensors
 
 LAYOUTS: list[tuple[str, Config, tuple[str, ...], str]] = [
@@ -134,7 +135,7 @@ def test_what_a_hugging_face_config_declares_must_be_there(
 def test_a_hugging_face_config_gives_what_shapes_cannot_show(tmp_path: Path) -> None:
     folder = hugging_face_folder(tmp_path, {"model_type": "mamba", "layer_norm_epsilon": 0.5})
     found = load_checkpoint(folder)
-    assert found.config.norm_eps == 0.5
+    assert found.config.final_norm.eps == 0.5
     (folder / "config.json").write_text("{}")
     assert load_checkpoint(folder).digest != found.digest
 

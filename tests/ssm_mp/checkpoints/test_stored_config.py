@@ -13,13 +13,21 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
-from ssm_mp.checkpoints.config_keys import IRRELEVANT, USED
-from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.stored_config import config_within, with_stored
-from ssm_mp.config import Config, IteraConfig
+from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.written import hugging_face
+from ssm_mp.families.itera import IteraConfig
+from ssm_mp.families.registry import FAMILIES
+from ssm_mp.files.config_keys import IRRELEVANT, USED
+from ssm_mp.files.record import Record
+from ssm_mp.files.stored_config import StoredConfig, config_within
+from tests.ssm_mp.files.written import hugging_face
 from tests.tiny import HUGGING_FACE, ITERA, random_tensors
+
+
+def with_stored(config: Config, stored: StoredConfig) -> tuple[Config, tuple[str, ...]]:
+    """The configuration that a model's shapes and a stored config show."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in random_tensors(config).items()}
+    return FAMILIES[config.family].config(shapes, stored)
 
 
 def with_config(folder: Path, text: str | dict[str, Any]) -> Checkpoint:
@@ -31,7 +39,7 @@ def with_config(folder: Path, text: str | dict[str, Any]) -> Checkpoint:
 @pytest.mark.parametrize("key", ["layer_norm_epsilon", "norm_eps", "rms_norm_eps", "norm_epsilon", "layer_norm_eps"])
 @pytest.mark.parametrize("value", [1, 0, 1e-6, 1.0])
 def test_an_epsilon_is_used_whatever_its_key_and_type(tmp_path: Path, key: str, value: float) -> None:
-    assert with_config(tmp_path, {key: value}).config.norm_eps == value
+    assert with_config(tmp_path, {key: value}).config.final_norm.eps == value
 
 
 WRONG = [
@@ -61,7 +69,7 @@ def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, content: str
 
 
 def test_a_config_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    assert with_config(tmp_path, '\ufeff{"layer_norm_epsilon": 0.25}').config.norm_eps == 0.25
+    assert with_config(tmp_path, '\ufeff{"layer_norm_epsilon": 0.25}').config.final_norm.eps == 0.25
 
 
 REFUSED = [
@@ -166,7 +174,7 @@ KEPT: dict[str, object] = {
 def test_a_config_is_found_beside_the_weights_whatever_holds_it(held: object, key: str) -> None:
     config, notes = with_stored(ITERA, config_within({"model": {}, key: held}, "m.pt"))
     assert isinstance(config, IteraConfig)
-    assert (config.top_k, config.norm_eps, notes) == (1, 0.25, ())
+    assert (config.top_k, config.final_norm.eps, notes) == (1, 0.25, ())
 
 
 numbers = st.integers() | st.floats() | st.integers(min_value=10**300, max_value=10**310)
@@ -186,7 +194,7 @@ def test_any_config_gives_a_checkpoint_or_one_error(config: dict[str, Any]) -> N
             found = with_config(Path(folder), config)
         except CheckpointError:
             return
-    assert 0 <= found.config.norm_eps <= 1
+    assert 0 <= found.config.final_norm.eps <= 1
 
 
 @settings(max_examples=300, deadline=None)

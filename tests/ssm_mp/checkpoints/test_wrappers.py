@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ssm_mp.checkpoints import load_checkpoint
-from ssm_mp.checkpoints.record import Record
 from ssm_mp.checkpoints.wrappers import find_weights
 from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.written import hugging_face, prefixed, write
+from ssm_mp.files.record import Record
+from tests.ssm_mp.files.written import hugging_face, prefixed, write
 from tests.tiny import HUGGING_FACE, ITERA, MAMBA, in_layout, random_tensors
 
 HF = hugging_face()

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from ssm_mp.artifact import stored_arrays, tensor_bytes
-from ssm_mp.assembly import LanguageModel, build
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter, convert
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.evaluation.evaluate import evaluate
-from ssm_mp.modules.layers import Linear
+from ssm_mp.model import LanguageModel, build
+from ssm_mp.modules.linear import Linear
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.precisions.quantize import quantize_tensor
 from ssm_mp.precisions.stored import Int8Tensor
@@ -78,7 +78,7 @@ def test_a_static_linear_is_the_integer_product_of_its_parts() -> None:
     model = random_model(MAMBA)
     statistics = calibrate(model, some_windows())
     converted = convert(model, uniform(model, "int8"), Scheme("static"), statistics)
-    layer = converted.get_submodule("layers.0.ssm.dt_proj")
+    layer = converted.component("layers.0.ssm.dt_proj")
     assert isinstance(layer, Linear)
     assert isinstance(layer.weight, Int8Tensor)
     x = torch.randn(5, 2)
@@ -96,13 +96,13 @@ def test_quantised_inputs_do_not_hide_what_is_not_finite(activations: Activation
     converted = convert(model, uniform(model, "int8"), Scheme(activations), calibrate(model, some_windows(4)))
     x = torch.randn(3, 16)
     x[1, 2] = value
-    assert not bool(torch.isfinite(converted.get_submodule("layers.0.ssm.in_proj")(x)[1]).all())
+    assert not bool(torch.isfinite(converted.component("layers.0.ssm.in_proj")(x)[1]).all())
 
 
 def test_dynamic_scales_are_per_token() -> None:
     model = random_model(MAMBA)
     converted = convert(model, uniform(model, "int8"), Scheme("dynamic"))
-    layer = converted.get_submodule("layers.0.ssm.in_proj")
+    layer = converted.component("layers.0.ssm.in_proj")
     x = torch.randn(1, 16)
     torch.testing.assert_close(layer(torch.cat([x, 1000 * x]))[1], 1000 * layer(x)[0])
 
@@ -113,7 +113,7 @@ def test_modules_are_made_once_and_shared() -> None:
     a = converter.convert(uniform(model, "int8"))
     b = converter.convert(uniform(model, "int8").changed({"embedding": "fp16"}))
     assert a is not b
-    assert a.get_submodule("layers.0.ssm.in_proj") is b.get_submodule("layers.0.ssm.in_proj")
+    assert a.component("layers.0.ssm.in_proj") is b.component("layers.0.ssm.in_proj")
     assert a.embedding is not b.embedding
 
 
@@ -155,7 +155,7 @@ def test_calibration_sees_the_inputs_that_the_layer_sees() -> None:
     model, windows = random_model(MAMBA), some_windows(4)
     statistics = calibrate(model, windows)
     with torch.inference_mode():
-        normed = model.get_submodule("layers.0.ssm.norm")(model.embed(windows.ids))
+        normed = model.component("layers.0.ssm.norm")(model.embed(windows.ids))
     assert statistics["layers.0.ssm.in_proj"].largest == pytest.approx(float(normed.abs().max()))
     assert float(statistics["layers.0.ssm.in_proj"].counts.sum()) == normed.numel()
     with_inputs = {c.name for c in find_components(model) if c.multiplies_inputs}

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_mp.artifact import load_artifact, save_artifact, tensor_bytes
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.components import find_components, fp32_bytes
-from ssm_mp.config import config_from_json, config_to_json, index_bits
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import convert
 from ssm_mp.conversion.embedding_blocks import block_numbers, split_embedding, with_blocks
 from ssm_mp.errors import PrecisionMapError
 from ssm_mp.evaluation.evaluate import evaluate
-from ssm_mp.modules.layers import BlockedEmbedding
+from ssm_mp.families.registry import config_from_json, config_to_json
+from ssm_mp.model import LanguageModel
+from ssm_mp.modules.embedding import BlockedEmbedding, index_bits
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, MAMBA, VOCABULARY, random_model, some_windows

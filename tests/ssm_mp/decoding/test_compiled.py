@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.decoding.compiled import MOST_SEQUENCES, CompiledDecoder
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
 from tests.tiny import ITERA, MAMBA, MAMBAS, VOCABULARY, random_model, some_windows
@@ -42,7 +42,7 @@ def test_compiled_steps_equal_the_layers(family: str, precision: str, scheme: Ac
     ids = some_windows(3).ids
     with torch.inference_mode():
         _, states = model.carry(ids[:, :5])
-        kept = [state.scan.clone() for state in states]
+        kept = [layer[0][1].clone() for layer in states]
         decoder = CompiledDecoder.of(model, states, 5)
         assert decoder is not None
         current = states
@@ -52,7 +52,7 @@ def test_compiled_steps_equal_the_layers(family: str, precision: str, scheme: Ac
             torch.testing.assert_close(
                 decoder.step(ids[:, t]), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
             )
-    assert all(torch.equal(state.scan, before) for state, before in zip(states, kept, strict=True))
+    assert all(torch.equal(layer[0][1], before) for layer, before in zip(states, kept, strict=True))
 
 
 def test_logits_of_a_blocked_head_are_in_the_order_of_the_tokens() -> None:

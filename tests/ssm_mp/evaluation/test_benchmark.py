@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ssm_mp import benchmark as measure
-from ssm_mp.assembly import LanguageModel
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import convert
 from ssm_mp.decoding.decode import PlainDecoder
 from ssm_mp.evaluation.benchmark import decode_seconds, prefill_seconds
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, LENGTH, MAMBA, random_model, some_windows

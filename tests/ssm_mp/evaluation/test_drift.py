@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ssm_mp.assembly import LanguageModel, build
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import convert
 from ssm_mp.data import Windows
 from ssm_mp.errors import DataError, EvaluationError
 from ssm_mp.evaluation.drift import LONG, Losses, drift, drift_of, token_losses, too_long
 from ssm_mp.evaluation.evaluate import evaluate, paired_increase
+from ssm_mp.model import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, HUGGING_FACE, LENGTH, random_model, random_tensors, repetitive_tokens, some_windows

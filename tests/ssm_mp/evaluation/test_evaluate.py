@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssm_mp.assembly import build
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import convert
 from ssm_mp.data import Windows
@@ -23,6 +22,7 @@ from ssm_mp.evaluation.evaluate import (
     require_better_than_guessing,
     start,
 )
+from ssm_mp.model import build
 from ssm_mp.modules.likelihood import token_divergence, token_nll
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme

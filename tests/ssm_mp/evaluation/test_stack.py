@@ -14,9 +14,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ssm_mp.assembly import build
 from ssm_mp.components import ALWAYS_PINNED, DEFAULT_PINNED, find_components
-from ssm_mp.config import Config, IteraConfig, IteraLayer, MambaConfig
+from ssm_mp.config import Config
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
@@ -34,6 +33,9 @@ from ssm_mp.evaluation.stack import (
     token_bytes,
     windows_at_once,
 )
+from ssm_mp.families.itera import IteraConfig, IteraLayer
+from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
 from tests.tiny import CONFIGS, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
@@ -182,7 +184,7 @@ def test_where_all_maps_agree_nothing_is_split() -> None:
     base = PrecisionMap.uniform("fp16", converter.components)
     stack = make_stack(converter, [base, base.changed({"layers.1.ssm.in_proj": "int8"})])
     split = [name for stage in stack.stages for name, one in stage.layer.named_modules() if isinstance(one, Split)]
-    assert split == ["ssm.in_proj"]
+    assert split == ["branches.0.mixings.0.in_proj"]
 
 
 def test_a_map_that_is_not_finite_leaves_the_others_as_they_are() -> None:

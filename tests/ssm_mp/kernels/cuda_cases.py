@@ -17,7 +17,9 @@ from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import convert
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.kernels import calls, cuda
-from ssm_mp.modules.layers import DynamicInput, StaticInput, conv_silu_reference, rescaled
+from ssm_mp.modules.convolution import conv_silu_reference
+from ssm_mp.modules.inputs import DynamicInput, StaticInput
+from ssm_mp.modules.linear import rescaled
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
 from tests.tiny import CONFIGS, random_model, some_windows

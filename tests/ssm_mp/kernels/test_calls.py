@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.kernels import calls
-from ssm_mp.modules.layers import DepthwiseConv, DynamicInput, Norm, StaticInput, conv_silu_reference, rescaled
+from ssm_mp.modules.convolution import DepthwiseConv, conv_silu_reference
+from ssm_mp.modules.inputs import DynamicInput, StaticInput
+from ssm_mp.modules.linear import rescaled
+from ssm_mp.modules.norm import Norm
 from ssm_mp.precisions.quantize import INT8_LIMIT, quantize_tensor
 from ssm_mp.precisions.stored import FloatTensor
 

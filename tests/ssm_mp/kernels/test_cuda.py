@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
-from ssm_mp.modules.layers import StaticInput
+from ssm_mp.modules.inputs import StaticInput
 from ssm_mp.scheme import ActivationScheme
 from tests.ssm_mp.kernels.cuda_cases import CASES, EXACT, MODELS, REFERENCES, SPOILED, evaluated, only, spoiled_rows
 

@@ -12,8 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssm_mp.precisions.matrix
-from ssm_mp.modules.layers import DepthwiseConv, DynamicInput, Embedding, InputQuantizer, Linear, StaticInput, linear
+from ssm_mp.modules.convolution import DepthwiseConv
+from ssm_mp.modules.embedding import Embedding
+from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.modules.likelihood import token_nll
+from ssm_mp.modules.linear import Linear, linear
 from ssm_mp.precisions.matrix import FEW_ROWS, Matrix
 from ssm_mp.precisions.precision import PRECISIONS
 from ssm_mp.precisions.stored import FloatTensor, Int8Tensor

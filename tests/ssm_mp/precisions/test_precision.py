@@ -7,10 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_mp.config import Role
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.precisions.precision import FP16, INT8, PRECISIONS, Precision, get_precision
-from ssm_mp.precisions.stored import ArraySpec
+from ssm_mp.precisions.stored import ArraySpec, Role
 from ssm_mp.scheme import PRECISION_NAMES, ScaleRule
 
 shapes = st.one_of(

@@ -11,12 +11,12 @@ from pathlib import PurePosixPath, PureWindowsPath
 
 from torch import Tensor
 
-from ssm_mp.checkpoints import numpy_values
-from ssm_mp.checkpoints.allowance import Allowance
-from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
-from ssm_mp.checkpoints.numpy_values import NumpyArray, NumpyType
-from ssm_mp.checkpoints.storages import DTYPES, Marked, Storage, Tensors, without_values
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files import numpy_values
+from ssm_mp.files.allowance import Allowance
+from ssm_mp.files.inert import DamagedError, Instance, Symbol
+from ssm_mp.files.numpy_values import NumpyArray, NumpyType
+from ssm_mp.files.storages import DTYPES, Marked, Storage, Tensors, without_values
 
 _EACH_MEMBER = 64
 """Bytes of memory that a member of a copied container takes, about."""

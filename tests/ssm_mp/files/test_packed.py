@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.checkpoints import load_checkpoint
-from ssm_mp.checkpoints.record import Record
 from ssm_mp.checkpoints.wrappers import find_weights
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.written import hugging_face, prefixed, write
+from ssm_mp.files.record import Record
+from tests.ssm_mp.files.written import hugging_face, prefixed, write
 
 HF = hugging_face()
 AT = "backbone.layers.0.mixer.in_proj"

@@ -26,10 +26,10 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.torch_file import TorchFile, read_torch_file
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.foreign import archive, classes, entries_of, old_format, save, watched
+from ssm_mp.files.record import Record
+from ssm_mp.files.torch_file import TorchFile, read_torch_file
+from tests.ssm_mp.files.foreign import archive, classes, entries_of, old_format, save, watched
 
 _SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -8,10 +8,10 @@ from typing import BinaryIO, cast
 
 import torch
 
-from ssm_mp.checkpoints.inert import DamagedError
-from ssm_mp.checkpoints.pickled import Source
-from ssm_mp.checkpoints.storages import read_into
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.inert import DamagedError
+from ssm_mp.files.pickled import Source
+from ssm_mp.files.storages import read_into
 
 _HEADER, _ENCRYPTED = 30, 1
 """Bytes of an entry's own header before its name, and the flag of an encrypted one."""

@@ -10,8 +10,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.inert import DamagedError, Instance, Symbol
 
 _TIMES, _ANY_FILE = 4, 1 << 16
 """Elements of all different tensors take at most so many times the file's size, and any file so many bytes."""

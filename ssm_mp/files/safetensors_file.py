@@ -7,8 +7,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ssm_mp.checkpoints.refused import foreign_metadata
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.refused import foreign_metadata
 
 
 def looks_like_safetensors(head: bytes) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
+from ssm_mp.files.inert import DamagedError, Instance, Symbol
 
 _NUMBERS = re.compile(r"b1|[iu][1248]|f[248]|c(?:8|16)")
 _TEXT = re.compile(r"[US]\d{1,9}")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssm_mp.checkpoints import numpy_values
-from ssm_mp.checkpoints.allowance import Allowance
-from ssm_mp.checkpoints.inert import Instance, Symbol
-from ssm_mp.checkpoints.numpy_values import NumpyArray, NumpyType
-from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.storages import DTYPES, Marked, Storage, Tensors
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files import numpy_values
+from ssm_mp.files.allowance import Allowance
+from ssm_mp.files.inert import Instance, Symbol
+from ssm_mp.files.numpy_values import NumpyArray, NumpyType
+from ssm_mp.files.record import Record
+from ssm_mp.files.storages import DTYPES, Marked, Storage, Tensors
 
 _DEEPEST = 100
 """Containers within each other, so that whoever walks the content needs no stack of his own."""

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.shown import listed
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.record import Record
+from ssm_mp.files.shown import listed
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _ADAPTER = re.compile(

@@ -16,15 +16,15 @@ from typing import BinaryIO
 
 import torch
 
-from ssm_mp.checkpoints.allowance import Allowance
-from ssm_mp.checkpoints.archive import Archive
-from ssm_mp.checkpoints.inert import DamagedError
-from ssm_mp.checkpoints.known import Known
-from ssm_mp.checkpoints.old_storages import OldStorages
-from ssm_mp.checkpoints.pickled import Machine, Source
-from ssm_mp.checkpoints.settled import Settling
-from ssm_mp.checkpoints.storages import Root, Storage, Tensors, element_type, storage_identity
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.allowance import Allowance
+from ssm_mp.files.archive import Archive
+from ssm_mp.files.inert import DamagedError
+from ssm_mp.files.known import Known
+from ssm_mp.files.old_storages import OldStorages
+from ssm_mp.files.pickled import Machine, Source
+from ssm_mp.files.settled import Settling
+from ssm_mp.files.storages import Root, Storage, Tensors, element_type, storage_identity
 
 _MAGIC, _VERSION = 0x1950A86A20F9469CFC6C, 1001
 """First two pickles of torch's old format."""

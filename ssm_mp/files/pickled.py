@@ -11,10 +11,10 @@ import struct
 from collections.abc import Callable
 from typing import BinaryIO, cast
 
-from ssm_mp.checkpoints.allowance import Allowance
-from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
-from ssm_mp.checkpoints.known import Known
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.allowance import Allowance
+from ssm_mp.files.inert import DamagedError, Instance, Symbol
+from ssm_mp.files.known import Known
 
 _DIGITS, _NUMBER_BYTES, _NAME = 700, 256, 1000
 """The longest integer, as text and as bytes, and the longest name."""

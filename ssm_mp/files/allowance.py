@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssm_mp.checkpoints.inert import DamagedError, Instance, Symbol
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.inert import DamagedError, Instance, Symbol
 
 _EACH_BYTE, _ANY_FILE = 64, 1 << 25
 """Bytes of memory for each byte of a pickle (a Python object is larger than its opcodes), and for any."""

@@ -7,9 +7,9 @@ from typing import BinaryIO
 
 import torch
 
-from ssm_mp.checkpoints.inert import DamagedError
-from ssm_mp.checkpoints.pickled import Source
-from ssm_mp.checkpoints.storages import Root, Storage, element_type, read_into, storage_identity
+from ssm_mp.files.inert import DamagedError
+from ssm_mp.files.pickled import Source
+from ssm_mp.files.storages import Root, Storage, element_type, read_into, storage_identity
 
 
 class OldStorages:

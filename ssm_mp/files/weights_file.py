@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssm_mp.checkpoints.refused import foreign_file
-from ssm_mp.checkpoints.safetensors_file import looks_like_safetensors, read_safetensors
-from ssm_mp.checkpoints.stored_config import StoredConfig
-from ssm_mp.checkpoints.torch_file import read_torch_file
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.refused import foreign_file
+from ssm_mp.files.safetensors_file import looks_like_safetensors, read_safetensors
+from ssm_mp.files.stored_config import StoredConfig
+from ssm_mp.files.torch_file import read_torch_file
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)

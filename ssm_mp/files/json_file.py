@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ssm_mp.checkpoints.refused import foreign_file
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.refused import foreign_file
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ssm_mp.checkpoints.json_file import read_json
-from ssm_mp.checkpoints.shown import listed, shown, shown_name
-from ssm_mp.checkpoints.tree import equal, leaves
-from ssm_mp.checkpoints.weights_file import read_file
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.json_file import read_json
+from ssm_mp.files.shown import listed, shown, shown_name
+from ssm_mp.files.tree import equal, leaves
+from ssm_mp.files.weights_file import read_file
 
 INDEX = ".index.json"
 _NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>[0-9]{5})-of-(?P<total>[0-9]{5})(?P<suffix>\.[a-z]+)")

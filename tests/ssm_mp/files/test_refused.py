@@ -13,7 +13,7 @@ from torch import nn
 
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.written import hugging_face
+from tests.ssm_mp.files.written import hugging_face
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 2147483648\n"
 FILES = {

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from ssm_mp.checkpoints import load_checkpoint
-from ssm_mp.checkpoints.record import Record
-from ssm_mp.checkpoints.torch_file import TorchFile, read_torch_file
 from ssm_mp.errors import CheckpointError
-from tests.ssm_mp.checkpoints.foreign import archive, classes, entries_of, old_format, save
+from ssm_mp.files.record import Record
+from ssm_mp.files.torch_file import TorchFile, read_torch_file
+from tests.ssm_mp.files.foreign import archive, classes, entries_of, old_format, save
 from tests.tiny import MAMBA, random_tensors
 
 PROTOCOLS = [(2, True), (3, True), (4, True), (5, True), (2, False), (5, False)]
@@ -328,7 +328,7 @@ def test_a_config_object_serves_as_configuration(tmp_path: Path) -> None:
     with classes("models.config", IteraLiteConfig=type("IteraLiteConfig", (Config,), {})):
         config = sys.modules["models.config"].IteraLiteConfig(norm_eps=0.5)
         save(tmp_path / "m.ckpt", {"state_dict": random_tensors(MAMBA), "config": config, "loss": np.float64(1.0)})
-    assert load_checkpoint(tmp_path / "m.ckpt").config.norm_eps == 0.5
+    assert load_checkpoint(tmp_path / "m.ckpt").config.final_norm.eps == 0.5
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_mp.checkpoints.record import Record
 from ssm_mp.errors import CheckpointError
+from ssm_mp.files.record import Record
 
 INNER = frozenset(
     (
