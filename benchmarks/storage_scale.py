@@ -126,17 +126,7 @@ def _proxy_at(port: int, run: RunDirectory, url: str, environment: dict[str, str
         f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n',
         encoding="utf-8",
     )
-    command = [
-        sys.executable,
-        "-m",
-        "search.cli",
-        "proxy",
-        str(study),
-        "--port",
-        str(port),
-        "--run-dir",
-        str(run.path),
-    ]
+    command = [sys.executable, "-m", "search.cli", "proxy", str(study), "--port", str(port), "--run-dir", str(run.path)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         try:
             time.sleep(2)

@@ -10,7 +10,16 @@ import pytest
 
 import ssm_mp
 
-DOCUMENTED = ("", ".artifact", ".components", ".convert", ".decode", ".drift", ".evaluate", ".precision_map")
+DOCUMENTED = (
+    "",
+    ".artifact",
+    ".components",
+    ".conversion.convert",
+    ".decoding.decode",
+    ".evaluation.drift",
+    ".evaluation.evaluate",
+    ".precision_map",
+)
 
 
 @pytest.mark.parametrize("module", DOCUMENTED)

@@ -87,8 +87,8 @@ esac"""
 @pytest.mark.parametrize("step", STEPS)
 def test_scripts_for_use_by_hand_are_the_rendering(step: Step) -> None:
     assert (JOBS / f"{step}.sbatch").read_bytes() == render(step, SlurmSection()).encode(), (
-        f"jobs/{step}.sbatch is not what search/slurm/slurm.py renders: look at the difference, then write it anew with "
-        "`python -m tests.search.test_slurm`"
+        f"jobs/{step}.sbatch is not what search/slurm/script.py renders: look at the difference, then write it anew "
+        "with `python -m tests.search.slurm.test_script`"
     )
 
 
