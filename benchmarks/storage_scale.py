@@ -30,7 +30,7 @@ from optuna.trial import TrialState, create_trial
 from benchmarks.proposals import catalogue_of
 from benchmarks.worker_overhead import COMPONENTS, ROOT, WINDOWS, timed, work
 from search.problem.run_directory import RunDirectory
-from search.trials.measured import DIFFERENCES, MEASURED, ORIGIN, packed
+from search.trials.attributes import DIFFERENCES, MEASURED, ORIGIN, packed
 from search.trials.owner import this_process
 from search.trials.storage import STORAGE, OpenStudy, StorageChoice, connect
 from tests.cluster.private_postgres import PrivatePostgres, private_postgres

@@ -18,8 +18,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.measure.objective import Measured
-from search.sampling.sampler import map_key, proposer, seen_maps
-from search.trials.measured import (
+from search.sampling.unrepeated import map_key, proposer, seen_maps
+from search.trials.attributes import (
     ATTEMPT,
     DIFFERENCES,
     FINISHED,

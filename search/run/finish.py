@@ -17,16 +17,16 @@ from search.problem.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINN
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
-from search.results import plots
 from search.results.certify import Certificate, certify
 from search.results.export import export, provenance_of
 from search.results.gates import judge
 from search.results.ledger import tries_of
 from search.results.outlook import outlook
+from search.results.plots import front as plots
 from search.results.report import Result, front_json, render
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
-from search.trials.trials import counts, points
+from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError, DataError

@@ -19,10 +19,10 @@ from search.problem.spec import StudySpec
 from search.run.claim import Choices, Seed, enqueue, queue
 from search.sampling.front_sampler import FrontSampler
 from search.sampling.knowledge import Knowledge
-from search.sampling.sampler import complete_maps, make_sampler, map_key
-from search.trials.measured import FINISHED, MEASURED, ORIGIN, REOPENED, map_of
+from search.sampling.unrepeated import complete_maps, make_sampler, map_key
+from search.trials.attributes import FINISHED, MEASURED, ORIGIN, REOPENED, map_of
+from search.trials.read_back import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE, PRECISION, counts, precision_of
 from search.trials.storage import MOVED, OpenStudy, Say, choose_storage, connect, name_metrics
-from search.trials.trials import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE, PRECISION, counts, precision_of
 from ssm_mp.evaluation.latency import LatencyTable
 
 

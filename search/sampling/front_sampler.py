@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.sampling.knowledge import Knowledge
 from search.sampling.posterior import Posterior, Spreads
 from search.sampling.proposal import Evaluated, propose, random_map
-from search.trials.measured import FINISHED, MEASURED, log_increase, map_of
+from search.trials.attributes import FINISHED, MEASURED, log_increase, map_of
 
 _REFIT_EVERY = 8
 """Trials after which the spreads of the prior are learned anew."""

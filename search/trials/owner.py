@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from search.base.file_lock import FileLock
-from search.slurm.slurm import QueuedTask, QueueUnknownError, owner_of_this_task, queue_states
+from search.slurm.script import QueuedTask, QueueUnknownError, owner_of_this_task, queue_states
 
 LEASES = "workers"
 """Folder of leases in a run directory."""

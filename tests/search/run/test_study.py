@@ -21,13 +21,13 @@ from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec, load_spec
 from search.run.claim import Seed, claim, enqueue
 from search.run.study import open_study, reconsider
-from search.run.worker import Worker, take_over_lost
+from search.run.worker_loop import Worker, take_over_lost
 from search.sampling.catalogue import Catalogue
 from search.sampling.knowledge import before_any_trial
-from search.sampling.sampler import map_key
+from search.sampling.unrepeated import map_key
 from search.trials.owner import LEASES, Owner, lease, this_process
+from search.trials.read_back import counts, finished_differences, points
 from search.trials.storage import OpenStudy
-from search.trials.trials import counts, finished_differences, points
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import Increase
 

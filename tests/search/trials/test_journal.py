@@ -23,8 +23,8 @@ from optuna.storages import JournalStorage
 from search.base.file_lock import FileLock
 from search.problem.run_directory import RunDirectory
 from search.trials.journal import Journal
+from search.trials.read_back import counts
 from search.trials.storage import read_study
-from search.trials.trials import counts
 from ssm_mp.errors import MachineError
 from tests.cluster.gate import Gate
 from tests.cluster.processes import HUNG, wait_until

@@ -1,4 +1,4 @@
-"""The pictures of a study: its Pareto front; its components are in `plots_components`."""
+"""The picture of a search: its Pareto front."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from search.base.front import Point, fastest, front_by_size, pareto_front
-from search.results.plots_components import plot_allocation, plot_sensitivities
-from search.results.plots_style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
+from search.results.plots.components import plot_allocation, plot_sensitivities
+from search.results.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
 from ssm_mp.components import Component
 from ssm_mp.errors import MachineError
 from ssm_mp.precision_map import PrecisionMap

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.sampling.front_sampler import FrontSampler, Proposal
 from search.sampling.knowledge import Knowledge
-from search.trials.measured import map_of
+from search.trials.attributes import map_of
 from search.trials.optuna_storage import drafted
 
 _ATTEMPTS = 4

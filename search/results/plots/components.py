@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from search.measure.probe import LOWEST, Probe
-from search.results.plots_style import BLACK, BLUE, GREY, ORANGE, PRECISION_COLOURS, STYLE
+from search.results.plots.style import BLACK, BLUE, GREY, ORANGE, PRECISION_COLOURS, STYLE
 from ssm_mp.components import Component
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme

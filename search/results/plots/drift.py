@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from search.base.errors import StudyError
-from search.results.plots_style import BLACK, BLUE, GREY, RED
+from search.results.plots.style import BLACK, BLUE, GREY, RED
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.drift import Drift
 

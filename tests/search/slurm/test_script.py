@@ -9,7 +9,7 @@ import pytest
 
 from search.base.errors import StudyError
 from search.problem.directives import SlurmSection
-from search.slurm.slurm import (
+from search.slurm.script import (
     STEPS,
     Plan,
     QueuedTask,
