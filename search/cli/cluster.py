@@ -234,7 +234,8 @@ def _leave(stop: Stop) -> None:
     """
     import os
 
-    from search.slurm.script import QueueUnknownError, owner_of_this_task, queue_states, requeue
+    from search.slurm.queue import QueueUnknownError, queue_states
+    from search.slurm.task import owner_of_this_task, requeue
 
     assert stop.signal is not None
     say(f"stopped by {stop.signal.name}; nothing is lost")

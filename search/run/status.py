@@ -15,7 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.base.front import Point, hypervolume, pareto_front
-from search.slurm.script import QueuedTask
+from search.slurm.queue import QueuedTask
 from search.trials.attributes import FINISHED, OWNER
 from search.trials.read_back import asked_trials, counts, point_of
 

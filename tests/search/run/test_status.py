@@ -22,7 +22,7 @@ from search.base.front import hypervolume
 from search.cli.answers import stood
 from search.problem.run_directory import FINGERPRINT, RunDirectory
 from search.run.status import Running, empty_standing, queued_jobs, standing
-from search.slurm.script import QueuedTask
+from search.slurm.queue import QueuedTask
 from search.trials.owner import Owner
 from search.trials.read_back import ASKED, point_of
 from search.trials.storage import choose_storage, connect

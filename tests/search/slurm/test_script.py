@@ -1,6 +1,7 @@
+"""The batch scripts of a search."""
+
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -9,79 +10,10 @@ import pytest
 
 from search.base.errors import StudyError
 from search.problem.directives import SlurmSection
-from search.slurm.script import (
-    STEPS,
-    Plan,
-    QueuedTask,
-    QueueUnknownError,
-    SlurmTask,
-    Step,
-    Submitted,
-    command_of_this_python,
-    owner_of_this_task,
-    plan,
-    queue_states,
-    render,
-    requeue,
-    submit,
-)
-from ssm_mp.errors import MachineError
+from search.slurm.script import STEPS, Step, command_of_this_python, render
 from tests.cluster.processes import HUNG
 
 JOBS = Path(__file__).parents[3] / "jobs"
-
-
-class Programs:
-    """Stand-ins for Slurm's programs, which are all that PATH has; each call is noted."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder / "bin"
-        self.folder.mkdir()
-        self.log = folder / "calls"
-
-    def write(self, name: str, body: str) -> None:
-        path = self.folder / name
-        path.write_text(f'#!/bin/sh\necho "{name} $*" >>"{self.log}"\n{body}\n')
-        path.chmod(0o755)
-
-    @property
-    def calls(self) -> list[str]:
-        return self.log.read_text().splitlines() if self.log.exists() else []
-
-
-@pytest.fixture
-def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
-    made = Programs(tmp_path)
-    monkeypatch.setenv("PATH", str(made.folder))
-    return made
-
-
-@pytest.fixture
-def three(tmp_path: Path) -> Plan:
-    return plan(
-        SlurmSection(),
-        ["studies/x.toml", "--run-dir", "runs/x"],
-        workers=4,
-        jobs=tmp_path / "run" / "jobs",
-        logs=tmp_path / "run" / "logs",
-        command="ssm-mp",
-    )
-
-
-NUMBERED = """\
-case "$*" in
-  *prepare.sbatch*) echo 11;;
-  *search.sbatch*) echo "12;east";;
-  *) echo "a word of welcome"; echo 13;;
-esac"""
-SECOND_REFUSED = """\
-case "$*" in
-  *search.sbatch*)
-    echo "sbatch: error: this site wants an account" >&2
-    echo "sbatch: error: Batch job submission failed: Unspecified error" >&2
-    exit 1;;
-  *) echo 11;;
-esac"""
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -177,162 +109,6 @@ def test_this_python_is_the_program_unless_setup_says_how() -> None:
     ran = subprocess.run(["bash", "-c", f'{command} "$@"', "x", "--help"], capture_output=True, text=True, check=True)
     assert "ssm-mp" in ran.stdout
     assert command_of_this_python(SlurmSection(setup="module load python")) is None
-
-
-def test_steps_are_chained_and_logged_where_the_plan_says(programs: Programs, three: Plan) -> None:
-    programs.write("sbatch", NUMBERED)
-    assert submit(three) == Submitted("11", "12", "13")
-    paths = [str(script.path) for script in three.scripts]
-    assert programs.calls == [
-        f"sbatch --parsable {paths[0]} studies/x.toml --run-dir runs/x",
-        f"sbatch --parsable --dependency=afterany:11 {paths[1]} studies/x.toml --run-dir runs/x",
-        f"sbatch --parsable --dependency=afterany:12 {paths[2]} studies/x.toml --run-dir runs/x",
-    ]
-    for script in three.scripts:
-        assert script.path.read_text() == script.text
-        assert f"#SBATCH --output={three.logs}/%x-" in script.text
-    assert three.logs.is_dir()
-
-
-def test_shown_commands_submit_the_same(programs: Programs, three: Plan) -> None:
-    programs.write("sbatch", NUMBERED.replace("12;east", "12").replace('echo "a word of welcome"; ', ""))
-    spaced = dataclasses.replace(three, arguments=("my studies/x.toml",))
-    submit(spaced)
-    submitted = programs.calls
-    programs.log.unlink()
-    subprocess.run(["/bin/sh", "-ec", "\n".join(spaced.commands())], check=True)
-    assert programs.calls == submitted
-
-
-def test_a_refused_step_cancels_those_before_it(programs: Programs, three: Plan) -> None:
-    programs.write("sbatch", SECOND_REFUSED)
-    programs.write("scancel", "exit 0")
-    with pytest.raises(StudyError) as caught:
-        submit(three)
-    for words in ("search.sbatch: sbatch refused it (exit 1", "this site wants an account", "11, already submitted"):
-        assert words in str(caught.value)
-    assert programs.calls[2:] == ["scancel 11"]
-
-
-def test_more_workers_than_the_cluster_allows_are_told_the_limit(programs: Programs, three: Plan) -> None:
-    programs.write(
-        "sbatch", "echo 'sbatch: error: Batch job submission failed: Invalid job array specification' >&2; exit 1"
-    )
-    with pytest.raises(StudyError, match=r"take no more --workers than MaxArraySize"):
-        submit(three)
-
-
-def test_a_step_that_cannot_be_cancelled_is_named(programs: Programs, three: Plan) -> None:
-    programs.write("sbatch", SECOND_REFUSED)
-    programs.write("scancel", "echo 'scancel: error: Access denied' >&2; exit 1")
-    with pytest.raises(StudyError, match=r"could not be cancelled \(scancel exit 1: Access denied\): scancel 11"):
-        submit(three)
-
-
-def test_without_sbatch_other_ways_are_named(programs: Programs, three: Plan) -> None:
-    with pytest.raises(MachineError, match=r"no sbatch on PATH.*--workers N.*--dry-run"):
-        submit(three)
-    assert programs.calls == []
-
-
-def test_a_controller_that_is_down_is_the_machines_fault(programs: Programs, three: Plan) -> None:
-    programs.write(
-        "sbatch",
-        "echo 'sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)' >&2\n"
-        "exit 1",
-    )
-    with pytest.raises(MachineError, match=r"cannot be reached .*connect failure"):
-        submit(three)
-
-
-def test_an_answer_without_a_job_id_is_shown(programs: Programs, three: Plan) -> None:
-    programs.write("sbatch", "echo queued, thank you")
-    with pytest.raises(MachineError, match=r"expected a job id .*'queued, thank you'"):
-        submit(three)
-
-
-def row(*cells: str) -> str:
-    widths = (32, 24, 32, 24, 12, 64, 80)
-    return "".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-
-
-LISTING = "\n".join(
-    [
-        row("12", "0", "14", "RUNNING", "2", "n1", "None"),
-        row("12", "1", "12", "PENDING", "0", "", "launch failed requeued held"),
-        row("11", "N/A", "11", "COMPLETED", "0", "n0", "None"),
-        "CLUSTER: east",
-    ]
-)
-
-
-def test_the_queue_is_read_by_task(programs: Programs) -> None:
-    programs.write("squeue", f"while read -r line; do echo \"$line\"; done <<'END'\n{LISTING}\nEND")
-    assert queue_states(["12_0", "11", "12_1", "99"]) == {
-        "12_0": QueuedTask("RUNNING", 2, "n1", "None"),
-        "12_1": QueuedTask("PENDING", 0, "", "launch failed requeued held"),
-        "11": QueuedTask("COMPLETED", 0, "n0", "None"),
-    }
-    assert "-j 11,12,99 " in programs.calls[0]
-
-
-def test_no_jobs_need_no_queue(programs: Programs) -> None:
-    assert queue_states([]) == {}
-    assert programs.calls == []
-
-
-def test_a_machine_without_squeue_is_told_from_a_queue_that_does_not_answer(programs: Programs) -> None:
-    assert queue_states(["12"]) is None
-    programs.write("squeue", "echo 'squeue: error: Unable to contact slurm controller' >&2; exit 1")
-    with pytest.raises(QueueUnknownError, match=r"squeue failed \(exit 1: Unable to contact slurm controller\)"):
-        queue_states(["12"])
-
-
-def test_jobs_that_slurm_has_forgotten_do_not_hide_the_others(programs: Programs) -> None:
-    body = "case \"$*\" in *'-j 12 '*) echo '{}'; exit 0;; esac\n".format(
-        row("12", "0", "12", "RUNNING", "0", "n1", "")
-    )
-    programs.write("squeue", body + "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert queue_states(["11"]) == {}
-    assert queue_states(["11", "12_0"]) == {"12_0": QueuedTask("RUNNING", 0, "n1", "")}
-
-
-def test_the_users_filters_do_not_hide_workers(programs: Programs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SQUEUE_PARTITION", "other")
-    programs.write(
-        "squeue", f"test -n \"$SQUEUE_PARTITION\" || echo '{row('12', 'N/A', '12', 'RUNNING', '0', '', '')}'"
-    )
-    assert set(queue_states(["12"]) or {}) == {"12"}
-
-
-@pytest.mark.parametrize(
-    ("environ", "expected"),
-    [
-        ({}, None),
-        ({"SLURM_JOB_ID": "15", "SLURMD_NODENAME": "n1"}, SlurmTask("15", 0, "n1", "15")),
-        (
-            {
-                "SLURM_JOB_ID": "15",
-                "SLURM_ARRAY_JOB_ID": "12",
-                "SLURM_ARRAY_TASK_ID": "3",
-                "SLURM_RESTART_COUNT": "2",
-                "SLURMD_NODENAME": "n1",
-            },
-            SlurmTask("12_3", 2, "n1", "15"),
-        ),
-    ],
-)
-def test_a_process_knows_its_task(environ: dict[str, str], expected: SlurmTask | None) -> None:
-    assert owner_of_this_task(environ) == expected
-
-
-def test_requeueing_tells_why_it_did_not(programs: Programs) -> None:
-    assert requeue("12_3") == "no scontrol on PATH"
-    programs.write("scontrol", "exit 0")
-    assert requeue("12_3") is None
-    assert programs.calls == ["scontrol requeue 12_3"]
-    programs.write("scontrol", "echo 'Requested operation is presently disabled for job 12_3' >&2; exit 1")
-    assert requeue("12_3") == "scontrol exit 1: Requested operation is presently disabled for job 12_3"
 
 
 def main() -> None:
