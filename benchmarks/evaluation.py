@@ -43,7 +43,8 @@ from search.problem.spec import SAMPLERS, StudySpec, load_spec
 from search.problem.workspace import Workspace
 from search.run.one_worker import open_prepared, work_on
 from search.run.prepare import Prepared, prepare
-from search.trials.attributes import ORIGIN, map_of
+from search.trials.attributes import ORIGIN
+from search.trials.maps import map_of
 from search.trials.owner import this_process
 from ssm_mp.config import MambaConfig
 from ssm_mp.conversion.calibrate import calibrate

@@ -33,10 +33,12 @@ from search.measure.objective import Measured
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import SAMPLERS
 from search.run.claim import Idle, claim, tell
-from search.sampling.front_sampler import FrontSampler, Proposal
+from search.sampling.front_sampler import FrontSampler
 from search.sampling.knowledge import before_any_trial
+from search.sampling.sampler import Proposal
 from search.sampling.unrepeated import Unrepeated
-from search.trials.attributes import ORIGIN, map_of
+from search.trials.attributes import ORIGIN
+from search.trials.maps import map_of
 from search.trials.optuna_storage import stored
 from search.trials.owner import Owner, this_process
 from search.trials.read_back import finished_differences

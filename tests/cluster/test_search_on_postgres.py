@@ -19,8 +19,7 @@ from search.run.claim import LOST
 from search.run.study import begin
 from search.run.widening import move_study
 from search.run.worker_loop import Task
-from search.sampling.unrepeated import map_key
-from search.trials.attributes import map_of
+from search.trials.maps import map_key, map_of
 from search.trials.optuna_storage import storage_of
 from search.trials.read_back import counts
 from search.trials.storage import OpenStudy, connect, stored_choice

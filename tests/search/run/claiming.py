@@ -26,8 +26,8 @@ from search.run.study import begin, open_study
 from search.run.worker_loop import Ending, Evaluate, Task, Together, Worker
 from search.sampling.catalogue import Catalogue
 from search.sampling.knowledge import before_any_trial
-from search.sampling.unrepeated import map_key
-from search.trials.attributes import FINISHED, REASON, map_of
+from search.trials.attributes import FINISHED, REASON
+from search.trials.maps import map_key, map_of
 from search.trials.owner import LEASES, Owner, lease, this_process
 from search.trials.storage import OpenStudy
 from ssm_mp.evaluation.evaluate import Increase

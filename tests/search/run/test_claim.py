@@ -14,8 +14,8 @@ from search.measure.racing import Reason
 from search.run.claim import Idle, claim, enqueue, give_back, queue, take_over, tell
 from search.run.study import reconsider
 from search.run.worker_loop import Task
-from search.sampling.unrepeated import map_key
-from search.trials.attributes import ATTEMPT, FIRST, ORIGIN, REASON, map_of
+from search.trials.attributes import ATTEMPT, FIRST, ORIGIN, REASON
+from search.trials.maps import map_key, map_of
 from search.trials.owner import Owner
 from search.trials.read_back import counts
 from search.trials.storage import OpenStudy

@@ -24,7 +24,7 @@ from search.run.study import open_study, reconsider
 from search.run.worker_loop import Worker, take_over_lost
 from search.sampling.catalogue import Catalogue
 from search.sampling.knowledge import before_any_trial
-from search.sampling.unrepeated import map_key
+from search.trials.maps import map_key
 from search.trials.owner import LEASES, Owner, lease, this_process
 from search.trials.read_back import counts, finished_differences, points
 from search.trials.storage import OpenStudy

@@ -16,8 +16,8 @@ from search.base.stop import Stop
 from search.measure.objective import Measured
 from search.run.claim import LOST, claim, enqueue
 from search.run.worker_loop import Task, take_over_lost
-from search.sampling.unrepeated import map_key
 from search.trials.attributes import FINISHED
+from search.trials.maps import map_key
 from search.trials.owner import LEASES, Owner, lease
 from search.trials.read_back import counts
 from tests.cluster import studying
