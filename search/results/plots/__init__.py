@@ -1,1 +1,1 @@
-"""The pictures of a study: its front, its components, the drift of a model."""
+"""The pictures: the front of a search, its components, the drift of a model; drawn here, written in `files`."""
