@@ -22,7 +22,7 @@ from search.sampling.gain import area, staircase
 from search.sampling.knowledge import Knowledge, before_any_trial
 from search.sampling.programme import frontier
 from search.sampling.proposal import costs
-from search.sampling.sampler import make_sampler
+from search.sampling.sampler import Asked, make_sampler
 from ssm_mp.precisions.precision import get_precision
 
 BUDGET = 5.0
@@ -116,7 +116,7 @@ def sampled(oracle: Oracle, sampler: str, seed: int, seeds: tuple[Map, ...], kno
     asked: dict[str, BaseDistribution] = dict(space)
     study = optuna.create_study(
         directions=[StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE],
-        sampler=make_sampler(sampler, space, seed, knowledge, BUDGET),
+        sampler=make_sampler(sampler, Asked(space, seed, knowledge, BUDGET)),
     )
     for chosen in seeds:
         study.enqueue_trial(catalogue.decode(chosen))

@@ -18,8 +18,8 @@ from search.base.front import Point, hypervolume, pareto_front
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.problem.workspace import open_workspace
+from search.trials.read_back import points
 from search.trials.storage import read_study
-from search.trials.trials import points
 from ssm_mp.evaluation.evaluate import evaluate, paired_increase
 
 STUDY = Path("studies/reference-cumulative.toml")

@@ -41,9 +41,10 @@ from search.measure.objective import Measured, Objective
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import SAMPLERS, StudySpec, load_spec
 from search.problem.workspace import Workspace
+from search.run.one_worker import open_prepared, work_on
 from search.run.prepare import Prepared, prepare
-from search.run.working import open_prepared, work_on
-from search.trials.measured import ORIGIN, map_of
+from search.trials.attributes import ORIGIN
+from search.trials.maps import map_of
 from search.trials.owner import this_process
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.families.mamba import MambaConfig

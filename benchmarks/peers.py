@@ -28,8 +28,8 @@ from search.measure.objective import Measured, Objective, measure_baseline
 from search.problem.run_directory import PROBES, RunDirectory, require_same
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
+from search.trials.read_back import points
 from search.trials.storage import read_study
-from search.trials.trials import points
 from ssm_mp.precision_map import PrecisionMap
 
 STUDY = Path("studies/reference-cumulative.toml")

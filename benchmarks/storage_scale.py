@@ -30,7 +30,7 @@ from optuna.trial import TrialState, create_trial
 from benchmarks.proposals import catalogue_of
 from benchmarks.worker_overhead import COMPONENTS, ROOT, WINDOWS, timed, work
 from search.problem.run_directory import RunDirectory
-from search.trials.measured import DIFFERENCES, MEASURED, ORIGIN, packed
+from search.trials.attributes import DIFFERENCES, MEASURED, ORIGIN, packed
 from search.trials.owner import this_process
 from search.trials.storage import STORAGE, OpenStudy, StorageChoice, connect
 from tests.cluster.private_postgres import PrivatePostgres, private_postgres
@@ -126,17 +126,7 @@ def _proxy_at(port: int, run: RunDirectory, url: str, environment: dict[str, str
         f'[checkpoint]\npath = "none"\n[storage]\nkind = "postgresql"\nurl = "{url}"\nproxy = "localhost:{port}"\n',
         encoding="utf-8",
     )
-    command = [
-        sys.executable,
-        "-m",
-        "search.cli",
-        "proxy",
-        str(study),
-        "--port",
-        str(port),
-        "--run-dir",
-        str(run.path),
-    ]
+    command = [sys.executable, "-m", "search.cli", "proxy", str(study), "--port", str(port), "--run-dir", str(run.path)]
     with subprocess.Popen(command, env={**os.environ, **environment}, cwd=ROOT, stderr=subprocess.DEVNULL) as process:
         try:
             time.sleep(2)

@@ -29,9 +29,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from benchmarks.worker_sites import Fault, LocalSite, Site, SlurmSite
-from search.trials.measured import OWNER
+from search.trials.attributes import OWNER
 from search.trials.owner import Owner, owner_from_json
-from search.trials.trials import ASKED
+from search.trials.read_back import ASKED
 from tests.cluster.private_postgres import PrivatePostgres
 from tests.cluster.private_slurm import private_slurm
 from tests.cluster.processes import private_directory

@@ -33,14 +33,16 @@ from search.measure.objective import Measured
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import SAMPLERS
 from search.run.claim import Idle, claim, tell
-from search.sampling.front_sampler import FrontSampler, Proposal
+from search.sampling.front_sampler import FrontSampler
 from search.sampling.knowledge import before_any_trial
-from search.sampling.sampler import Unrepeated
-from search.trials.measured import ORIGIN, map_of
+from search.sampling.sampler import Proposal
+from search.sampling.unrepeated import Unrepeated
+from search.trials.attributes import ORIGIN
+from search.trials.maps import map_of
 from search.trials.optuna_storage import stored
 from search.trials.owner import Owner, this_process
+from search.trials.read_back import finished_differences
 from search.trials.storage import STORAGE, OpenStudy, StorageChoice, connect
-from search.trials.trials import finished_differences
 from ssm_mp.evaluation.evaluate import Increase
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +166,7 @@ def _summary(spent: Sequence[Spent], seconds: float) -> Overhead:
 
 
 def work(opened: OpenStudy, owner: Owner, asked: int, sampler: str, number: int) -> list[Spent]:
-    """Claim and tell, as `search.run.worker` does, until the study has what is asked."""
+    """Claim and tell, as `search.run.worker_loop` does, until the study has what is asked."""
     catalogue = catalogue_of(COMPONENTS)
     space = dict(zip(catalogue.names, catalogue.precisions, strict=True))
     timer = opened.study.sampler = _sampler(sampler, space, number)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from search.problem.spec import load_spec
-from search.slurm.slurm import render
+from search.slurm.script import render
 from search.trials.owner import Owner
 from tests.cluster.private_postgres import PrivatePostgres
 from tests.cluster.private_slurm import Job, PrivateSlurm

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from benchmarks.worker_faults import Survived, survive
 from benchmarks.worker_overhead import Overhead, measure
 from search.problem.run_directory import RunDirectory
-from search.trials.measured import FINISHED, OWNER
+from search.trials.attributes import FINISHED, OWNER
 from search.trials.storage import Kind, StorageChoice, read_study
 from tests.cluster.private_postgres import PrivatePostgres, private_postgres
 from tests.cluster.processes import private_directory

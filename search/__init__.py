@@ -1,4 +1,15 @@
-"""The optimizer: studies, probes, surrogate, trials, front, certificate, plots, report, export."""
+"""The optimizer. Its wings, each importing only those below it:
+
+cli       the command line, `ssm-mp`
+run       a search from begin to end
+results   what it comes to: certificate, gates, export, report, pictures
+sampling  which map next
+trials    what is kept of those that were tried
+measure   a map's numbers
+slurm     batch scripts and the queue
+problem   what a study is about
+base      what every wing stands on
+"""
 
 import os
 from importlib.util import find_spec

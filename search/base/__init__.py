@@ -1,1 +1,1 @@
-"""What every room uses: errors, front and hypervolume, confidence bounds, locks, stop, progress, paths, streams."""
+"""What every wing stands on: errors, paths, locks, stopping, progress, output, the Pareto front, confidence bounds."""

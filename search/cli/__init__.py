@@ -1,1 +1,1 @@
-"""The command line, `ssm-mp`: one file a group of commands."""
+"""The command line, `ssm-mp`: one file a group of commands, what they share, and their answers as text."""

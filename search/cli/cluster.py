@@ -112,7 +112,7 @@ def worker(
         if _has_all_trials(spec, run):  # told before anything is loaded
             say("the study has all its trials already")
             return _finish_last(spec, run) if finish_ else None
-        from search.run.working import run_worker
+        from search.run.one_worker import run_worker
 
         try:
             ending = run_worker(spec, run, say, stop)
@@ -129,7 +129,7 @@ def finish(
 ) -> None:  # fmt: skip
     """Finish a study that its workers have left: front, certificate, winner, plots, report."""
     from search.run.launch import require_not_failed
-    from search.run.search import finish_study
+    from search.run.one_process import finish_study
 
     spec, run = _study(study, run_dir, set_, force)
     require_not_failed(run)
@@ -201,8 +201,8 @@ def _study(
 
 
 def _has_all_trials(spec: StudySpec, run: RunDirectory) -> bool:
+    from search.trials.read_back import is_finished
     from search.trials.storage import exists, opened_as_it_is
-    from search.trials.trials import is_finished
 
     if not exists(run):
         return False
@@ -216,7 +216,7 @@ def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
     """Finish, where no other worker does or did."""
     from search.base.errors import StudyError
     from search.problem.run_directory import CERTIFICATE
-    from search.run.search import finish_prepared
+    from search.run.one_process import finish_prepared
 
     try:
         with run.owned():
@@ -234,7 +234,8 @@ def _leave(stop: Stop) -> None:
     """
     import os
 
-    from search.slurm.slurm import QueueUnknownError, owner_of_this_task, queue_states, requeue
+    from search.slurm.queue import QueueUnknownError, queue_states
+    from search.slurm.task import owner_of_this_task, requeue
 
     assert stop.signal is not None
     say(f"stopped by {stop.signal.name}; nothing is lost")

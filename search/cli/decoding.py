@@ -96,7 +96,8 @@ def drift(
     """Measure how the perplexity increase over FP32 depends on the position, also in windows 4 times as long."""
     from search.problem.spec import load_spec
     from search.problem.workspace import check_device, load_splits, window_length
-    from search.results.plots_drift import plot_drift, require_writable, save_picture
+    from search.results.plots.drift import plot_drift
+    from search.results.plots.files import require_writable, save_picture
     from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluation.drift import LONG, too_long
     from ssm_mp.evaluation.drift import drift as measure

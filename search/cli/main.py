@@ -222,8 +222,8 @@ def search(
     """Run or continue a search: probes, trials, front, certificate, winner, plots, report."""
     from search.problem.run_directory import RunDirectory
     from search.problem.spec import load_spec
-    from search.run.local import run_local
-    from search.run.search import run_search
+    from search.run.local_workers import run_local
+    from search.run.one_process import run_search
 
     asked = overrides(set_, trials, force=force)
     spec = load_spec(study, asked)
@@ -249,7 +249,7 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     from search.results.outlook import outlook
     from search.results.report import front_json
     from search.run.stored import stored_baseline, stored_certificate
-    from search.trials.trials import points
+    from search.trials.read_back import points
 
     spec, run, trials = _opened(study, run_dir, set_)
     found = points(trials, run.space())

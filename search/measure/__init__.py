@@ -1,1 +1,1 @@
-"""A map's number: objective, stacking, racing, probes, gradients, predicted latency."""
+"""A map's numbers: probes and gradients before the trials, likelihoods in a race, latencies from a table."""

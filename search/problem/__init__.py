@@ -1,1 +1,1 @@
-"""What a study is about: the study file, its run directory, its workspace and its space of maps."""
+"""What a study is about: its file, its run directory, the checkpoint and windows it works on, the maps it allows."""

@@ -94,7 +94,14 @@ class PrecisionSection(_Section):
         )
 
 
-SAMPLERS = ("front", "tpe", "nsga2", "gp", "random")
+SAMPLERS = {
+    "front": "search.sampling.front_sampler",
+    "tpe": "search.sampling.tpe_sampler",
+    "nsga2": "search.sampling.nsga2_sampler",
+    "gp": "search.sampling.gp_sampler",
+    "random": "search.sampling.random_sampler",
+}
+"""The samplers that a study may name, and the file of each, which is imported when one is made."""
 OBJECTIVES = ("compression", "perplexity", "latency")
 """What maps are compared by, in the order of a trial's values; a study may leave out the last."""
 
@@ -106,7 +113,7 @@ class SearchSection(_Section):
     latency_batch: int = Field(default=1, ge=1, le=4096)
     latency_length: int | None = Field(default=None, ge=1, le=65536)
     trials: int = Field(default=64, ge=1)
-    sampler: Literal["front", "tpe", "nsga2", "gp", "random"] = "front"
+    sampler: str = "front"
     probe: Literal["measured", "gradient", "none"] = "measured"
     racing: bool = True
     racing_error: float = Field(default=0.01, gt=0, lt=0.5)
@@ -135,6 +142,14 @@ class SearchSection(_Section):
         if objectives not in (OBJECTIVES, OBJECTIVES[:2]):
             raise ValueError(f"expected {list(OBJECTIVES[:2])} or {list(OBJECTIVES)}, found {list(objectives)}")
         return objectives
+
+    @field_validator("sampler")
+    @classmethod
+    def _registered(cls, sampler: str) -> str:
+        if sampler not in SAMPLERS:
+            *names, last = map(repr, SAMPLERS)
+            raise ValueError(f"input should be {', '.join(names)} or {last}, found {sampler!r}")
+        return sampler
 
     @field_validator("stacked")
     @classmethod

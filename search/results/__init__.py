@@ -1,1 +1,1 @@
-"""What a study says: certificate, gates, export, report, plots."""
+"""What a search comes to: the certificate and its ledger, quality gates, the exported artifact, report and pictures."""

@@ -18,7 +18,7 @@ from search.problem.workspace import Workspace, tokenizer_json
 from search.results.certify import Certificate, bounds
 from search.results.gates import Facts
 from search.results.ledger import finite_or_none
-from search.results.plots import allocation_png
+from search.results.plots.components import allocation_png
 from ssm_mp.artifact import TOKENIZER, Artifact, read_artifact, require_free, save_artifact, stored_arrays
 from ssm_mp.artifact_folder import PICTURE
 from ssm_mp.errors import ArtifactError

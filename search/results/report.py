@@ -15,7 +15,7 @@ from search.results.certify import Certificate
 from search.results.gates import Gate, overall
 from search.results.outlook import outlook
 from search.sampling.surrogate import Surrogate
-from search.trials.trials import Counts
+from search.trials.read_back import Counts
 from ssm_mp.components import Component
 from ssm_mp.evaluation.benchmark import Benchmark
 from ssm_mp.evaluation.latency import LatencyTable

@@ -1,1 +1,1 @@
-"""A search from begin to end: prepare, claim, work, launch, watch, finish, pick."""
+"""A search from begin to end: prepared, worked on by one process or many, launched, watched, widened, finished."""

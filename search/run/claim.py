@@ -18,8 +18,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search.measure.objective import Measured
-from search.sampling.sampler import map_key, proposer, seen_maps
-from search.trials.measured import (
+from search.sampling.sampler import proposer
+from search.trials.attributes import (
     ATTEMPT,
     DIFFERENCES,
     FINISHED,
@@ -30,9 +30,9 @@ from search.trials.measured import (
     OWNER,
     REASON,
     REOPENED,
-    map_of,
     packed,
 )
+from search.trials.maps import map_key, map_of, seen_maps
 from search.trials.optuna_storage import annotate, change_state, create, handle, stored, trial_id
 from search.trials.owner import Owner, owner_from_json
 from search.trials.storage import OpenStudy

@@ -17,16 +17,18 @@ from search.problem.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINN
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
-from search.results import plots
 from search.results.certify import Certificate, certify
 from search.results.export import export, provenance_of
 from search.results.gates import judge
 from search.results.ledger import tries_of
 from search.results.outlook import outlook
+from search.results.plots.components import plot_allocation, plot_sensitivities
+from search.results.plots.files import save
+from search.results.plots.front import plot_front
 from search.results.report import Result, front_json, render
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
-from search.trials.trials import counts, points
+from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError, DataError
@@ -137,16 +139,14 @@ def draw(
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
     front = pareto_front(found, budget)
-    picture = plots.plot_front(found, budget, winner, describe(certificate, bool(front)), baseline_bytes)
-    paths = plots.save(picture, run.path, "front")
+    picture = plot_front(found, budget, winner, describe(certificate, bool(front)), baseline_bytes)
+    paths = save(picture, run.path, "front")
     if probes:
-        paths += plots.save(plots.plot_sensitivities(probes, components), run.path, "sensitivities")
+        paths += save(plot_sensitivities(probes, components), run.path, "sensitivities")
     shown = next((point for point in front if point.trial == winner), front[0] if front else None)
     if shown is not None:
         allocation = PrecisionMap(tuple(shown.map.items()))
-        paths += plots.save(
-            plots.plot_allocation(components, allocation, spec.precision.activations), run.path, "allocation"
-        )
+        paths += save(plot_allocation(components, allocation, spec.precision.activations), run.path, "allocation")
     return paths
 
 

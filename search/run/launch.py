@@ -10,7 +10,9 @@ from search.base.errors import StudyError
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
 from search.run.status import queued_jobs
-from search.slurm.slurm import STEPS, Plan, QueueUnknownError, command_of_this_python, plan, queue_states, submit
+from search.slurm.queue import QueueUnknownError, queue_states
+from search.slurm.script import STEPS, command_of_this_python
+from search.slurm.submission import Plan, plan, submit
 from search.trials.storage import Say, choose_storage
 from ssm_mp.errors import SsmMpError
 

@@ -17,7 +17,7 @@ from search.problem.workspace import open_workspace
 from search.results.export import Exported, export
 from search.run.finish import certify_front
 from search.run.stored import stored_certificate
-from search.trials.trials import points
+from search.trials.read_back import points
 from ssm_mp.artifact import require_free
 
 

@@ -15,9 +15,9 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.base.front import Point, hypervolume, pareto_front
-from search.slurm.slurm import QueuedTask
-from search.trials.measured import FINISHED, OWNER
-from search.trials.trials import asked_trials, counts, point_of
+from search.slurm.queue import QueuedTask
+from search.trials.attributes import FINISHED, OWNER
+from search.trials.read_back import asked_trials, counts, point_of
 
 _RECENT = 20
 """Trials that the rate is taken from: the last so many, so that it follows workers that come and go."""

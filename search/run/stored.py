@@ -16,7 +16,7 @@ from search.problem.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirec
 from search.problem.spec import StudySpec
 from search.results.certify import Certificate, standing_certificate
 from search.run.finish import draw
-from search.trials.trials import points
+from search.trials.read_back import points
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.conversion.embedding_blocks import with_blocks

@@ -19,10 +19,11 @@ from search.problem.spec import StudySpec
 from search.run.claim import Choices, Seed, enqueue, queue
 from search.sampling.front_sampler import FrontSampler
 from search.sampling.knowledge import Knowledge
-from search.sampling.sampler import complete_maps, make_sampler, map_key
-from search.trials.measured import FINISHED, MEASURED, ORIGIN, REOPENED, map_of
+from search.sampling.sampler import Asked, make_sampler
+from search.trials.attributes import FINISHED, MEASURED, ORIGIN, REOPENED
+from search.trials.maps import complete_maps, map_key, map_of
+from search.trials.read_back import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE, PRECISION, counts, precision_of
 from search.trials.storage import MOVED, OpenStudy, Say, choose_storage, connect, name_metrics
-from search.trials.trials import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE, PRECISION, counts, precision_of
 from ssm_mp.evaluation.latency import LatencyTable
 
 
@@ -56,7 +57,7 @@ def open_study(
     held = opened.patiently(lambda: study.get_trials(deepcopy=False))
     drawn = spec.search.seed + len(held) + zlib.crc32(worker.encode()) * bool(worker)
     search = spec.search
-    study.sampler = make_sampler(search.sampler, distributions, drawn % 2**32, knowledge, search.budget_percent)
+    study.sampler = make_sampler(search.sampler, Asked(distributions, drawn % 2**32, knowledge, search.budget_percent))
     return opened
 
 

@@ -23,11 +23,12 @@ from search.measure.probe import LOWEST, WIDEST
 from search.problem.run_directory import FINGERPRINT, PROBES, RunDirectory, grown_in, mark_of, require_same
 from search.problem.spec import StudySpec
 from search.run.claim import Choices, take_over
-from search.trials.measured import FINISHED, map_of
+from search.trials.attributes import FINISHED
+from search.trials.maps import map_of
 from search.trials.optuna_storage import storage_of
 from search.trials.owner import LEASES, dead_owners, living_leases
+from search.trials.read_back import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE
 from search.trials.storage import MOVED, OpenStudy, exists, name_metrics, opened_as_it_is
-from search.trials.trials import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE
 
 Space = Mapping[str, list[str]]
 """Every component's choices, the widest first, as a fingerprint holds them."""

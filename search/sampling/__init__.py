@@ -1,1 +1,1 @@
-"""Which map next: samplers, surrogate, posterior, gain, catalogue, integer programme."""
+"""Which map next: one file a sampler, and what `front` thinks with (surrogate, posterior, expected gain, programme)."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,18 +15,18 @@ from optuna.trial import FrozenTrial, TrialState
 from search.sampling.knowledge import Knowledge
 from search.sampling.posterior import Posterior, Spreads
 from search.sampling.proposal import Evaluated, propose, random_map
-from search.trials.measured import FINISHED, MEASURED, log_increase, map_of
+from search.sampling.sampler import Asked, Proposal
+from search.trials.attributes import FINISHED, MEASURED, log_increase
+from search.trials.maps import map_of
 
 _REFIT_EVERY = 8
 """Trials after which the spreads of the prior are learned anew."""
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """A map to evaluate: a trial's parameters, and system attributes that the sampler wants on it."""
-
-    params: Mapping[str, str]
-    attributes: Mapping[str, Any] = field(default_factory=dict)
+def make(asked: Asked) -> FrontSampler:
+    """The sampler of a study that knows its space."""
+    assert asked.knowledge is not None
+    return FrontSampler(asked.knowledge, asked.budget_percent, asked.seed)
 
 
 class FrontSampler(BaseSampler):

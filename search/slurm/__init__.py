@@ -1,1 +1,1 @@
-"""Slurm: batch scripts, sbatch's options, the queue."""
+"""Slurm: batch scripts, submitting them, what the queue says, and a process's own task."""

@@ -1,1 +1,1 @@
-"""What is kept: storages, journal, who owns a trial, what a trial carries."""
+"""What is kept of trials: where (SQLite, journal, PostgreSQL), by whom, which maps, with what results."""

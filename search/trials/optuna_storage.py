@@ -16,7 +16,8 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 CHECKED_WITH = "5.0"
-"""Major and minor version of the Optuna that these names were checked with, by tests/search/trials/test_optuna_storage.py."""
+"""Major and minor version of the Optuna that these names were checked with, by
+tests/search/trials/test_optuna_storage.py."""
 
 
 def storage_of(study: Study) -> BaseStorage:

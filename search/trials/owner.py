@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from search.base.file_lock import FileLock
-from search.slurm.slurm import QueuedTask, QueueUnknownError, owner_of_this_task, queue_states
+from search.slurm.queue import QueuedTask, QueueUnknownError, queue_states
+from search.slurm.task import owner_of_this_task
 
 LEASES = "workers"
 """Folder of leases in a run directory."""

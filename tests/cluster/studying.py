@@ -24,11 +24,11 @@ from search.base.front import pareto_front
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import SAMPLERS
 from search.run.claim import LOST
-from search.sampling.sampler import map_key
-from search.trials.measured import FINISHED, MEASURED, ORIGIN, OWNER, REASON, map_of
+from search.trials.attributes import FINISHED, MEASURED, ORIGIN, OWNER, REASON
+from search.trials.maps import map_key, map_of
 from search.trials.owner import Owner, owner_from_json
+from search.trials.read_back import asked_trials, points
 from search.trials.storage import exists, read_study
-from search.trials.trials import asked_trials, points
 from tests.cluster.processes import HUNG
 from tests.tiny import LENGTH, repetitive_tokens, write_study
 

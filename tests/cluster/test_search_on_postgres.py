@@ -18,12 +18,11 @@ from search.measure.objective import Measured
 from search.run.claim import LOST
 from search.run.study import begin
 from search.run.widening import move_study
-from search.run.worker import Task
-from search.sampling.sampler import map_key
-from search.trials.measured import map_of
+from search.run.worker_loop import Task
+from search.trials.maps import map_key, map_of
 from search.trials.optuna_storage import storage_of
+from search.trials.read_back import counts
 from search.trials.storage import OpenStudy, connect, stored_choice
-from search.trials.trials import counts
 from tests.cluster import studying
 from tests.cluster.gate import Gate
 from tests.cluster.private_postgres import PrivatePostgres

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from search.trials.measured import OWNER, REASON
+from search.trials.attributes import OWNER, REASON
 from tests.cluster import processes
 from tests.cluster.gate import Gate
 from tests.cluster.launching import SMALL, Launch, launch, leave_clean

@@ -75,7 +75,7 @@ def test_an_installation_without_its_search_is_said_in_one_line(tmp_path: Path) 
 
 def test_a_file_in_the_place_of_ssm_mp_is_named(tmp_path: Path) -> None:
     (tmp_path / "ssm_mp.py").touch()
-    done = ran((sys.executable, "-P", "-c", "import search.spec"), cwd=tmp_path, path=(tmp_path, ROOT))
+    done = ran((sys.executable, "-P", "-c", "import search.problem.spec"), cwd=tmp_path, path=(tmp_path, ROOT))
     assert f"{tmp_path / 'ssm_mp.py'} is found as ssm_mp" in done.stderr.splitlines()[-1]
 
 

@@ -25,7 +25,7 @@ OPEN, STANDING, TICKETS = "open", "standing", "tickets"
 for each trial that may pass."""
 GATED = ("__call__", "race")
 """Methods of `search.measure.objective.Objective` that evaluate a trial."""
-PATIENCE = {"search.trials.storage": "_PATIENCE_AT_START", "search.run.local": "_GRACE_SECONDS"}
+PATIENCE = {"search.trials.storage": "_PATIENCE_AT_START", "search.run.local_workers": "_GRACE_SECONDS"}
 """Seconds that a program waits for others that are slow: longer than a test can take, so that none is given up."""
 
 

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from search.cli import main as cli
 from search.cli.decoding import _agreeing
-from search.results.plots_drift import plot_drift
+from search.results.plots.drift import plot_drift
 from ssm_mp import PrecisionMap, Scheme, convert, find_components, generate, load_artifact, load_model, save_artifact
 from ssm_mp.config import Config
 from ssm_mp.decoding.decode import Generation

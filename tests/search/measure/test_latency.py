@@ -26,12 +26,12 @@ from search.problem.spec import StudySpec, load_spec
 from search.run.claim import Seed, claim, enqueue, tell
 from search.run.prepare import prepare, seeds
 from search.run.study import open_study
-from search.run.worker import Task, Worker
+from search.run.worker_loop import Task, Worker
 from search.sampling.catalogue import Catalogue
 from search.sampling.knowledge import before_any_trial
 from search.trials.owner import LEASES, Owner, lease, this_process
+from search.trials.read_back import points, rivals_of
 from search.trials.storage import STORAGE, OpenStudy, read_study
-from search.trials.trials import points, rivals_of
 from ssm_mp.evaluation.evaluate import Increase
 from ssm_mp.evaluation.latency import Check, LatencyTable, measure_latency
 from tests.tiny import HUGGING_FACE, MAMBA, some_windows, write_study

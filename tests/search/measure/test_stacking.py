@@ -18,9 +18,9 @@ from search.measure.objective import Measured, Objective, measure_baseline
 from search.measure.stacking import StackedObjective, trials_at_once
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
-from search.run.worker import Ending, Task, Together
-from search.sampling.sampler import map_key
-from search.trials.trials import counts
+from search.run.worker_loop import Ending, Task, Together
+from search.trials.maps import map_key
+from search.trials.read_back import counts
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
 from ssm_mp.evaluation.stack import evaluate_stacked

@@ -18,7 +18,7 @@ from search.problem.workspace import open_workspace
 from search.results.export import export
 from search.results.report import render
 from search.run.finish import answer
-from search.run.search import run_search
+from search.run.one_process import run_search
 from search.run.stored import stored_baseline
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components, fp32_bytes

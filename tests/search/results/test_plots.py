@@ -19,7 +19,9 @@ from search.base.front import Point
 from search.base.progress import Progress
 from search.cli.answers import fronted, inspected, listed, probed
 from search.measure.probe import LOWEST, WIDEST, Probe
-from search.results.plots import allocation_png, plot_allocation, plot_front, plot_sensitivities, save
+from search.results.plots.components import allocation_png, plot_allocation, plot_sensitivities
+from search.results.plots.files import save
+from search.results.plots.front import plot_front
 from search.results.report import component_rows, front_json
 from search.run.finish import describe
 from ssm_mp.components import Component, find_components

@@ -23,11 +23,11 @@ from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.run.claim import Seed
 from search.run.study import begin, open_study
-from search.run.worker import Ending, Evaluate, Task, Together, Worker
+from search.run.worker_loop import Ending, Evaluate, Task, Together, Worker
 from search.sampling.catalogue import Catalogue
 from search.sampling.knowledge import before_any_trial
-from search.sampling.sampler import map_key
-from search.trials.measured import FINISHED, REASON, map_of
+from search.trials.attributes import FINISHED, REASON
+from search.trials.maps import map_key, map_of
 from search.trials.owner import LEASES, Owner, lease, this_process
 from search.trials.storage import OpenStudy
 from ssm_mp.evaluation.evaluate import Increase

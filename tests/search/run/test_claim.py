@@ -13,12 +13,12 @@ from search.measure.objective import Measured
 from search.measure.racing import Reason
 from search.run.claim import Idle, claim, enqueue, give_back, queue, take_over, tell
 from search.run.study import reconsider
-from search.run.worker import Task
-from search.sampling.sampler import map_key
-from search.trials.measured import ATTEMPT, FIRST, ORIGIN, REASON, map_of
+from search.run.worker_loop import Task
+from search.trials.attributes import ATTEMPT, FIRST, ORIGIN, REASON
+from search.trials.maps import map_key, map_of
 from search.trials.owner import Owner
+from search.trials.read_back import counts
 from search.trials.storage import OpenStudy
-from search.trials.trials import counts
 from tests.search.run import claiming
 from tests.search.run.claiming import BUDGET, SPACE, Bench, Deadly, measured, seeds
 

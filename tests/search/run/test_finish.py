@@ -12,7 +12,7 @@ from search.problem.spec import load_spec
 from search.results import export
 from search.results.gates import overall
 from search.run.finish import clear_winner
-from search.run.search import run_search
+from search.run.one_process import run_search
 from ssm_mp.artifact import is_artifact, save_artifact
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import convert

@@ -22,10 +22,10 @@ from search.base.front import hypervolume
 from search.cli.answers import stood
 from search.problem.run_directory import FINGERPRINT, RunDirectory
 from search.run.status import Running, empty_standing, queued_jobs, standing
-from search.slurm.slurm import QueuedTask
+from search.slurm.queue import QueuedTask
 from search.trials.owner import Owner
+from search.trials.read_back import ASKED, point_of
 from search.trials.storage import choose_storage, connect
-from search.trials.trials import ASKED, point_of
 from tests.cluster.processes import HUNG, wait_until
 from tests.cluster.studying import ENVIRONMENT, answer, refused, running, ssm_mp
 from tests.tiny import write_study

@@ -18,16 +18,16 @@ from search.base.front import pareto_front
 from search.base.stop import Stop
 from search.measure.objective import Measured
 from search.problem.run_directory import RunDirectory
-from search.problem.spec import StudySpec, load_spec
+from search.problem.spec import SAMPLERS, StudySpec, load_spec
 from search.run.claim import Seed, claim, enqueue
 from search.run.study import open_study, reconsider
-from search.run.worker import Worker, take_over_lost
+from search.run.worker_loop import Worker, take_over_lost
 from search.sampling.catalogue import Catalogue
 from search.sampling.knowledge import before_any_trial
-from search.sampling.sampler import map_key
+from search.trials.maps import map_key
 from search.trials.owner import LEASES, Owner, lease, this_process
+from search.trials.read_back import counts, finished_differences, points
 from search.trials.storage import OpenStudy
-from search.trials.trials import counts, finished_differences, points
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import Increase
 
@@ -70,7 +70,7 @@ def go(
     return told
 
 
-@pytest.mark.parametrize("sampler", ["front", "tpe", "nsga2", "gp", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_sampler_gives_exactly_n_different_maps(tmp_path: Path, sampler: str) -> None:
     _, run, opened_ = opened(tmp_path, sampler)
     go(opened_, run, 26)

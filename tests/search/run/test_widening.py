@@ -22,17 +22,18 @@ from search.measure.probe import planned
 from search.problem.run_directory import FINGERPRINT, PROBES, RunDirectory, grown_in, require_same
 from search.problem.spec import StudySpec, load_spec
 from search.run.claim import Seed, claim, enqueue, queue
+from search.run.one_worker import open_prepared
 from search.run.prepare import prepare
 from search.run.stored import stored_probes
 from search.run.study import begin, open_study
 from search.run.widening import check_or_widen, move_study, widened
-from search.run.worker import Worker
-from search.run.working import open_prepared
-from search.sampling.sampler import make_sampler, map_key
-from search.trials.measured import FINISHED, MEASURED, REASON, map_of
+from search.run.worker_loop import Worker
+from search.sampling.sampler import Asked, make_sampler
+from search.trials.attributes import FINISHED, MEASURED, REASON
+from search.trials.maps import map_key, map_of
 from search.trials.owner import LEASES, Owner, lease, living_leases, this_process
+from search.trials.read_back import ASKED, counts, is_finished
 from search.trials.storage import OpenStudy, connect, opened_as_it_is, stored_choice
-from search.trials.trials import ASKED, counts, is_finished
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import Increase
 from tests.search.run import claiming
@@ -169,7 +170,7 @@ def test_a_study_goes_on_in_the_larger_space_to_its_end(tmp_path: Path, kind: st
     place.searched()
     opened = place.open(NOW)
     distributions = {name: CategoricalDistribution(choices) for name, choices in free(NOW).items()}
-    opened.study.sampler = make_sampler(sampler, distributions, 0)
+    opened.study.sampler = make_sampler(sampler, Asked(distributions, 0))
     owner = this_process()
     with lease(place.run / LEASES, owner):
         Worker(

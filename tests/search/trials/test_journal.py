@@ -23,8 +23,8 @@ from optuna.storages import JournalStorage
 from search.base.file_lock import FileLock
 from search.problem.run_directory import RunDirectory
 from search.trials.journal import Journal
+from search.trials.read_back import counts
 from search.trials.storage import read_study
-from search.trials.trials import counts
 from ssm_mp.errors import MachineError
 from tests.cluster.gate import Gate
 from tests.cluster.processes import HUNG, wait_until
@@ -173,7 +173,7 @@ def test_what_an_append_has_not_finished_is_not_read(folder: Path) -> None:
 
 def test_a_killed_holder_of_the_lock_makes_nobody_wait(folder: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from search.file_lock import FileLock\n"
+        "import sys, time; from pathlib import Path; from search.base.file_lock import FileLock\n"
         "with FileLock(Path(sys.argv[1])).held(): print('held', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", script, str(folder.parent / "lock")]

@@ -83,8 +83,8 @@ def test_the_dependency_allows_the_version_that_was_checked_and_no_other() -> No
 def test_private_names_are_those_of_the_version_they_were_checked_with(study: Study) -> None:
     installed = version("optuna")
     advice = (
-        f"Optuna {installed} is installed, search/trials/optuna_storage.py was checked with {private.CHECKED_WITH}: see what "
-        "this version calls these, mend that file, and raise CHECKED_WITH and the bound in pyproject.toml"
+        f"Optuna {installed} is installed, search/trials/optuna_storage.py was checked with {private.CHECKED_WITH}: "
+        "see what this version calls these, mend that file, and raise CHECKED_WITH and the bound in pyproject.toml"
     )
     missing = [
         name

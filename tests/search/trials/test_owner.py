@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from search.slurm.slurm import QueuedTask, QueueUnknownError
+from search.slurm.queue import QueuedTask, QueueUnknownError
 from search.trials.owner import Owner, dead_owners, lease, owner_from_json, this_process
 
 ROOT = Path(__file__).parents[3]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import Tensor
@@ -45,9 +43,7 @@ def test_models_decode_the_tokens_after_the_prompt_in_turn_and_warm_up_uncounted
             stepped.append((self._model, tokens.tolist()))
             return super().step(tokens)
 
-    monkeypatch.setattr(
-        sys.modules["ssm_mp.evaluation.benchmark"], "open_decoder", Watched
-    )  # the package shows the function
+    monkeypatch.setattr("ssm_mp.evaluation.benchmark.open_decoder", Watched)
     ids = torch.arange(2 * 6).reshape(2, 6)
     found = decode_seconds((first, second), ids, 4, rounds=2)
     assert [len(seconds) for seconds in found] == [2, 2]

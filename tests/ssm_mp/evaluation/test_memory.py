@@ -11,7 +11,7 @@ import pytest
 
 from ssm_mp.evaluation.memory import keep_freed_memory
 
-ASK = "from ssm_mp.memory import keep_freed_memory; print(keep_freed_memory())"
+ASK = "from ssm_mp.evaluation.memory import keep_freed_memory; print(keep_freed_memory())"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")

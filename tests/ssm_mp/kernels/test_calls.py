@@ -1,4 +1,4 @@
-"""Each kernel against torch's own operators; the scans' are in `tests/ssm_mp/models/test_scan.py`."""
+"""Each kernel against torch's own operators; the scans' are in `test_scan.py`."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ Outputs = dict[str, tuple[Tensor, Tensor]]
 
 def _interpreted(folder: Path, names: list[str]) -> Outputs:
     """What the kernels give in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "tests.ssm_mp.assembly.interpreted", str(folder / "found.pt"), *names]
+    command = [sys.executable, "-m", "tests.ssm_mp.kernels.interpreted_scans", str(folder / "found.pt"), *names]
     subprocess.run(command, check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[3])
     found: Outputs = torch.load(folder / "found.pt")
     return found

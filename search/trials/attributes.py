@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 
 MEASURED, ORIGIN, REASON, DIFFERENCES = "measured", "origin", "reason", "differences"
 """Names of the user attributes: figures, where the map comes from, why it failed, log-increase of each window."""
@@ -25,12 +25,6 @@ that a smaller budget stopped."""
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 """Trials with a result: with all windows, or stopped early."""
-
-
-def map_of(trial: FrozenTrial) -> dict[str, Any]:
-    """The free components' precisions of a trial in any state."""
-    queued = trial.system_attrs.get("fixed_params", {})  # as an older version queued maps
-    return dict(queued if len(queued) > len(trial.params) else trial.params)
 
 
 def packed(differences: np.ndarray) -> str:

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from search.base.errors import StudyError
-from search.results.plots_style import BLACK, BLUE, GREY, RED
-from ssm_mp.errors import MachineError
+from search.results.plots.style import BLACK, BLUE, GREY, RED
 from ssm_mp.evaluation.drift import Drift
-
-KINDS = (".png", ".svg", ".pdf")
-"""Files that a picture can be written to."""
 
 
 def plot_drift(name: str, found: Drift, long: Drift | None) -> Figure:
@@ -53,22 +46,3 @@ def _panel(axes: Axes, shown: Drift) -> None:
     axes.grid(color="#E6E6E6")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def require_writable(path: Path) -> None:
-    """Raise StudyError where a picture could not be written to `path`, before anything is measured."""
-    if path.suffix not in KINDS:
-        raise StudyError(f"{path}: a picture ends in {', '.join(KINDS)}")
-    if not path.parent.is_dir():
-        raise StudyError(f"{path}: there is no folder {path.parent}")
-
-
-def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure, whole or not at all."""
-    partial = path.with_name(f".partial-{path.name}")
-    try:
-        figure.savefig(partial, dpi=150)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written ({error})") from None

@@ -3,6 +3,7 @@ lower precision, and what a map makes of it."""
 
 from __future__ import annotations
 
+import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from search.measure.probe import LOWEST, Probe
-from search.results.plots_style import BLACK, BLUE, GREY, ORANGE, PRECISION_COLOURS, STYLE
+from search.results.plots.style import BLACK, BLUE, GREY, ORANGE, PRECISION_COLOURS, STYLE
 from ssm_mp.components import Component
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme
@@ -179,6 +180,13 @@ def plot_allocation(components: Sequence[Component], precision_map: PrecisionMap
             fontsize=10.5, x=0.01, ha="left",
         )  # fmt: skip
     return figure
+
+
+def allocation_png(components: Sequence[Component], precision_map: PrecisionMap, scheme: ActivationScheme) -> bytes:
+    """The allocation picture as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    plot_allocation(components, precision_map, scheme).savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def _layer_rows(components: Sequence[Component]) -> tuple[dict[int | None, int], list[str]]:

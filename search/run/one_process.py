@@ -7,13 +7,13 @@ from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
 from search.results.report import Result
 from search.run.finish import finish
+from search.run.one_worker import asked_of, open_prepared, work_on
 from search.run.prepare import Prepared, Say, prepare
 from search.run.study import is_exhausted
-from search.run.worker import take_over_lost
-from search.run.working import asked_of, open_prepared, work_on
+from search.run.worker_loop import take_over_lost
 from search.trials.owner import this_process
+from search.trials.read_back import counts
 from search.trials.storage import choose_storage, require_reachable
-from search.trials.trials import counts
 
 
 def run_search(spec: StudySpec, run: RunDirectory, say: Say) -> Result:

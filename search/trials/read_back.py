@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.base.front import Point
 from search.problem.spec import StudySpec
-from search.trials.measured import DIFFERENCES, FINISHED, LATENCY, MEASURED, ORIGIN, REASON, unpacked
+from search.trials.attributes import DIFFERENCES, FINISHED, LATENCY, MEASURED, ORIGIN, REASON, unpacked
 from search.trials.storage import OpenStudy
 
 ASKED = "asked"

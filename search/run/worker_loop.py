@@ -19,11 +19,12 @@ from search.measure.objective import Measured
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import SAMPLERS
 from search.run.claim import Choices, Idle, claim, give_back, take_over, tell
-from search.trials.measured import ORIGIN, map_of
+from search.trials.attributes import ORIGIN
+from search.trials.maps import map_of
 from search.trials.optuna_storage import stored, trial_id
 from search.trials.owner import LEASES, Owner, dead_owners
+from search.trials.read_back import rivals_of
 from search.trials.storage import OpenStudy
-from search.trials.trials import rivals_of
 from ssm_mp.errors import EvaluationError, InfeasibleError
 
 Ending = Literal["finished", "exhausted", "stopped"]

@@ -13,10 +13,10 @@ from search.problem.run_directory import CERTIFICATE, RunDirectory
 from search.problem.spec import StudySpec
 from search.run.prepare import Prepared, Say, prepare, seeds
 from search.run.study import begin, open_study
-from search.run.worker import Ending, Task, Together, Worker
+from search.run.worker_loop import Ending, Task, Together, Worker
 from search.trials.owner import LEASES, Owner, lease, this_process
+from search.trials.read_back import counts, points
 from search.trials.storage import OpenStudy
-from search.trials.trials import counts, points
 
 
 def run_worker(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> Ending:

@@ -15,11 +15,11 @@ from optuna.trial import Trial
 from search.base.stop import Stop
 from search.measure.objective import Measured
 from search.run.claim import LOST, claim, enqueue
-from search.run.worker import Task, take_over_lost
-from search.sampling.sampler import map_key
-from search.trials.measured import FINISHED
+from search.run.worker_loop import Task, take_over_lost
+from search.trials.attributes import FINISHED
+from search.trials.maps import map_key
 from search.trials.owner import LEASES, Owner, lease
-from search.trials.trials import counts
+from search.trials.read_back import counts
 from tests.cluster import studying
 from tests.cluster.gate import Gate
 from tests.cluster.processes import HUNG, of_directory, wait_until
@@ -72,15 +72,15 @@ def test_a_signal_before_the_first_trial_claims_none(tmp_path: Path) -> None:
 def test_a_waiting_worker_takes_over_the_last_trial_when_its_owner_dies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("search.run.worker._SEARCH_EVERY", 0.1)
-    monkeypatch.setattr("search.run.worker._LOOK_EVERY", 0.05)
+    monkeypatch.setattr("search.run.worker_loop._SEARCH_EVERY", 0.1)
+    monkeypatch.setattr("search.run.worker_loop._LOOK_EVERY", 0.05)
     searches: list[int] = []
 
     def searched(*arguments: Any) -> int:
         searches.append(take_over_lost(*arguments))
         return searches[-1]
 
-    monkeypatch.setattr("search.run.worker.take_over_lost", searched)
+    monkeypatch.setattr("search.run.worker_loop.take_over_lost", searched)
     bench = Bench.at(tmp_path, "journal")
     opened, said = bench.opened(), list[str]()
     enqueue(opened.study, seeds(2), SPACE)

@@ -15,10 +15,10 @@ from search.base.stop import Stop
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
 from search.results.report import Result
+from search.run.one_process import finish_prepared
 from search.run.prepare import Say, prepare_alone
-from search.run.search import finish_prepared
+from search.trials.read_back import asked_trials, counts, points
 from search.trials.storage import choose_storage, connect, require_reachable
-from search.trials.trials import asked_trials, counts, points
 
 LOGS = "logs"
 """Folder of workers' logs in a run directory."""

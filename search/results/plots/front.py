@@ -1,10 +1,8 @@
-"""The pictures of a study: its Pareto front; its components are in `plots_components`."""
+"""The picture of a search: its Pareto front."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -14,14 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from search.base.front import Point, fastest, front_by_size, pareto_front
-from search.results.plots_components import plot_allocation, plot_sensitivities
-from search.results.plots_style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
-from ssm_mp.components import Component
-from ssm_mp.errors import MachineError
-from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.scheme import ActivationScheme
-
-__all__ = ["allocation_png", "plot_allocation", "plot_front", "plot_sensitivities", "save"]
+from search.results.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 _NAMED = {
     "uniform fp16": ("s", GREEN),
@@ -212,24 +203,3 @@ def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget_percent: fl
         ),
     ]
     axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
-
-
-def allocation_png(components: Sequence[Component], precision_map: PrecisionMap, scheme: ActivationScheme) -> bytes:
-    """The allocation picture as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    plot_allocation(components, precision_map, scheme).savefig(buffer, format="png", dpi=150)
-    return buffer.getvalue()
-
-
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """Write a figure as PNG and SVG, each whole or not at all."""
-    paths = [folder / f"{name}.png", folder / f"{name}.svg"]
-    for path in paths:
-        partial = path.with_name(f".partial-{path.name}")
-        try:
-            figure.savefig(partial, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else None)
-            partial.replace(path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise MachineError(f"{path}: cannot be written ({error})") from None
-    return paths
