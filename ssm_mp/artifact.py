@@ -36,7 +36,7 @@ from ssm_mp.config import Config, config_from_json, config_to_json
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.modules.layers import DynamicInput, InputQuantizer, StaticInput, component_module
 from ssm_mp.precision_map import PrecisionMap, require_pins
-from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ArraySpec, Stored
 from ssm_mp.scheme import Scheme
 

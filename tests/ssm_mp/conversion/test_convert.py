@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from ssm_mp.modules.layers import Linear
 
 from ssm_mp.artifact import stored_arrays, tensor_bytes
 from ssm_mp.assembly import LanguageModel, build
@@ -14,10 +15,9 @@ from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter, convert
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.evaluation.evaluate import evaluate
-from ssm_mp.modules.layers import Linear
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.quantize import quantize_tensor
-from ssm_mp.precisions.stored import Int8Tensor
 from ssm_mp.scheme import ActivationScheme, ScaleRule, Scheme
 from tests.tiny import CONFIGS, ITERA, MAMBA, random_model, random_tensors, some_windows
 

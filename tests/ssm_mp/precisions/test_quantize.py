@@ -183,7 +183,7 @@ def test_a_padded_weight_is_the_smallest_that_fits(n: int, k: int) -> None:
 def test_the_product_is_exact_without_vnni(instructions: str) -> None:
     """In a process of its own, where oneDNN may not use the instructions that make its product exact."""
     program = (
-        "import torch; from ssm_mp.quantize import integer_product;"
+        "import torch; from ssm_mp.precisions.quantize import integer_product;"
         "a = torch.full((40, 300), 127, dtype=torch.int8);"
         "assert torch.equal(integer_product(a, a), torch.full((40, 40), 127 * 127 * 300, dtype=torch.int32))"
     )
