@@ -23,7 +23,7 @@ from search.sampling.knowledge import Knowledge, before_any_trial
 from search.sampling.programme import frontier
 from search.sampling.proposal import costs
 from search.sampling.sampler import Asked, make_sampler
-from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.registry import get_precision
 
 BUDGET = 5.0
 MOST = 128

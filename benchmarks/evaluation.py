@@ -49,7 +49,7 @@ from search.trials.owner import this_process
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.scheme import PRECISION_NAMES
+from ssm_mp.precisions.registry import PRECISIONS
 
 TOKENIZER = Path("studies/reference/tokenizer.json")
 PLAIN_CANDIDATES = 8
@@ -265,7 +265,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", action="store_true")
     arguments.add_argument("--trials", type=int, default=64)
-    arguments.add_argument("--choices", nargs="+", choices=PRECISION_NAMES, default=["fp16", "int8"])
+    arguments.add_argument("--choices", nargs="+", choices=list(PRECISIONS), default=["fp16", "int8"])
     arguments.add_argument("--sampler", choices=SAMPLERS, default="front")
     given = arguments.parse_args()
     quiet()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.data import Windows
 from ssm_mp.families.mamba import MambaConfig
-from ssm_mp.precisions.precision import get_precision
 from ssm_mp.precisions.quantize import INT8_LIMIT, stored_scales
+from ssm_mp.precisions.registry import get_precision
 from ssm_mp.scheme import ScaleRule
 
 REFERENCE = Path("studies/reference/model.safetensors")

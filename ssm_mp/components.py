@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from ssm_mp.config import Config
 from ssm_mp.modules.parameter import Form, Parameter
-from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.registry import get_precision
 from ssm_mp.scheme import ActivationScheme
 
 ALWAYS_PINNED = frozenset({"A_log", "D"})

@@ -13,16 +13,18 @@ from typing import Any
 
 from ssm_mp.components import ALWAYS_PINNED, DEFAULT_PINNED, Component
 from ssm_mp.errors import PrecisionMapError
-from ssm_mp.precisions.precision import FOUR_BIT, get_precision
+from ssm_mp.precisions.registry import get_precision
 from ssm_mp.scheme import ActivationScheme
 
 PINNED_TO = "fp16"
+EIGHT_BIT, FOUR_BIT = "int8", "nf4"
+"""What a preset holds in 8 and in 4 bits, unless told otherwise."""
 
 _TABLES = frozenset({"embedding", "position_embedding", "lm_head"})
 _PRESETS = {
-    "conservative": dict.fromkeys(_TABLES, "int8"),
-    "aggressive": dict.fromkeys(_TABLES | {"in_proj", "out_proj"}, "int8"),
-    "cumulative": dict.fromkeys(_TABLES, FOUR_BIT[0]),
+    "conservative": dict.fromkeys(_TABLES, EIGHT_BIT),
+    "aggressive": dict.fromkeys(_TABLES | {"in_proj", "out_proj"}, EIGHT_BIT),
+    "cumulative": dict.fromkeys(_TABLES, FOUR_BIT),
 }
 PRESETS = tuple(_PRESETS)
 """Named maps, defined by component kind so that they fit every family: `conservative` puts embeddings and head to
@@ -99,14 +101,21 @@ class PrecisionMap:
 
     @classmethod
     def preset(
-        cls, name: str, components: Sequence[Component], pins: frozenset[str] | None = None, four_bit: str = FOUR_BIT[0]
+        cls,
+        name: str,
+        components: Sequence[Component],
+        pins: frozenset[str] | None = None,
+        four_bit: str = FOUR_BIT,
+        eight_bit: str = EIGHT_BIT,
     ) -> PrecisionMap:
-        """A named map of `PRESETS`, with one's own choice of 4 bits. Raises PrecisionMapError for an unknown name."""
+        """A named map of `PRESETS`, with one's own choice of 8 and 4 bits. Raises PrecisionMapError for an unknown
+        name."""
         if name not in _PRESETS:
             raise PrecisionMapError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
         kinds = _PRESETS[name]
         rules = {component.name: kinds[component.kind] for component in components if component.kind in kinds}
-        rules = {name: four_bit if precision in FOUR_BIT else precision for name, precision in rules.items()}
+        chosen = {EIGHT_BIT: eight_bit, FOUR_BIT: four_bit}
+        rules = {name: chosen[precision] for name, precision in rules.items()}
         return cls.from_rules({"*": "fp16", **rules}, components, pins)
 
     def changed(self, changes: Mapping[str, str]) -> PrecisionMap:

@@ -1,13 +1,10 @@
-"""The words that a study is written in: names of precisions, and schemes. Imports no torch, so reading is quick."""
+"""The words that a study is written in for what quantised means. Imports no torch, so reading is quick."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
-
-PRECISION_NAMES = ("fp16", "int8", "nf4", "int4", "int3")
-"""Every precision, the widest first; `nf4` and `int4` are equally wide. `precisions.precision` says what each is."""
 
 ActivationScheme = Literal["static", "dynamic", "none"]
 """How the inputs of a quantised linear layer are: one scale from calibration, one a token, not quantised."""

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from search.base.errors import StudyError
 from search.base.paths import PathError, absolute
 from search.problem.directives import SlurmSection
-from ssm_mp.scheme import PRECISION_NAMES, ActivationScheme, ScaleMethod, ScaleRule, Scheme
+from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.scheme import ActivationScheme, ScaleMethod, ScaleRule, Scheme
 
 STDLIB = "python-stdlib"
 """Name of the text that every user has: the standard library of the running interpreter."""
@@ -74,12 +75,12 @@ class PrecisionSection(_Section):
     @field_validator("choices")
     @classmethod
     def _known(cls, choices: tuple[str, ...]) -> tuple[str, ...]:
-        unknown = [name for name in choices if name not in PRECISION_NAMES]
+        unknown = [name for name in choices if name not in PRECISIONS]
         if unknown:
-            raise ValueError(f"unknown precision {unknown[0]!r}; known are {', '.join(map(repr, PRECISION_NAMES))}")
+            raise ValueError(f"unknown precision {unknown[0]!r}; known are {', '.join(map(repr, PRECISIONS))}")
         if len(choices) < 2 or len(set(choices)) < len(choices):
             raise ValueError(f"expected at least two different precisions, found {list(choices)}")
-        widest_first = tuple(name for name in PRECISION_NAMES if name in choices)
+        widest_first = tuple(name for name in PRECISIONS if name in choices)
         if widest_first[0] != "fp16":
             raise ValueError("'fp16' must be among the choices: it is where the pinned components and the probes stand")
         return widest_first

@@ -46,8 +46,8 @@ from search.sampling.surrogate import Surrogate, additive, effects_of_size, fit,
 from ssm_mp.components import fp32_bytes
 from ssm_mp.evaluation.evaluate import Evaluation, paired_increase
 from ssm_mp.evaluation.latency import LatencyTable
-from ssm_mp.precision_map import PRESETS, PrecisionMap
-from ssm_mp.precisions.precision import FOUR_BIT
+from ssm_mp.precision_map import EIGHT_BIT, FOUR_BIT, PRESETS, PrecisionMap
+from ssm_mp.precisions.registry import precisions_of
 
 Say = Callable[[str], None]
 """Told a line for people before each slow step."""
@@ -248,10 +248,14 @@ def seeds(prepared: Prepared) -> list[Seed]:
         (space.widest(), f"uniform {spec.precision.choices[0]}"),
         (space.lowest(), f"uniform {spec.precision.choices[-1]}"),
     ]
-    four_bit = next((name for name in FOUR_BIT if name in spec.precision.choices), None)
+    eight_bit, four_bit = (
+        next((name for name in precisions_of(bits) if name in spec.precision.choices), None) for bits in (8, 4)
+    )
     for name in PRESETS:
         if name != "cumulative" or four_bit is not None:
-            preset = PrecisionMap.preset(name, space.components, four_bit=four_bit or FOUR_BIT[0])
+            preset = PrecisionMap.preset(
+                name, space.components, four_bit=four_bit or FOUR_BIT, eight_bit=eight_bit or EIGHT_BIT
+            )
             found.append((space.within(preset), name))
     named = [Seed(space.chosen(precision_map), origin) for precision_map, origin in found]
     budget = math.log1p(spec.search.budget_percent / 100)

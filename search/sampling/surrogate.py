@@ -17,7 +17,7 @@ from search.problem.space import Space
 from search.sampling.catalogue import Catalogue
 from search.sampling.programme import Frontier, frontier
 from search.sampling.proposal import costs
-from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.registry import get_precision
 
 _LEAST_VARIANCE = 1e-16
 """Keeps the weight of a probe finite where all windows agree to the last digit."""

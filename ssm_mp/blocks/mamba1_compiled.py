@@ -62,8 +62,10 @@ class Held:
     def matrix(self, module: nn.Module) -> matrices.Matrix:
         """A weight's structure. The module may make its own anew at any time: this one lives on here."""
         assert isinstance(module, Linear | Embedding)
-        self._matrices.append(module.matrix())
-        return self._matrices[-1].structure
+        matrix = module.matrix()
+        assert matrix is not None, "asked for a weight that the kernels do not know"
+        self._matrices.append(matrix)
+        return matrix.structure
 
     def norm(self, norm: nn.Module) -> decoding.Norm:
         """A norm's structure."""
@@ -113,7 +115,7 @@ class CompiledBranch:
             if not isinstance(module, Linear) or module.weight.device.type != "cpu" or not calls.compiled():
                 return None
             matrix = module.matrix()
-            if not matrix.takes_many or not matrix.is_small:
+            if matrix is None or not matrix.takes_many or not matrix.is_small:
                 return None
         return cls(branch)
 

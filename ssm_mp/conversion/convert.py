@@ -11,7 +11,7 @@ from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.precision_map import PrecisionMap, require_pins
-from ssm_mp.precisions.precision import get_precision
+from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
 from ssm_mp.scheme import Scheme
 

@@ -39,7 +39,8 @@ class CompiledDecoder:
         self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
         self._structure = decoding.Model(
             batch, config.d_model, block.d_inner, block.d_state, block.dt_rank, block.d_conv, config.vocabulary,
-            len(config.branches), len(heads), layers, self._held.norm(model.norm), (matrices.Matrix * len(heads))(*heads),
+            len(config.branches), len(heads), layers, self._held.norm(model.norm),
+            (matrices.Matrix * len(heads))(*heads),
             self._x.data_ptr(), self._logits.data_ptr(), None,
         )  # fmt: skip
         self._scratch = torch.empty(decoding.scratch_floats(self._structure))

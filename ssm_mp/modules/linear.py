@@ -18,23 +18,24 @@ from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.modules.inputs import InputQuantizer, StaticInput
 from ssm_mp.modules.likelihood import token_divergence, token_nll
 from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
-from ssm_mp.precisions.stored import FloatTensor, Int8Tensor, Stored
+from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, Stored
 
 
 def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
     """`x [..., k]` times `weight [n, k]` transposed, plus `bias [n]`: float32 `[..., n]`.
 
     With an input quantiser the product is one of integers, accumulated in int32. Without one, a quantised
-    weight is unpacked first, and a float16 weight computes in float16 on a GPU.
+    weight is unpacked first, and a float16 weight computes in float16 on a GPU. This is how a precision computes that
+    the kernels do not know.
     """
     if inputs is not None:
-        assert isinstance(weight, Int8Tensor)
+        assert isinstance(weight, IntegerTensor)
         flat = x.reshape(-1, x.shape[-1])  # [m, k]
         quantized, input_scale = inputs(flat)
         sums = weight.product(quantized)
         product = rescaled(sums, weight.scale.float(), input_scale, None if bias is None else bias.tensor())
         return product.reshape(*x.shape[:-1], -1)
-    if x.is_cuda and isinstance(weight, FloatTensor) and weight.value.dtype == torch.float16:
+    if x.is_cuda and type(weight) is FloatTensor and weight.value.dtype == torch.float16:
         half_bias = None if bias is None else bias.tensor().half()
         return F.linear(x.half(), weight.value, half_bias).float()
     return F.linear(x, weight.tensor(), None if bias is None else bias.tensor())
@@ -91,7 +92,7 @@ class Projection:
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]
         if len(self.parts) == 1 and inputs is not None and bias is None and calls.usable(x):
-            assert isinstance(weight, Int8Tensor)
+            assert isinstance(weight, IntegerTensor)
             quantized, rows = inputs(x)
             return calls.scaled_nll(weight.product(quantized), weight.scale.float(), rows, columns)
         return token_nll(self(x), columns)
@@ -101,11 +102,17 @@ class Multiplier(nn.Module):
     """A module with one weight that multiplies its inputs."""
 
     def __init__(self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> None:
+        """Raises TypeError where inputs are to be quantised for a weight that multiplies no integers."""
         super().__init__()
+        if inputs is not None and not isinstance(weight, IntegerTensor):
+            raise TypeError(
+                f"inputs are quantised for a {type(weight).__name__}, which multiplies no integers: a precision with "
+                "quantizes_inputs stores its weights as an IntegerTensor"
+            )
         self.weight = weight
         self.bias = bias
         self.inputs = inputs
-        self._matrix: tuple[object, Matrix, object] | None = None
+        self._matrix: tuple[object, Matrix | None, object] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrix": None}  # addresses cannot be copied
@@ -115,7 +122,7 @@ class Multiplier(nn.Module):
         rows = x.numel() // x.shape[-1]
         if not self._is_float32 and calls.usable(x):
             matrix = self.matrix()
-            if rows <= FEW_ROWS or matrix.suits_many:
+            if matrix is not None and (rows <= FEW_ROWS or matrix.suits_many):
                 return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return linear(x, self._to_multiply(), self.bias, self.inputs)
 
@@ -123,19 +130,20 @@ class Multiplier(nn.Module):
         """The weight as many rows are multiplied with it: unpacked, unless its own product takes it packed."""
         if self._is_float32 or self.inputs is not None or self.weight.device.type == "cuda":
             return self.weight
-        return FloatTensor(self.matrix().unpacked() if calls.compiled() else self.weight.tensor())
+        matrix = self.matrix() if calls.compiled() else None
+        return FloatTensor(self.weight.tensor() if matrix is None else matrix.unpacked())
 
-    def matrix(self) -> Matrix:
-        """The weight as the kernels of a CPU read it, made once."""
+    def matrix(self) -> Matrix | None:
+        """The weight as the kernels of a CPU read it, made once; None where they do not know how it is stored."""
         held = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         stamp = ([tensor.stamp for tensor in held], self.inputs_stamp)
         current = self._matrix
         if current is None or current[0] != stamp:
             how: Inputs = "none" if self.inputs is None else "dynamic"
             if isinstance(self.inputs, StaticInput):
-                made = Matrix(self.weight, self.bias, "static", self.inputs.scale.item())
+                made = Matrix.of(self.weight, self.bias, "static", self.inputs.scale.item())
             else:
-                made = Matrix(self.weight, self.bias, how)
+                made = Matrix.of(self.weight, self.bias, how)
             # what was read is held too: another tensor in its place would have its stamp
             current = (stamp, made, [tensor.arrays() for tensor in held])
             self._matrix = current
@@ -153,7 +161,7 @@ class Multiplier(nn.Module):
         """`multiply` for many calls."""
         if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
             matrix = self.matrix()
-            if matrix.scores_many:
+            if matrix is not None and matrix.scores_many:
                 return Projection([(self.weight, self.bias, self.inputs)], matrix)
         return Projection([self.part()])
 
@@ -164,7 +172,7 @@ class Multiplier(nn.Module):
     @property
     def _is_float32(self) -> bool:
         """Whether torch has nothing to unpack."""
-        return isinstance(self.weight, FloatTensor) and self.weight.value.dtype == torch.float32
+        return type(self.weight) is FloatTensor and self.weight.value.dtype == torch.float32
 
 
 class Linear(Multiplier):

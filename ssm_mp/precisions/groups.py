@@ -41,19 +41,6 @@ class CodeBook:
         return torch.tensor(self.values, dtype=torch.float32, device=device)
 
 
-INT4_BOOK = CodeBook(4, tuple(float(value) for value in range(-7, 8)))
-INT3_BOOK = CodeBook(3, tuple(float(value) for value in range(-3, 4)))
-NF4_BOOK = CodeBook(
-    4,
-    (
-        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ),
-)  # fmt: skip
-"""NormalFloat: quantiles of a normal distribution with an exact zero (Dettmers et al. 2023, QLoRA, appendix E)."""
-
-
 def to_groups(tensor: Tensor) -> Tensor:
     """The values of a tensor, row after row, as groups `[g, 64]`, zeros at the end."""
     flat = tensor.reshape(-1)
@@ -119,8 +106,11 @@ def unpack_at(packed: Tensor, bits: int, positions: Tensor) -> Tensor:
 
 def unpack_values(packed: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
     """Packed groups `[g, 8·bits]` and scales `[g]` → float32 `[g, 64]`, several codes at a time from a table."""
+    if 12 % book.bits and 8 % book.bits:  # codes of 5 or 7 bits fill no short number
+        values = book.levels(packed.device)[unpack_reference(packed, book.bits)]
+        return values.mul_(scales.float()[:, None])
     table = _table(book, packed.device)  # [2^index bits, codes at a time]
-    if book.bits == 4:
+    if 8 % book.bits == 0:
         index = packed.int()
     else:  # three bytes hold two numbers of 12 bits
         triples = packed.reshape(-1, 3).int()
@@ -133,8 +123,8 @@ def unpack_values(packed: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
 
 @cache
 def _table(book: CodeBook, device: torch.device) -> Tensor:
-    """The values of all codes that 8 bits (of 4-bit codes) or 12 bits (of 3-bit codes) hold, float32."""
-    index_bits = 8 if book.bits == 4 else 12
+    """The values of all codes that 8 bits (of codes of 1, 2, 4 or 8) or 12 bits (of 3 or 6) hold, float32."""
+    index_bits = 8 if 8 % book.bits == 0 else 12
     index = torch.arange(1 << index_bits)
     codes = torch.stack([index >> shift & ((1 << book.bits) - 1) for shift in range(0, index_bits, book.bits)], dim=1)
     values = torch.tensor((*book.values, *[0.0] * ((1 << book.bits) - len(book.values))))  # codes that never occur

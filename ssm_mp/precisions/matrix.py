@@ -6,13 +6,16 @@ Dimensions: `m` rows, `k` inputs and `n` outputs of a product.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssm_mp.kernels import matrices
-from ssm_mp.precisions.stored import FloatTensor, GroupedTensor, Int8Tensor, Stored
+from ssm_mp.precisions.grouped import GroupedTensor
+from ssm_mp.precisions.int8 import Int8Tensor
+from ssm_mp.precisions.stored import FloatTensor, Stored
 
 FEW_ROWS = 8
 """Up to so many rows wait for the weight to be read; with more, unpacking it once for all pays."""
@@ -20,6 +23,7 @@ FEW_ROWS = 8
 Inputs = Literal["none", "static", "dynamic"]
 _INPUTS = {"none": matrices.AS_THEY_ARE, "static": matrices.STATIC, "dynamic": matrices.DYNAMIC}
 _FLOATS = {torch.float32: matrices.FLOAT32, torch.float16: matrices.FLOAT16}
+_CODES = {4: matrices.CODES4, 3: matrices.CODES3}
 
 SMALLEST_SCALE = 1e-12
 """Keeps the dynamic scale of an all-zero input away from zero."""
@@ -32,32 +36,35 @@ _MOST_PACKED = 3 << 26
 """Bytes up to which each thread may lay out a whole head of its own, anew for its every share of the windows."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """A weight `[n, k]` in a form that the kernels know: their word for it and what it is made of.
+
+    scale: float16 `[n]` or one a group; levels: float32 `[16]`, of a code book; sums: int32 `[n]`, of rows of integers.
+    """
+
+    kind: int
+    n: int
+    k: int
+    values: Tensor
+    scale: Tensor | None = None
+    levels: Tensor | None = None
+    sums: Tensor | None = None
+
+
 class Matrix:
     """A weight `[n, k]` with its bias; `structure` is what the kernels take, valid for as long as this lives."""
 
     def __init__(
-        self, weight: Stored, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
+        self, known: _Known, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
     ) -> None:
-        """Nothing is copied but vectors.
-
-        inputs: how those of an int8 weight are quantised; input_scale: that of static ones.
-        """
+        """Made by `Matrix.of`."""
         self._held: list[Tensor] = []
-        values, kind = _values(weight)
-        scales: int | None = None
-        sums: int | None = None
-        levels: int | None = None
-        if isinstance(weight, Int8Tensor):
-            scales = self._at(weight.scale.float())
-            sums = self._at(matrices.row_sums(weight.q.contiguous()))
-        elif isinstance(weight, GroupedTensor):
-            scales = self._at(weight.scale.float())
-            book = weight.book.values
-            levels = self._at(torch.tensor((*book, *[0.0] * (16 - len(book)))))
-        n, k = weight.shape if isinstance(weight, GroupedTensor) else values.shape
-        held_bias = None if bias is None else self._at(bias.tensor())
+        n, k, kind = known.n, known.k, known.kind
+        scale = None if known.scale is None else known.scale.float()
         self.structure = matrices.Matrix(
-            kind, _INPUTS[inputs], n, k, self._at(values), scales, sums, held_bias, levels,
+            kind, _INPUTS[inputs], n, k, self._at(known.values), self._optional(scale), self._optional(known.sums),
+            self._optional(None if bias is None else bias.tensor()), self._optional(known.levels),
             SMALLEST_SCALE if inputs == "dynamic" else input_scale,
         )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
@@ -65,6 +72,17 @@ class Matrix:
         self.is_small = n * k <= _SMALL
         faster = self.is_small if kind == matrices.INT8 else n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1]
         self.suits_many = self.takes_many and faster
+
+    @classmethod
+    def of(
+        cls, weight: Stored, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
+    ) -> Matrix | None:
+        """A weight as the kernels read it, nothing copied but vectors; None where they do not know how it is stored.
+
+        inputs: how those of an int8 weight are quantised; input_scale: that of static ones.
+        """
+        known = _known(weight)
+        return None if known is None else cls(known, bias, inputs, input_scale)
 
     def product(self, x: Tensor) -> Tensor:
         """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows only
@@ -97,19 +115,28 @@ class Matrix:
         self._held.append(values.detach().contiguous())
         return self._held[-1].data_ptr()
 
+    def _optional(self, values: Tensor | None) -> int | None:
+        """The same of values that may be missing."""
+        return None if values is None else self._at(values)
+
 
 def _rows(x: Tensor) -> Tensor:
     """The same matrix with each row in one piece."""
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def _values(weight: Stored) -> tuple[Tensor, int]:
-    """The stored numbers of a matrix, and which kind the kernels know them as."""
-    match weight:
-        case FloatTensor() if weight.value.dtype in _FLOATS:
-            return weight.value.data, _FLOATS[weight.value.dtype]
-        case Int8Tensor():
-            return weight.q, matrices.INT8
-        case GroupedTensor():
-            return weight.q, matrices.CODES4 if weight.book.bits == 4 else matrices.CODES3
-    raise AssertionError(f"{type(weight).__name__} is no matrix that the kernels know")
+def _known(weight: Stored) -> _Known | None:
+    """A weight in the kernels' words; None where they have none for it: its products are then torch's."""
+    if type(weight) is FloatTensor and weight.value.dtype in _FLOATS:
+        n, k = weight.value.shape
+        return _Known(_FLOATS[weight.value.dtype], n, k, weight.value.data)
+    if type(weight) is Int8Tensor:
+        n, k = weight.q.shape
+        sums = matrices.row_sums(weight.q.contiguous())
+        return _Known(matrices.INT8, n, k, weight.q, weight.scale, sums=sums)
+    if type(weight) is GroupedTensor and weight.book.bits in _CODES:
+        n, k = weight.shape
+        book = weight.book.values
+        levels = torch.tensor((*book, *[0.0] * (16 - len(book))))
+        return _Known(_CODES[weight.book.bits], n, k, weight.q, weight.scale, levels)
+    return None  # a class derived from these may mean its arrays otherwise

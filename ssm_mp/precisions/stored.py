@@ -1,6 +1,6 @@
-"""How a tensor is held: as floats, as int8 rows, as packed groups, or as plain bytes.
+"""How a tensor is held: what every way has in common, and those that no precision owns: floats and plain bytes.
 
-Dimensions: `r` rows, `n` values in a row, `g` groups of 64 values.
+Dimensions: `r` rows, `n` values in a row, `m` inputs of a product.
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from ssm_mp.precisions.groups import CodeBook, unpack_at, unpack_values
-from ssm_mp.precisions.quantize import dequantize_rows, fits_product, integer_product, padded_weight
 
 Role = Literal["weight", "vector", "bias", "index"]
 """`weight`: quantised per row (output channel); `vector`: one scale; `bias`: stored float16 always; `index`: bytes
@@ -65,6 +62,17 @@ class Stored(nn.Module, ABC):
         """The stored arrays by suffix; the empty suffix is the tensor's own name."""
 
 
+class IntegerTensor(Stored):
+    """A matrix `[r, n]` of integers with one scale a row, whose product with int8 inputs is one of integers."""
+
+    scale: Tensor
+    """Of each row, float16 `[r]`."""
+
+    @abstractmethod
+    def product(self, a: Tensor) -> Tensor:
+        """`a [m, n]`, int8, times the integers of this matrix transposed: int32 `[m, r]`."""
+
+
 class FloatTensor(Stored):
     """A tensor stored in a floating-point type."""
 
@@ -84,72 +92,6 @@ class FloatTensor(Stored):
 
     def arrays(self) -> dict[str, Tensor]:
         return {"": self.value.data}
-
-
-class Int8Tensor(Stored):
-    """A tensor stored as int8 with one float16 scale a row, a row being one index of the first dimension.
-
-    A vector has a single scale.
-    """
-
-    q: Tensor
-    scale: Tensor
-
-    def __init__(self, q: Tensor, scale: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
-        self._fits = fits_product(q.shape)
-        self._padded: Tensor | None = None  # on a GPU, where it does not fit
-
-    def product(self, a: Tensor) -> Tensor:
-        """`a [m, n]`, int8, times this matrix transposed: int32 `[m, r]`.
-
-        On a GPU, a matrix of sizes that its product does not take is padded once, at the first product.
-        """
-        q = self.q
-        if self._fits or not q.is_cuda:
-            return integer_product(a, q)
-        if self._padded is None or self._padded.device != q.device:
-            self._padded = padded_weight(q)
-        return integer_product(a, self._padded)[:, : q.shape[0]]
-
-    def tensor(self) -> Tensor:
-        rows = self.q.reshape(self.scale.shape[0], -1)
-        return dequantize_rows(rows, self.scale).reshape(self.q.shape)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return self.q[index].float() * self.scale[index].float()[..., None]
-
-    def arrays(self) -> dict[str, Tensor]:
-        return {"q": self.q, "scale": self.scale}
-
-
-class GroupedTensor(Stored):
-    """A tensor stored as packed codes `q [g, 8·bits]`, uint8, with one float16 scale a group of 64 values."""
-
-    q: Tensor
-    scale: Tensor
-
-    def __init__(self, q: Tensor, scale: Tensor, shape: tuple[int, ...], book: CodeBook) -> None:
-        super().__init__()
-        self.register_buffer("q", q)
-        self.register_buffer("scale", scale)
-        self.shape = shape
-        self.book = book
-
-    def tensor(self) -> Tensor:
-        return unpack_values(self.q, self.scale, self.book).flatten()[: prod(self.shape)].reshape(self.shape)
-
-    def rows(self, index: Tensor) -> Tensor:
-        width = self.shape[1]
-        positions = index[..., None] * width + torch.arange(width, device=index.device)  # [..., n]
-        codes = unpack_at(self.q.flatten(), self.book.bits, positions)
-        levels = self.book.levels(index.device)
-        return levels[codes] * self.scale[positions // (self.q.shape[1] * 8 // self.book.bits)].float()
-
-    def arrays(self) -> dict[str, Tensor]:
-        return {"q": self.q, "scale": self.scale}
 
 
 class ByteTensor(Stored):

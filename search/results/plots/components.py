@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from search.measure.probe import LOWEST, Probe
-from search.results.plots.style import BLACK, BLUE, GREY, ORANGE, PRECISION_COLOURS, STYLE
+from search.results.plots.style import BLACK, BLUE, ORANGE, STYLE, precision_colours
 from ssm_mp.components import Component
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme
@@ -172,8 +172,8 @@ def plot_allocation(components: Sequence[Component], precision_map: PrecisionMap
         axes.spines[["left", "bottom"]].set_visible(False)
         stored = precision_map.bytes(components, scheme)
         full = sum(component.fp32_bytes for component in components)
-        used = [name for name in PRECISION_COLOURS if name in held.values()]
-        handles = [Patch(facecolor=PRECISION_COLOURS[name], edgecolor="white", label=name) for name in used]
+        used = {name: colour for name, colour in precision_colours().items() if name in held.values()}
+        handles = [Patch(facecolor=colour, edgecolor="white", label=name) for name, colour in used.items()]
         figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
         figure.suptitle(
             f"Precision and size of each component: {stored / 1e6:.2f} MB, {full / stored:.2f}× smaller than FP32",
@@ -203,10 +203,10 @@ def _cell(
     axes: Axes, row: int, column: int, group: Sequence[Component], held: Mapping[str, str], scheme: ActivationScheme
 ) -> None:
     """One cell, split into strips where several components (experts, layers) share it."""
-    top = row + 0.03
+    top, colours = row + 0.03, precision_colours()
     for precision, part in _strips([held[component.name] for component in group]):
-        colour = PRECISION_COLOURS.get(precision, GREY)
-        axes.add_patch(Rectangle((column + 0.03, top), 0.94, 0.94 * part, facecolor=colour, edgecolor="white"))
+        sides = (0.94, 0.94 * part)
+        axes.add_patch(Rectangle((column + 0.03, top), *sides, facecolor=colours[precision], edgecolor="white"))
         top += 0.94 * part
     size = sum(component.bytes(held[component.name], scheme) for component in group)
     names = "/".join(sorted({held[component.name] for component in group}))

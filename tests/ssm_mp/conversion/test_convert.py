@@ -16,8 +16,8 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.model import LanguageModel, build
 from ssm_mp.modules.linear import Linear
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.quantize import quantize_tensor
-from ssm_mp.precisions.stored import Int8Tensor
 from ssm_mp.scheme import ActivationScheme, ScaleRule, Scheme
 from tests.tiny import CONFIGS, ITERA, MAMBA, random_model, random_tensors, some_windows
 

@@ -29,9 +29,9 @@ import pytest
 import torch
 from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.precisions.matrix import Matrix
-from ssm_mp.precisions.stored import Int8Tensor
+from ssm_mp.precisions.int8 import Int8Tensor
 integers = Int8Tensor(torch.ones(4, 4, dtype=torch.int8), torch.ones(4, dtype=torch.float16))
-takes = Matrix(integers, inputs="dynamic").takes_many
+takes = Matrix.of(integers, inputs="dynamic").takes_many
 print(f"many integers {takes}, floats {multiplies_by_amx()}", flush=True)
 sys.exit(pytest.main(["-q", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """

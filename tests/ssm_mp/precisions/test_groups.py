@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.errors import InfeasibleError
+from ssm_mp.precisions.grouped import INT3, INT3_BOOK, INT4, INT4_BOOK, NF4, NF4_BOOK
 from ssm_mp.precisions.groups import (
-    INT3_BOOK,
-    INT4_BOOK,
-    NF4_BOOK,
     CodeBook,
     group_count,
     group_scales,
@@ -23,11 +21,14 @@ from ssm_mp.precisions.groups import (
     unpack_reference,
     unpack_values,
 )
-from ssm_mp.precisions.precision import INT3, INT4, NF4, PRECISIONS
+from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.scheme import ScaleMethod, ScaleRule
 
 BOOKS = {"int4": INT4_BOOK, "int3": INT3_BOOK, "nf4": NF4_BOOK}
-books = st.sampled_from(list(BOOKS.values()))
+# and books that no precision of the package has: of every width, full and not
+books = st.sampled_from(
+    [*BOOKS.values(), *(CodeBook(bits, tuple(map(float, range(2**bits - 1)))) for bits in (2, 5, 6, 7, 8))]
+)
 
 
 def random_codes(book: CodeBook, groups: int, seed: int) -> torch.Tensor:

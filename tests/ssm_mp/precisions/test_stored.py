@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ssm_mp.precisions import quantize
+from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.quantize import integer_product_emulated
-from ssm_mp.precisions.stored import Int8Tensor
 
 SHAPES = [(8, 16), (1, 1), (5, 16), (24, 7), (13, 9)]
 
