@@ -6,6 +6,7 @@ from ssm_mp.blocks.block import Block
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
+from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.blocks.shared_step import SharedStep
 
-BLOCKS: dict[str, type[Block]] = {block.word: block for block in (Mamba1, SharedStep, FeedForward, Experts)}
+BLOCKS: dict[str, type[Block]] = {block.word: block for block in (Mamba1, Mamba2, SharedStep, FeedForward, Experts)}

@@ -1,0 +1,74 @@
+"""Every scan of Mamba-2 against the recurrence in float64, and gradients against the reference's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssm_mp.kernels import ssd
+from tests.ssm_mp.kernels.scan_cases import require_close
+from tests.ssm_mp.kernels.ssd_cases import CASES, Sizes, inputs_of, truth
+
+WAYS: dict[str, Any] = {
+    "reference": ssd.ssd_scan_reference,
+    "chunked": ssd.ssd_scan_chunked,
+    "chosen": ssd.ssd_scan,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_scan_agrees_with_float64(way: str, case: str) -> None:
+    inputs = inputs_of(CASES[case])
+    before = {name: value.clone() for name, value in inputs.items() if isinstance(value, Tensor)}
+    require_close(WAYS[way](**inputs), truth(inputs))
+    for name, value in before.items():
+        assert torch.equal(inputs[name], value), f"{name} was changed"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.builds(
+        Sizes,
+        b=st.integers(1, 3),
+        length=st.integers(1, 140),
+        heads=st.just(4),
+        width=st.integers(1, 40),
+        states=st.integers(1, 40),
+        groups=st.sampled_from([1, 2, 4]),
+        step=st.sampled_from([0.5, 5.0]),
+        shift=st.sampled_from([-6.0, 0.0]),
+        state=st.booleans(),
+    ),
+    st.integers(0, 99),
+)
+def test_scans_of_any_size_agree_with_float64(sizes: Sizes, seed: int) -> None:
+    inputs = inputs_of(sizes, seed)
+    expected = truth(inputs)
+    for way in ("chunked", "chosen"):
+        require_close(WAYS[way](**inputs), expected)
+
+
+@pytest.mark.parametrize("case", ["odd sizes, two groups", "steps of thousands", "limits on both sides"])
+def test_gradients_of_the_chunked_scan_are_those_of_the_reference(case: str) -> None:
+    found, expected = (gradients(way, case) for way in ("chunked", "reference"))
+    for name, gradient in expected.items():
+        assert found[name].isfinite().all()
+        assert (found[name] - gradient).abs().max() <= 1e-9 * gradient.abs().max(), name
+
+
+def gradients(way: str, case: str) -> dict[str, Tensor]:
+    """Of a weighted sum of outputs and last state, by input, in float64."""
+    inputs = inputs_of(replace(CASES[case], state=True))
+    wanted = {n: v.double().clone().requires_grad_() for n, v in inputs.items() if isinstance(v, Tensor)}
+    y, last = WAYS[way](**{**inputs, **wanted})
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(values.shape, generator=generator, dtype=torch.float64) for values in (y, last)]
+    ((y * weights[0]).sum() + (last * weights[1]).sum()).backward()
+    return {name: value.grad for name, value in wanted.items() if value.grad is not None}
