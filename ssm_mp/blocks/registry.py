@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.block import Block
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.shared_step import SharedStep
 
-BLOCKS: dict[str, type[Block]] = {block.word: block for block in (Mamba1, SharedStep, FeedForward, Experts)}
+BLOCKS: dict[str, type[Block]] = {block.word: block for block in (Mamba1, SharedStep, Attention, FeedForward, Experts)}
