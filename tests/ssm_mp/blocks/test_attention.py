@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -187,7 +188,7 @@ def test_parts_of_a_window_are_the_whole(block: Attention, cuts: tuple[int, ...]
     with torch.no_grad():
         whole, last = mixing(u)
         parts, state = [], None
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             given_state = None if state is None else tuple(x.clone() for x in state)
             part, after = mixing(u[:, start:end], state)
             if state is not None and given_state is not None:  # the state before is as it was
@@ -212,7 +213,7 @@ def test_the_fused_call_is_the_definition(
     torch.testing.assert_close(attention(q, k, v, 0.4), attention_reference(q, k, v, 0.4), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("length, before", [(6, 0), (1, 5), (4, 3)])
+@pytest.mark.parametrize(("length", "before"), [(6, 0), (1, 5), (4, 3)])
 def test_gradients_are_those_of_the_definition(length: int, before: int) -> None:
     found = []
     for scan in (attention, attention_reference):
