@@ -1,24 +1,33 @@
 """Experts: a router sends each token to a few feed-forwards.
 
-Dimensions: `d` model, `E` hidden, `X` experts, `m` tokens.
+Dimensions: `d` model, `q` inputs and outputs of an expert, `E` hidden, `X` experts, `m` tokens, `c` chosen experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
-from ssm_mp.modules.parameter import Parameter
+from ssm_mp.blocks.hidden import Activation, Hidden
+from ssm_mp.blocks.routing import Routing
+from ssm_mp.modules.experts import EachExpert, ExpertsForm
+from ssm_mp.modules.linear import LinearForm
+from ssm_mp.modules.parameter import Parameter, weight
 
 
 @dataclass(frozen=True, kw_only=True)
 class Experts(Block):
-    """Each token goes to its `top_k` best experts, weighted by a softmax over those."""
+    """Each token goes to its `top_k` best experts, whose outputs are added up by the router's weights.
+
+    activation, gated, fused: of each expert, as in `FeedForward`.
+    latent: the experts work on so many numbers a token, to which one projection leads and from which another leads
+    back (Nemotron 3).
+    together: one component for each kind of projection, `[X · outputs, inputs]`, in place of one for each expert.
+    """
 
     word = "experts"
     gathers_tokens = True
@@ -26,19 +35,54 @@ class Experts(Block):
     d_hidden: int
     experts: int
     top_k: int
+    routing: Routing = field(default_factory=Routing)
+    activation: Activation = "gelu"
+    gated: bool = False
+    fused: bool = False
+    latent: int | None = None
+    latent_bias: bool = False
+    together: bool = False
 
     def parameters(self, at: str, layer: int) -> Iterator[Parameter]:
-        yield from self.linear(at, layer, "router", self.experts, self.d_model, kind="router")
-        for e in range(self.experts):
-            yield from self.linear(at, layer, f"experts.{e}.up_proj", self.d_hidden, self.d_model)
-            yield from self.linear(at, layer, f"experts.{e}.down_proj", self.d_model, self.d_hidden)
+        d, width = self.d_model, self.width
+        router = self.component(at, "router")
+        yield weight(router, "router", layer, LinearForm(in_float32=True), self.experts, d)
+        if self.routing.corrected:
+            yield self.value(at, layer, "correction_bias", self.experts)
+        if self.latent is not None:
+            yield from self.linear(at, layer, "latent_in", width, d, with_bias=self.latent_bias)
+        projections = (
+            *((leaf, n, width) for leaf, n in self.hidden.inward),
+            (self.hidden.outward, width, self.d_hidden),
+        )
+        if self.together:
+            for leaf, outputs, inputs in projections:
+                name, form = self.component(at, f"experts.{leaf}"), ExpertsForm(self.experts)
+                yield weight(name, name.rsplit(".", 1)[-1], layer, form, self.experts * outputs, inputs)
+        else:
+            for e in range(self.experts):
+                for leaf, outputs, inputs in projections:
+                    yield from self.linear(at, layer, f"experts.{e}.{leaf}", outputs, inputs)
+        if self.latent is not None:
+            yield from self.linear(at, layer, "latent_out", d, width, with_bias=self.latent_bias)
+
+    @property
+    def width(self) -> int:
+        """Inputs and outputs of an expert."""
+        return self.d_model if self.latent is None else self.latent
+
+    @property
+    def hidden(self) -> Hidden:
+        """What happens between an expert's projections."""
+        return Hidden(self.d_hidden, self.activation, self.gated, self.fused)
 
     def module(self, parts: Parts, scan: Scan | None = None) -> ExpertsMixing:
         return ExpertsMixing(self, parts)
 
     @property
     def token_floats(self) -> int:
-        return 8 * self.d_model + 6 * self.d_hidden + 4 * self.experts
+        chosen = min(self.top_k, self.experts)
+        return 8 * self.d_model + 4 * self.width + 8 * self.d_hidden + 6 * self.experts + 12 * chosen
 
 
 class ExpertsMixing(Mixing):
@@ -46,18 +90,46 @@ class ExpertsMixing(Mixing):
 
     def __init__(self, block: Experts, parts: Parts) -> None:
         super().__init__()
+        self.routing, self.top_k, self.experts = block.routing, block.top_k, block.experts
+        self.hidden = block.hidden
         self.router = parts["router"]
-        self.up_projs = nn.ModuleList(parts[f"experts.{e}.up_proj"] for e in range(block.experts))
-        self.down_projs = nn.ModuleList(parts[f"experts.{e}.down_proj"] for e in range(block.experts))
-        self.top_k = min(block.top_k, block.experts)
+        self.correction_bias = parts.value("correction_bias") if block.routing.corrected else None
+        self.latent_in = None if block.latent is None else parts["latent_in"]
+        self.latent_out = None if block.latent is None else parts["latent_out"]
+        self.inward = nn.ModuleList(_projection(block, parts, leaf) for leaf, _ in self.hidden.inward)
+        self.outward = _projection(block, parts, self.hidden.outward)
 
     def forward(self, u: Tensor, before: State | None = None) -> tuple[Tensor, State]:
         v = u.reshape(-1, u.shape[-1])  # [m, d]
-        scores, chosen = self.router(v).topk(self.top_k, dim=-1)  # [m, top_k] each
-        weights = scores.softmax(dim=-1)
-        out = torch.zeros_like(v)
-        for e, (up_proj, down_proj) in enumerate(zip(self.up_projs, self.down_projs, strict=True)):
-            token, slot = (chosen == e).nonzero(as_tuple=True)
-            if token.numel():
-                out.index_add_(0, token, down_proj(F.gelu(up_proj(v[token]))) * weights[token, slot, None])
-        return out.reshape(u.shape), ()
+        correction = None if self.correction_bias is None else self.correction_bias.tensor()
+        weights, chosen = self.routing(self.router(v), correction, self.top_k)  # [m, c] each
+        inputs = v if self.latent_in is None else self.latent_in(v)  # [m, q]
+        out = self._mixed(inputs, weights, chosen)
+        return (out if self.latent_out is None else self.latent_out(out)).reshape(u.shape), ()
+
+    def _mixed(self, inputs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """`inputs [m, q]` → `[m, q]`: each token's experts, one after another.
+
+        A token's summands are added in the order of its experts' numbers, whatever other tokens there are; a token
+        comes once in an expert's share, so that no sum depends on the order in which threads get to it.
+        """
+        out = torch.zeros_like(inputs)
+        flat = chosen.flatten()
+        shares = torch.bincount(flat, minlength=self.experts).tolist()
+        order = flat.argsort(stable=True)  # the choices, expert after expert, and in the order of tokens for each
+        tokens, factors = order // chosen.shape[1], weights.flatten()[order]
+        start = 0
+        for expert, share in enumerate(shares):
+            if share:
+                part = slice(start, start + share)
+                x, start = inputs[tokens[part]], start + share
+                hidden = self.hidden.of(*(project(x, expert) for project in self.inward))
+                out.index_add_(0, tokens[part], self.outward(hidden, expert) * factors[part, None])
+        return out
+
+
+def _projection(block: Experts, parts: Parts, leaf: str) -> nn.Module:
+    """One kind of projection of all experts, called with tokens and an expert's number."""
+    if block.together:
+        return parts[f"experts.{leaf}"]
+    return EachExpert(parts[f"experts.{e}.{leaf}"] for e in range(block.experts))

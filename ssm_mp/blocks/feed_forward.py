@@ -8,40 +8,68 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch.nn.functional as F  # noqa: N812, torch's own name for it
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.hidden import Activation, Hidden
 from ssm_mp.modules.parameter import Parameter
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForward(Block):
-    """`down_proj(GELU(up_proj(u)))`."""
+    """`down_proj(activation(up_proj(u)))`.
+
+    gated: `down_proj(activation(gate_proj(u)) · up_proj(u))`.
+    fused: the same with gate and up, in this order, the rows of one projection: `input_linear`, then `output_linear`.
+    gate_multiplier, down_multiplier: of what gate_proj and down_proj give (Falcon-H1).
+    token_gate: all that times `sigmoid(token_gate(u))`, one number a token (Qwen3-Next's shared expert).
+    """
 
     word = "feed_forward"
 
     d_hidden: int
+    activation: Activation = "gelu"
+    gated: bool = False
+    fused: bool = False
+    projection_bias: bool = False
+    gate_multiplier: float = 1.0
+    down_multiplier: float = 1.0
+    token_gate: bool = False
 
     def parameters(self, at: str, layer: int) -> Iterator[Parameter]:
-        yield from self.linear(at, layer, "up_proj", self.d_hidden, self.d_model)
-        yield from self.linear(at, layer, "down_proj", self.d_model, self.d_hidden)
+        d, with_bias = self.d_model, self.projection_bias
+        for leaf, outputs in self.hidden.inward:
+            yield from self.linear(at, layer, leaf, outputs, d, with_bias=with_bias)
+        yield from self.linear(at, layer, self.hidden.outward, d, self.d_hidden, with_bias=with_bias)
+        if self.token_gate:
+            yield from self.linear(at, layer, "token_gate", 1, d, kind="token_gate")
+
+    @property
+    def hidden(self) -> Hidden:
+        """What happens between the projections."""
+        return Hidden(self.d_hidden, self.activation, self.gated, self.fused, self.gate_multiplier)
 
     def module(self, parts: Parts, scan: Scan | None = None) -> FeedForwardMixing:
-        return FeedForwardMixing(parts)
+        return FeedForwardMixing(self, parts)
 
     @property
     def token_floats(self) -> int:
-        return 8 * self.d_model + 6 * self.d_hidden
+        return 8 * self.d_model + 8 * self.d_hidden
 
 
 class FeedForwardMixing(Mixing):
     """The module of `FeedForward`; it carries nothing."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, block: FeedForward, parts: Parts) -> None:
         super().__init__()
-        self.up_proj = parts["up_proj"]
-        self.down_proj = parts["down_proj"]
+        self.hidden = block.hidden
+        self.inward = nn.ModuleList(parts[leaf] for leaf, _ in self.hidden.inward)
+        self.outward = parts[self.hidden.outward]
+        self.down_multiplier = block.down_multiplier
+        self.token_gate = parts["token_gate"] if block.token_gate else None
 
     def forward(self, u: Tensor, before: State | None = None) -> tuple[Tensor, State]:
-        return self.down_proj(F.gelu(self.up_proj(u))), ()
+        y: Tensor = self.outward(self.hidden.of(*(project(u) for project in self.inward)))
+        if self.down_multiplier != 1.0:
+            y = y * self.down_multiplier
+        return (y if self.token_gate is None else y * self.token_gate(u).sigmoid()), ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.block import Block
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
@@ -9,4 +10,13 @@ from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.blocks.shared_step import SharedStep
 
-BLOCKS: dict[str, type[Block]] = {block.word: block for block in (Mamba1, Mamba2, SharedStep, FeedForward, Experts)}
+_ALL: tuple[type[Block], ...] = (
+    Mamba1,
+    Mamba2,
+    SharedStep,
+    Attention,
+    FeedForward,
+    Experts,
+)
+
+BLOCKS: dict[str, type[Block]] = {block.word: block for block in _ALL}

@@ -21,12 +21,14 @@ from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
 from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, Stored
 
 
-def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None, *, in_float32: bool = False
+) -> Tensor:
     """`x [..., k]` times `weight [n, k]` transposed, plus `bias [n]`: float32 `[..., n]`.
 
     With an input quantiser the product is one of integers, accumulated in int32. Without one, a quantised
-    weight is unpacked first, and a float16 weight computes in float16 on a GPU. This is how a precision computes that
-    the kernels do not know.
+    weight is unpacked first, and a float16 weight computes in float16 on a GPU, unless told to do so in float32. This
+    is how a precision computes that the kernels do not know.
     """
     if inputs is not None:
         assert isinstance(weight, IntegerTensor)
@@ -35,7 +37,7 @@ def linear(x: Tensor, weight: Stored, bias: Stored | None, inputs: InputQuantize
         sums = weight.product(quantized)
         product = rescaled(sums, weight.scale.float(), input_scale, None if bias is None else bias.tensor())
         return product.reshape(*x.shape[:-1], -1)
-    if x.is_cuda and type(weight) is FloatTensor and weight.value.dtype == torch.float16:
+    if x.is_cuda and not in_float32 and type(weight) is FloatTensor and weight.value.dtype == torch.float16:
         half_bias = None if bias is None else bias.tensor().half()
         return F.linear(x.half(), weight.value, half_bias).float()
     return F.linear(x, weight.tensor(), None if bias is None else bias.tensor())
@@ -99,9 +101,11 @@ class Projection:
 
 
 class Multiplier(nn.Module):
-    """A module with one weight that multiplies its inputs."""
+    """A module with one weight that multiplies its inputs. in_float32: float16 weights too, on every device."""
 
-    def __init__(self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None) -> None:
+    def __init__(
+        self, weight: Stored, bias: Stored | None, inputs: InputQuantizer | None, *, in_float32: bool = False
+    ) -> None:
         """Raises TypeError where inputs are to be quantised for a weight that multiplies no integers."""
         super().__init__()
         if inputs is not None and not isinstance(weight, IntegerTensor):
@@ -109,6 +113,7 @@ class Multiplier(nn.Module):
                 f"inputs are quantised for a {type(weight).__name__}, which multiplies no integers: a precision with "
                 "quantizes_inputs stores its weights as an IntegerTensor"
             )
+        self.in_float32 = in_float32
         self.weight = weight
         self.bias = bias
         self.inputs = inputs
@@ -124,7 +129,7 @@ class Multiplier(nn.Module):
             matrix = self.matrix()
             if matrix is not None and (rows <= FEW_ROWS or matrix.suits_many):
                 return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
-        return linear(x, self._to_multiply(), self.bias, self.inputs)
+        return linear(x, self._to_multiply(), self.bias, self.inputs, in_float32=self.in_float32)
 
     def _to_multiply(self) -> Stored:
         """The weight as many rows are multiplied with it: unpacked, unless its own product takes it packed."""
@@ -178,8 +183,15 @@ class Multiplier(nn.Module):
 class Linear(Multiplier):
     """A projection with its optional bias."""
 
-    def __init__(self, weight: Stored, bias: Stored | None = None, inputs: InputQuantizer | None = None) -> None:
-        super().__init__(weight, bias, inputs)
+    def __init__(
+        self,
+        weight: Stored,
+        bias: Stored | None = None,
+        inputs: InputQuantizer | None = None,
+        *,
+        in_float32: bool = False,
+    ) -> None:
+        super().__init__(weight, bias, inputs, in_float32=in_float32)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
@@ -188,11 +200,13 @@ class Linear(Multiplier):
 
 @dataclass(frozen=True)
 class LinearForm:
-    """A linear layer."""
+    """A linear layer. in_float32: a float16 weight multiplies in float32 on a GPU too (routers)."""
+
+    in_float32: bool = False
 
     @property
     def multiplies_inputs(self) -> bool:
         return True
 
     def module(self, tensors: Mapping[str, Stored], inputs: InputQuantizer | None) -> nn.Module:
-        return Linear(tensors["weight"], tensors.get("bias"), inputs)
+        return Linear(tensors["weight"], tensors.get("bias"), inputs, in_float32=self.in_float32)

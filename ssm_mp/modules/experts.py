@@ -1,0 +1,114 @@
+"""Projections of experts: each a component of its own, or one component for all experts of a layer.
+
+Dimensions: `X` experts, `m` tokens, `n` outputs and `k` inputs of one expert's product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import gcd
+from typing import Any
+
+import torch.nn.functional as F  # noqa: N812, torch's own name for it
+from torch import Tensor, nn
+
+from ssm_mp.modules.inputs import InputQuantizer
+from ssm_mp.modules.linear import Linear
+from ssm_mp.precisions.groups import GROUP, group_count
+from ssm_mp.precisions.stored import FloatTensor, GroupedTensor, Int8Tensor, Stored
+
+
+class EachExpert(nn.Module):
+    """One kind of projection of all experts, where each is a component of its own."""
+
+    def __init__(self, projections: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.projections = nn.ModuleList(projections)
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """`x [m, k]`, the tokens of one expert → `[m, n]`."""
+        out: Tensor = self.projections[expert](x)
+        return out
+
+
+class ExpertsLinear(nn.Module):
+    """One kind of projection of all experts as one component, `[X · n, k]`, expert after expert.
+
+    Called with an expert's tokens and its number, and never for one that has no token: who watches the calls sees how
+    many tokens reached each expert.
+    """
+
+    def __init__(self, weight: Stored, count: int, inputs: InputQuantizer | None = None) -> None:
+        super().__init__()
+        self.weight = weight
+        self.count = count
+        self.inputs = inputs
+        self._parts: tuple[object, dict[int, tuple[Linear, int]], object] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": None}  # they are views, which a copy would make matrices of their own
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:
+        """`x [m, k]`, the tokens of one expert → `[m, n]`: the product that a component of its own would give."""
+        if self.weight.is_trained:
+            return F.linear(x, self.weight.tensor().unflatten(0, (self.count, -1))[expert])
+        part, above = self._part(expert)
+        out: Tensor = part(x)
+        return out[:, above:] if above else out
+
+    def _part(self, expert: int) -> tuple[Linear, int]:
+        """One expert's rows as a linear layer, made once, and how many rows of another expert come before them."""
+        stamp = self.weight.stamp
+        current = self._parts
+        if current is None or current[0] != stamp:
+            # what was cut up is held too: another tensor in its place would have its stamp
+            current = (stamp, {}, self.weight.arrays())
+            self._parts = current
+        parts = current[1]
+        if expert not in parts:
+            rows, above = rows_of(self.weight, expert, self.count)
+            parts[expert] = (Linear(rows, None, self.inputs), above)
+        return parts[expert]
+
+
+def rows_of(weight: Stored, expert: int, count: int) -> tuple[Stored, int]:
+    """The rows of one expert of a matrix `[X · n, k]` as they are stored, not copied, and how many rows come before.
+
+    Rows of another expert come before them where groups of packed values do not begin where the expert's rows do: then
+    these begin at the last row before that a group begins with, at most 63 rows earlier.
+    """
+    match weight:
+        case FloatTensor():
+            rows = _share(weight.value.shape[0], expert, count)
+            return FloatTensor(weight.value.data[rows]), 0
+        case Int8Tensor():
+            rows = _share(weight.q.shape[0], expert, count)
+            return Int8Tensor(weight.q[rows], weight.scale[rows]), 0
+        case GroupedTensor():
+            width = weight.shape[1]
+            rows = _share(weight.shape[0], expert, count)
+            first = rows.start - rows.start % (GROUP // gcd(GROUP, width))
+            groups = slice(first * width // GROUP, group_count(rows.stop * width))
+            shape = (rows.stop - first, width)
+            return GroupedTensor(weight.q[groups], weight.scale[groups], shape, weight.book), rows.start - first
+    raise AssertionError(f"{type(weight).__name__} holds no projection")
+
+
+def _share(rows: int, expert: int, count: int) -> slice:
+    size = rows // count
+    return slice(expert * size, (expert + 1) * size)
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """One kind of projection of `count` experts as one component. Its module is called with tokens and an expert."""
+
+    count: int
+
+    @property
+    def multiplies_inputs(self) -> bool:
+        return True
+
+    def module(self, tensors: Mapping[str, Stored], inputs: InputQuantizer | None) -> nn.Module:
+        return ExpertsLinear(tensors["weight"], self.count, inputs)

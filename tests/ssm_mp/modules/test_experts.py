@@ -1,0 +1,121 @@
+"""One component for all experts of a layer, in every precision, against a component of its own for each."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ssm_mp.modules.experts import ExpertsForm, ExpertsLinear, rows_of
+from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
+from ssm_mp.modules.linear import Linear
+from ssm_mp.precisions.precision import PRECISIONS
+from ssm_mp.precisions.stored import FloatTensor, GroupedTensor, Stored
+from ssm_mp.scheme import ScaleRule
+
+RULE = ScaleRule()
+INPUTS: dict[str, InputQuantizer | None] = {
+    "none": None, "dynamic": DynamicInput(), "static": StaticInput(torch.tensor([0.03]).half()),
+}  # fmt: skip
+
+
+def stored(weight: Tensor, precision: str) -> Stored:
+    if precision == "fp32":
+        return FloatTensor(weight)
+    return PRECISIONS[precision].store(weight, "weight", RULE)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+@pytest.mark.parametrize(
+    ("precision", "inputs"),
+    [*((name, "none") for name in ("fp32", *PRECISIONS)), ("int8", "dynamic"), ("int8", "static")],
+)
+@pytest.mark.parametrize("shape", [(3, 5, 7), (4, 64, 128), (2, 33, 96), (3, 1, 1)])
+def test_a_product_is_that_of_a_component_with_the_same_numbers(
+    shape: tuple[int, int, int], precision: str, inputs: str, tokens: int
+) -> None:
+    experts, outputs, width = shape
+    weight = stored(torch.randn(experts * outputs, width), precision)
+    module = ExpertsForm(experts).module({"weight": weight}, INPUTS[inputs])
+    x = torch.randn(tokens, width)
+    for e in range(experts):
+        rows = slice(e * outputs, (e + 1) * outputs)
+        own: Stored = FloatTensor(weight.tensor()[rows].clone())
+        if inputs != "none":
+            held = weight.arrays()
+            own = PRECISIONS["int8"].restore({k: v[rows].clone() for k, v in held.items()}, (outputs, width), "weight")
+        with torch.no_grad():
+            found, expected = module(x, e), Linear(own, None, INPUTS[inputs])(x)
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+
+
+@given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 200), st.sampled_from(["fp16", "int8", "nf4", "int3"]))
+def test_an_experts_rows_are_those_of_the_whole(experts: int, outputs: int, width: int, precision: str) -> None:
+    weight = stored(torch.randn(experts * outputs, width), precision)
+    whole = weight.tensor()
+    for e in range(experts):
+        rows, above = rows_of(weight, e, experts)
+        assert 0 <= above < 64
+        assert torch.equal(rows.tensor()[above:], whole[e * outputs : (e + 1) * outputs])
+
+
+@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
+def test_nothing_is_copied(precision: str) -> None:
+    weight = stored(torch.randn(6 * 32, 64), precision)
+    for suffix, array in rows_of(weight, 3, 6)[0].arrays().items():
+        whole = weight.arrays()[suffix]
+        assert array.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+        assert array.numel() == whole.numel() // 6
+
+
+def test_groups_that_reach_into_another_expert_begin_before_it() -> None:
+    weight = stored(torch.randn(3 * 5, 24), "int4")
+    rows, above = rows_of(weight, 1, 3)
+    assert isinstance(rows, GroupedTensor)
+    assert above == 5  # 5 · 24 values fill no whole number of groups, and neither do fewer rows but none
+    assert rows_of(stored(torch.randn(3 * 8, 24), "int4"), 1, 3)[1] == 0
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    weight = stored(torch.randn(12, 8), "fp16")
+    module, x = ExpertsLinear(weight, 3), torch.randn(4, 8)
+    with torch.no_grad():
+        module(x, 1)
+        weight.arrays()[""].zero_()
+        assert float(module(x, 1).abs().max()) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
+def test_a_copy_does_not_share_its_rows(precision: str) -> None:
+    module, x = ExpertsLinear(stored(torch.randn(12, 8), precision), 3), torch.randn(4, 8)
+    with torch.no_grad():
+        before = module(x, 2)
+        other = copy.deepcopy(module)
+        for array in module.weight.arrays().values():
+            array.zero_()
+        assert torch.equal(other(x, 2), before)
+
+
+def test_only_the_weight_is_held() -> None:
+    module = ExpertsLinear(stored(torch.randn(12, 8), "int8"), 3)
+    before = list(module.state_dict())
+    module(torch.randn(4, 8), 0)
+    assert list(module.state_dict()) == before == ["weight.q", "weight.scale"]
+
+
+def test_gradients_reach_an_experts_rows_only() -> None:
+    weight = FloatTensor(torch.randn(12, 8))
+    weight.value.requires_grad_()
+    module, x = ExpertsLinear(weight, 3), torch.randn(5, 8)
+    module(x, 1).square().sum().backward()
+    rows = weight.value.detach()[4:8].clone().requires_grad_()
+    (x @ rows.t()).square().sum().backward()
+    assert weight.value.grad is not None
+    assert rows.grad is not None
+    torch.testing.assert_close(weight.value.grad[4:8], rows.grad)
+    assert not weight.value.grad[:4].any()
+    assert not weight.value.grad[8:].any()
