@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ssm_mp.blocks.block import Block
+from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.shared_step import SharedStep
+from ssm_mp.blocks.short_conv import ShortConv
 
-BLOCKS: dict[str, type[Block]] = {block.word: block for block in (Mamba1, SharedStep, FeedForward, Experts)}
+BLOCKS: dict[str, type[Block]] = {
+    block.word: block for block in (Mamba1, SharedStep, DeltaRule, ShortConv, FeedForward, Experts)
+}
