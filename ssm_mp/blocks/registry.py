@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.block import Block
+from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.blocks.shared_step import SharedStep
+from ssm_mp.blocks.short_conv import ShortConv
 
 _ALL: tuple[type[Block], ...] = (
     Mamba1,
     Mamba2,
     SharedStep,
+    DeltaRule,
+    ShortConv,
     Attention,
     FeedForward,
     Experts,

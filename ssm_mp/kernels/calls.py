@@ -20,6 +20,9 @@ from ssm_mp.kernels.compiler import library
 
 _LOG2_E = math.log2(math.e)
 
+MOST_KEYS = 1024
+"""Largest size of a key head that `delta_rule` takes: it keeps some of each on the stack."""
+
 
 class _Scan(ctypes.Structure):
     """`Scan` of scan.h."""
@@ -32,10 +35,23 @@ class _Scan(ctypes.Structure):
     )
 
 
+class _Delta(ctypes.Structure):
+    """`Delta` of delta.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "key_heads", "value_heads", "keys", "values")),
+        *((name, c_void_p) for name in ("q", "k", "v")),
+        *((name, c_int64) for name in ("ld_q", "ld_k", "ld_v")),
+        *((name, c_void_p) for name in ("g", "beta", "state", "last", "y")),
+    )
+
+
 _ARGUMENTS = {
     "selective_scan": (POINTER(_Scan), c_int),
+    "delta_rule": (POINTER(_Delta), c_int),
     "shared_step_recurrence": (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
     "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
+    "convolve": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
     "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
@@ -108,12 +124,38 @@ def shared_step_recurrence(decay: Tensor, driven: Tensor, state: Tensor) -> tupl
     return states, last
 
 
+def delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`ssm_mp.kernels.delta.delta_rule_reference` on a CPU, for key heads up to `MOST_KEYS`."""
+    b, length, heads, values = v.shape
+    key_heads, keys = k.shape[2:]
+    q, k, v = (_rows(x.flatten(2)) for x in (q, k, v))
+    g, beta, state = g.contiguous(), beta.contiguous(), None if state is None else state.contiguous()
+    last, y = v.new_empty(b, heads, keys, values), v.new_empty(b, length, heads, values)
+    sizes = (b, length, key_heads, heads, keys, values)
+    strides = (q.stride(1), k.stride(1), v.stride(1))
+    ends = (g.data_ptr(), beta.data_ptr(), _pointer(state), last.data_ptr(), y.data_ptr())
+    delta = _Delta(*sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides, *ends)
+    _library().delta_rule(byref(delta), torch.get_num_threads())
+    return y, last
+
+
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
     """SiLU of the causal depthwise convolution of `x [b, l, I]` by `weight [I, K]`; `before [b, K − 1, I]`."""
+    return _convolved("conv_silu", x, weight, bias, before)
+
+
+def convolved(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
+    """The causal depthwise convolution of `x [b, l, I]` by `weight [I, K]`; `before [b, K − 1, I]`."""
+    return _convolved("convolve", x, weight, bias, before)
+
+
+def _convolved(kernel: str, x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
     b, length, inner = x.shape
     x, taps, before = _rows(x), weight.t().contiguous(), before.contiguous()
     y = x.new_empty(b, length, inner)
-    _library().conv_silu(
+    getattr(_library(), kernel)(
         b, length, inner, weight.shape[1], x.data_ptr(), x.stride(1), taps.data_ptr(), _pointer(bias),
         before.data_ptr(), y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

@@ -6,10 +6,11 @@
 
 #include "quantize.h"
 
-/* Causal depthwise convolution, then SiLU. x [b, l, I] with `ld` between tokens; weight [K, I], the newest tap last;
- * before [b, K − 1, I]: the inputs before the first; y [b, l, I]. */
-void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const float *x, int64_t ld,
-               const float *weight, const float *bias, const float *before, float *y, int threads) {
+/* Causal depthwise convolution. x [b, l, I] with `ld` between tokens; weight [K, I], the newest tap last; before
+ * [b, K − 1, I]: the inputs before the first; y [b, l, I]. */
+INLINE void convolve_rows(int64_t batch, int64_t length, int64_t inner, int64_t K, const float *x, int64_t ld,
+                          const float *weight, const float *bias, const float *before, float *y, int threads,
+                          const int silu) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < batch * length; row++) {
         const int64_t b = row / length, t = row % length;
@@ -21,9 +22,20 @@ void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const fl
                 const float *in = from >= 0 ? x + (b * length + from) * ld : before + (b * (K - 1) + K - 1 + from) * inner;
                 sum = sum + load_part(in + c, count) * load_part(weight + k * inner + c, count);
             }
-            store_part(y + row * inner + c, silu16(sum), count);
+            store_part(y + row * inner + c, silu ? silu16(sum) : sum, count);
         }
     }
+}
+
+void convolve(int64_t batch, int64_t length, int64_t inner, int64_t K, const float *x, int64_t ld, const float *weight,
+              const float *bias, const float *before, float *y, int threads) {
+    convolve_rows(batch, length, inner, K, x, ld, weight, bias, before, y, threads, 0);
+}
+
+/* The same, then SiLU. */
+void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const float *x, int64_t ld,
+               const float *weight, const float *bias, const float *before, float *y, int threads) {
+    convolve_rows(batch, length, inner, K, x, ld, weight, bias, before, y, threads, 1);
 }
 
 /* Σ (x − mean)^power of x [d], power 1 or 2. */

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
+from ssm_mp.kernels import calls
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.unpacked import Unpacked
@@ -39,7 +40,8 @@ class DepthwiseConv(nn.Module):
         # copied, or the whole of what `x` is a part of would live on with it
         last = x[:, -width:].clone() if x.shape[1] >= width > 0 else torch.cat((before, x), dim=1)[:, x.shape[1] :]
         if not self.activation:
-            return convolved(x, weight, bias, before), last
+            convolution = calls.convolved if calls.usable(x, weight, before) else convolved
+            return convolution(x, weight, bias, before), last
         kernels = kernels_for(x, weight, before)
         if kernels is not None:
             return kernels.conv_silu(x, weight, bias, before), last
