@@ -41,6 +41,10 @@ BALANCE = 0.01
 """Weight of the load-balancing loss (Fedus et al. 2021, equation 4) in the training loss."""
 
 
+DECAY = 0.3
+"""The share of the steps, at the end, over which the rate falls to 0: until then `--steps` has no influence."""
+
+
 def configuration() -> GraniteMoeHybridConfig:
     """The sizes and the multipliers, none of which is 1."""
     return GraniteMoeHybridConfig(
@@ -91,7 +95,7 @@ def tokens_of(part: Part, tokenizer: Tokenizer) -> np.ndarray:
     return np.concatenate([np.array([*text.ids, end], dtype=np.int64) for text in encoded])
 
 
-def mamba2(mixer: nn.Module, x: Tensor) -> Tensor:
+def mamba2(mixer: Any, x: Tensor) -> Tensor:
     """The Mamba-2 mixer over one window, in its quadratic form (Dao & Gu 2024, section 3): `[b, l, d]`."""
     b, length, _ = x.shape
     heads, width, states = mixer.num_heads, mixer.head_dim, mixer.ssm_state_size
@@ -107,10 +111,11 @@ def mamba2(mixer: nn.Module, x: Tensor) -> Tensor:
     weights = (queries @ keys.transpose(1, 2))[:, None] * decay * dt[:, :, None, :]
     u = u.view(b, length, heads, width).transpose(1, 2)
     y = weights @ u + mixer.D[:, None, None] * u
-    return mixer.out_proj(mixer.norm(y.transpose(1, 2).reshape(b, length, heads * width), z))  # type: ignore[no-any-return]
+    out: Tensor = mixer.out_proj(mixer.norm(y.transpose(1, 2).reshape(b, length, heads * width), z))
+    return out
 
 
-def attention(mixer: nn.Module, x: Tensor) -> Tensor:
+def attention(mixer: Any, x: Tensor) -> Tensor:
     """Causal attention without positions, with grouped heads: `[b, l, d]`."""
     b, length, _ = x.shape
     projections = (mixer.q_proj, mixer.k_proj, mixer.v_proj)
@@ -118,10 +123,11 @@ def attention(mixer: nn.Module, x: Tensor) -> Tensor:
     repeats = q.shape[1] // k.shape[1]
     k, v = (part.repeat_interleave(repeats, dim=1) for part in (k, v))
     y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=mixer.scaling)
-    return mixer.o_proj(y.transpose(1, 2).reshape(b, length, -1))  # type: ignore[no-any-return]
+    out: Tensor = mixer.o_proj(y.transpose(1, 2).reshape(b, length, -1))
+    return out
 
 
-def experts(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def experts(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """All experts at once, those not chosen times zero: `[b, l, d]` and the load-balancing loss."""
     logits = F.linear(x, block.router.weight)
     count, chosen_count = logits.shape[-1], block.router.top_k
@@ -140,7 +146,8 @@ def training_loss(model: GraniteMoeHybridForCausalLM, ids: Tensor, dropout: floa
     The forward pass is transformers', written for speed on one window, with dropout on the embeddings and on
     every branch. `main` compares the two before it trains.
     """
-    config, body = model.config, model.model
+    config: Any = model.config
+    body: Any = model.model
     x = F.dropout(F.embedding(ids[:, :-1], body.embed_tokens.weight) * config.embedding_multiplier, dropout)
     balance = x.new_zeros(())
     for layer in body.layers:
@@ -190,7 +197,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def train(model: GraniteMoeHybridForCausalLM, tokens: np.ndarray, given: argparse.Namespace) -> float:
-    """AdamW with warm-up and a cosine schedule over random windows, in place. Returns the seconds it took.
+    """AdamW with warm-up, a constant rate and a last stretch towards 0, in place. Returns the seconds it took.
 
     Windows and dropout of a step depend on the seed and the step alone, so that a run that goes on from
     `given.progress` sees what it would have seen.
@@ -205,7 +212,7 @@ def train(model: GraniteMoeHybridForCausalLM, tokens: np.ndarray, given: argpars
         first, before = held["step"], held["seconds"]
     began = time.monotonic() - before
     for step in range(first, given.steps):
-        rate = given.rate * min(1.0, (step + 1) / 100) * (0.05 + 0.475 * (1 + math.cos(math.pi * step / given.steps)))
+        rate = given.rate * min(1.0, (step + 1) / 100, (given.steps - step) / (DECAY * given.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         starts = np.random.default_rng([given.seed, step]).integers(0, len(tokens) - LENGTH, size=given.batch)
@@ -230,9 +237,9 @@ def train(model: GraniteMoeHybridForCausalLM, tokens: np.ndarray, given: argpars
 def write_folder(model: GraniteMoeHybridForCausalLM, out: Path) -> None:
     """The checkpoint as users have them: config, tensors and tokenizer, readable by `from_pretrained`."""
     model.save_pretrained(out)
-    PreTrainedTokenizerFast(
-        tokenizer_file=str(TOKENIZER), bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, model_max_length=LENGTH
-    ).save_pretrained(out)
+    wrap: Any = PreTrainedTokenizerFast
+    said = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "model_max_length": LENGTH}
+    wrap(tokenizer_file=str(TOKENIZER), **said).save_pretrained(out)
     shutil.copyfile(TOKENIZER, out / "tokenizer.json")  # byte for byte the first reference's
 
 
@@ -274,7 +281,7 @@ def main() -> None:
     print({part: len(found) for part, found in tokens.items()}, sizes(model), flush=True)
     check_forward(model, torch.from_numpy(tokens["train"][: 2 * (LENGTH + 1)].reshape(2, -1)))
     seconds = train(model, tokens["train"], given)
-    model.eval()
+    model.train(False)
     write_folder(model, given.out)
     read = GraniteMoeHybridForCausalLM.from_pretrained(given.out)
     result = {

@@ -51,7 +51,8 @@ class Decoding:
 
 def written(case: Case, folder: Path, shard_size: str = "1GB", dtype: torch.dtype = torch.float32) -> Path:
     """The case's checkpoint in `folder`, as `save_pretrained` writes it; a small `shard_size` gives shards."""
-    case.make().to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    model: Any = case.make()
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     return folder
 
 
@@ -122,7 +123,8 @@ def randomise(model: PreTrainedModel, seed: int = SEED) -> PreTrainedModel:
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *buffers]:
             tensor.copy_(_value(name, tensor, generator))
-    return model.eval()
+    model.train(False)
+    return model
 
 
 def _value(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
