@@ -8,7 +8,7 @@ of heads with the same B and C, `K` convolution kernel, `W` channels of the conv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -31,8 +31,8 @@ class Mamba2(Block):
     """Projection, convolution, scan with one step and one decay a head, gated norm, projection.
 
     out_bias: out_proj has a bias (Falcon-H1 says so apart from in_proj's).
-    dt_limits: the least and the greatest step; None: no greatest one. They hold for every token. transformers has them where
-    it takes many tokens at once, not where it decodes one after another.
+    dt_limits: the least and the greatest step; None: no greatest one. They hold for every token. transformers has them
+    where it takes many tokens at once, not where it decodes one after another.
     gate: whether the gate comes before the norm or after it, or there is no norm.
     norm_form, norm_groups: the norm, over each of so many groups of neighbouring channels by itself.
     multipliers: of what in_proj gives: z, x, B, C and dt (Falcon-H1).
@@ -53,7 +53,7 @@ class Mamba2(Block):
     out_bias: bool = False
     dt_limits: Limits = (0.0, None)
     gate: Literal["gate_first", "norm_first", "no_norm"] = "gate_first"
-    norm_form: NormForm = NormForm(1e-5)
+    norm_form: NormForm = field(default_factory=lambda: NormForm(1e-5))
     norm_groups: int = 1
     multipliers: tuple[float, float, float, float, float] | None = None
     split: bool = False

@@ -10,14 +10,23 @@ from typing import Any
 from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
 from ssm_mp.families.family import Family
+from ssm_mp.families.granite import BambaFamily, GraniteFamily
 from ssm_mp.families.itera import IteraFamily
 from ssm_mp.families.mamba import MambaFamily
+from ssm_mp.families.mamba2 import Mamba2Family
 from ssm_mp.files.shown import shown
 from ssm_mp.files.stored_config import StoredConfig
 
 NOT_SUPPORTED = frozenset(("zamba", "zamba2", "recurrent_gemma", "rwkv", "xlstm", "mamba3", "olmo_hybrid"))
 """Model types that are known, and refused by name."""
-FAMILIES: dict[str, Family] = {family.word: family for family in (MambaFamily(), IteraFamily())}
+_ALL: tuple[Family, ...] = (
+    MambaFamily(),
+    IteraFamily(),
+    Mamba2Family(),
+    GraniteFamily(),
+    BambaFamily(),
+)
+FAMILIES: dict[str, Family] = {family.word: family for family in _ALL}
 """By word, in the order in which files are held against them."""
 
 MARK = "(?:" + "|".join(dict.fromkeys(family.mark for family in FAMILIES.values())) + ")"

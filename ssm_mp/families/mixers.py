@@ -1,0 +1,153 @@
+"""Blocks as the configs of several families describe them: Mamba-2 mixers and attention.
+
+Dimensions: `d` model, `H` heads, `P` channels of a head, `N` state, `G` groups, `W` convolved channels (I + 2·G·N).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from ssm_mp.blocks.attention import Attention
+from ssm_mp.blocks.mamba2 import Mamba2
+from ssm_mp.blocks.rotary import LinearStretch, Llama3Stretch, Rotary, Stretch, YarnStretch
+from ssm_mp.errors import CheckpointError
+from ssm_mp.families.said import Said
+from ssm_mp.files.shown import shown
+from ssm_mp.modules.norm import NormForm
+
+LAYER = r"layers\.[0-9]+\."
+
+
+@dataclass(frozen=True)
+class Mamba2Keys:
+    """What a family's config calls the sizes of its Mamba-2 mixers."""
+
+    heads: str
+    head_dim: str
+    state: str
+    groups: str
+    conv: str
+    conv_bias: str
+    projection_bias: str
+
+
+MAMBA_KEYS = Mamba2Keys(
+    "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv", "mamba_conv_bias",
+    "mamba_proj_bias",
+)  # fmt: skip
+"""Of Bamba, Granite 4.0 H and Falcon-H1."""
+
+
+def mamba2_block(said: Said, keys: Mamba2Keys, at: str, d_model: int, eps: float, groups: int | None = None) -> Mamba2:
+    """The Mamba-2 mixers at `layers.i.<at>`; gate first, then a norm in groups; steps limited as a config may say.
+
+    groups: by default where nothing is said of them.
+    Raises CheckpointError where shapes and config contradict each other, or nobody tells the groups.
+    """
+    inside = rf"{LAYER}{at}\."
+    heads = said.size(keys.heads, said.shown(inside + "A_log", 0))
+    inner = said.shown(inside + r"out_proj\.weight", 1)
+    if inner is None:
+        raise CheckpointError(f"no tensor shows the inner width of the mixers; expected layers.….{at}.out_proj.weight")
+    said.require(inner % heads == 0, keys.heads, f"a divisor of {inner}, the inner width", heads)
+    channels = said.shown(inside + r"conv1d\.weight", 0)
+    both = None if channels is None else (channels - inner) // 2  # G · N
+    found_groups = said.size(keys.groups, default=groups)
+    if both is not None:
+        expected = f"a divisor of {both}, half of the {channels} convolved channels beyond {inner}"
+        said.require(both % found_groups == 0, keys.groups, expected, found_groups)
+    said.require(heads % found_groups == 0, keys.groups, f"a divisor of the {heads} heads", found_groups)
+    low, high = said.numbers("time_step_limit", 2, (0.0, math.inf))
+    return Mamba2(
+        d_model=d_model,
+        d_inner=inner,
+        n_heads=heads,
+        head_dim=said.size(keys.head_dim, inner // heads),
+        d_state=said.size(keys.state, None if both is None else both // found_groups),
+        n_groups=found_groups,
+        d_conv=said.size(keys.conv, said.shown(inside + r"conv1d\.weight", 2)),
+        projection_bias=said.flag(keys.projection_bias, False) or has_bias(said, inside + "in_proj"),
+        conv_bias=said.flag(keys.conv_bias, True) or has_bias(said, inside + "conv1d"),
+        out_bias=said.flag(keys.projection_bias, False) or has_bias(said, inside + "out_proj"),
+        dt_limits=(low, None if math.isinf(high) else high),
+        norm_form=NormForm(eps),
+        norm_groups=found_groups,
+    )
+
+
+def has_bias(said: Said, pattern: str) -> bool:
+    """Whether the file holds a bias of such a component."""
+    return said.shown(pattern + r"\.bias", 0) is not None
+
+
+def attention_block(said: Said, at: str, d_model: int, rotary: Rotary | None, head_dim: int | None = None) -> Attention:
+    """The attention at `layers.i.<at>`: heads from the config, widths held against the shapes.
+
+    head_dim: by default what the config says, else d / heads. Raises CheckpointError where they do not fit.
+    """
+    inside = rf"{LAYER}{at}\."
+    heads = said.size("num_attention_heads")
+    kv_heads = said.size("num_key_value_heads", default=heads)
+    said.require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of the {heads} heads", kv_heads)
+    keys = said.shown(inside + r"k_proj\.weight", 0)
+    width = head_dim or said.count("head_dim") or (d_model // heads if keys is None else keys // kv_heads)
+    if keys is not None:
+        said.require(
+            keys == kv_heads * width,
+            "num_key_value_heads",
+            f"heads of {width} that make the {keys} rows of k_proj",
+            kv_heads,
+        )
+    biased = said.flag("attention_bias", False)
+    return Attention(
+        d_model=d_model, n_heads=heads, n_kv_heads=kv_heads, head_dim=width, rotary=rotary,
+        qkv_bias=biased or has_bias(said, inside + "q_proj"), o_bias=biased or has_bias(said, inside + "o_proj"),
+    )  # fmt: skip
+
+
+def head_width(said: Said, d_model: int) -> int:
+    """Dimensions of an attention head: what the config says, else d / heads."""
+    return said.count("head_dim") or d_model // said.size("num_attention_heads")
+
+
+def rotary_of(said: Said, head_dim: int, share: float = 1.0, theta: float = 10000.0) -> Rotary:
+    """Rotary positions as a config of transformers 5 (`rope_parameters`) or before (`rope_theta`, `rope_scaling`) says.
+
+    share: of the head's dimensions that are turned, where nothing is said. Raises CheckpointError for another kind.
+    """
+    section = {**said.section("rope_scaling"), **said.section("rope_parameters")}
+    turned = section.get("partial_rotary_factor") or said.number("partial_rotary_factor", share)
+    base = section.get("rope_theta") or said.number("rope_theta", theta)
+    if not isinstance(base, int | float) or not isinstance(turned, int | float):
+        raise said.stored.wrong("rope_parameters", "numbers for rope_theta and partial_rotary_factor", shown(section))
+    kind = section.get("rope_type", section.get("type", "default"))
+    return Rotary(int(head_dim * turned), float(base), _stretch(said, kind, section))
+
+
+def _stretch(said: Said, kind: object, section: dict[str, object]) -> Stretch | None:
+    def number(key: str, default: float | None = None) -> float:
+        value = section.get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise said.stored.wrong(f"rope_parameters.{key}", "a number", value)
+        return float(value)
+
+    match kind:
+        case "default":
+            return None
+        case "linear":
+            return LinearStretch(number("factor"))
+        case "llama3":
+            return Llama3Stretch(
+                number("factor"), number("low_freq_factor"), number("high_freq_factor"),
+                int(number("original_max_position_embeddings")),
+            )  # fmt: skip
+        case "yarn" if not {"mscale", "mscale_all_dim"} & section.keys():
+            attention = section.get("attention_factor")
+            original = said.count("max_position_embeddings") or 0
+            return YarnStretch(
+                number("factor"), int(number("original_max_position_embeddings", original)), number("beta_fast", 32),
+                number("beta_slow", 1), None if attention is None else number("attention_factor"),
+                section.get("truncate", True) is not False,
+            )  # fmt: skip
+    raise said.stored.wrong("rope_parameters.rope_type", "'default', 'linear', 'llama3' or 'yarn'", kind)
