@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.linear import Linear
-from ssm_mp.precisions.groups import GROUP, group_count
 from ssm_mp.precisions.grouped import GroupedTensor
+from ssm_mp.precisions.groups import GROUP, group_count
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
