@@ -102,7 +102,7 @@ class DeltaRuleMixing(Mixing):
     def _projected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values `[b, l, C]`, gate `[b, l, Hm]`, and before their activations β and decay `[b, l, H]`."""
         projected = [projection(u) for projection in self.in_projs]
-        if len(projected) == 4:  # noqa: PLR2004, one for each result
+        if len(projected) == 4:
             qkv, z, b, a = projected
             return qkv, z, b, a
         groups, heads, n, m = self.sizes

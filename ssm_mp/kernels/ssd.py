@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
-from ssm_mp.kernels import calls
-
 CHUNK = 64
 """Tokens of a chunk of `ssd_scan_chunked`."""
 
