@@ -9,12 +9,10 @@ import pytest
 
 from search.problem.run_directory import REPORT, WINNER, RunDirectory
 from search.problem.spec import load_spec
-from search.run.search import run_search
+from search.run.one_process import run_search
 from ssm_mp.artifact import read_artifact
-from ssm_mp.precisions.registry import PRECISIONS
 from tests.ssm_mp.precisions.outside import register
 from tests.tiny import CONFIGS, write_study
-
 
 ONE = ("fp16", "fp8")
 MANY = ("fp16", "bf16", "int8", "fp8", "int6", "book5", "nf4", "book2")
