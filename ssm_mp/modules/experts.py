@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
@@ -15,10 +14,7 @@ from torch import Tensor, nn
 
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.linear import Linear
-from ssm_mp.precisions.grouped import GroupedTensor
-from ssm_mp.precisions.groups import GROUP, group_count
-from ssm_mp.precisions.int8 import Int8Tensor
-from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.precisions.stored import Stored
 
 
 class EachExpert(nn.Module):
@@ -69,38 +65,10 @@ class ExpertsLinear(nn.Module):
             self._parts = current
         parts = current[1]
         if expert not in parts:
-            rows, above = rows_of(self.weight, expert, self.count)
+            size = self.weight.shape[0] // self.count
+            rows, above = self.weight.part(slice(expert * size, (expert + 1) * size))
             parts[expert] = (Linear(rows, None, self.inputs), above)
         return parts[expert]
-
-
-def rows_of(weight: Stored, expert: int, count: int) -> tuple[Stored, int]:
-    """The rows of one expert of a matrix `[X · n, k]` as they are stored, not copied, and how many rows come before.
-
-    Rows of another expert come before them where groups of packed values do not begin where the expert's rows do: then
-    these begin at the last row before that a group begins with, at most 63 rows earlier.
-    """
-    match weight:
-        case FloatTensor():
-            rows = _share(weight.value.shape[0], expert, count)
-            return FloatTensor(weight.value.data[rows]), 0
-        case Int8Tensor():
-            rows = _share(weight.q.shape[0], expert, count)
-            return Int8Tensor(weight.q[rows], weight.scale[rows]), 0
-        case GroupedTensor():
-            width = weight.shape[1]
-            rows = _share(weight.shape[0], expert, count)
-            first = rows.start - rows.start % (GROUP // gcd(GROUP, width))
-            groups = slice(first * width // GROUP, group_count(rows.stop * width))
-            shape = (rows.stop - first, width)
-            return GroupedTensor(weight.q[groups], weight.scale[groups], shape, weight.book), rows.start - first
-    values = weight.tensor()  # a kind that is not known here is unpacked
-    return FloatTensor(values[_share(values.shape[0], expert, count)]), 0
-
-
-def _share(rows: int, expert: int, count: int) -> slice:
-    size = rows // count
-    return slice(expert * size, (expert + 1) * size)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from ssm_mp.blocks.mamba2 import PIECES, Mamba2, Mamba2Mixing
 from ssm_mp.kernels.ssd import ssd_scan_reference
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer
 from ssm_mp.modules.norm import NormForm
-from ssm_mp.precisions.stored import FloatTensor, Int8Tensor, Stored
+from ssm_mp.precisions.int8 import Int8Tensor
+from ssm_mp.precisions.stored import FloatTensor, Stored
 from tests.ssm_mp.blocks.making import AT, mixing_of, tensors_of
 
 TOLERANCE = 1e-5

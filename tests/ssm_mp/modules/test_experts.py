@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssm_mp.modules.experts import ExpertsForm, ExpertsLinear, rows_of
+from ssm_mp.modules.experts import ExpertsForm, ExpertsLinear
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.modules.linear import Linear
-from ssm_mp.precisions.precision import PRECISIONS
-from ssm_mp.precisions.stored import FloatTensor, GroupedTensor, Stored
+from ssm_mp.precisions.grouped import GroupedTensor
+from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import ScaleRule
 
 RULE = ScaleRule()
@@ -58,26 +59,32 @@ def test_an_experts_rows_are_those_of_the_whole(experts: int, outputs: int, widt
     weight = stored(torch.randn(experts * outputs, width), precision)
     whole = weight.tensor()
     for e in range(experts):
-        rows, above = rows_of(weight, e, experts)
+        rows, above = part(weight, e, experts)
         assert 0 <= above < 64
         assert torch.equal(rows.tensor()[above:], whole[e * outputs : (e + 1) * outputs])
 
 
-@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "nf4", "int4", "int3"])
 def test_nothing_is_copied(precision: str) -> None:
     weight = stored(torch.randn(6 * 32, 64), precision)
-    for suffix, array in rows_of(weight, 3, 6)[0].arrays().items():
+    for suffix, array in part(weight, 3, 6)[0].arrays().items():
         whole = weight.arrays()[suffix]
         assert array.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
         assert array.numel() == whole.numel() // 6
 
 
+def part(weight: Stored, expert: int, experts: int) -> tuple[Stored, int]:
+    """The rows of one of several experts, and how many stand before them."""
+    size = weight.shape[0] // experts
+    return weight.part(slice(expert * size, (expert + 1) * size))
+
+
 def test_groups_that_reach_into_another_expert_begin_before_it() -> None:
     weight = stored(torch.randn(3 * 5, 24), "int4")
-    rows, above = rows_of(weight, 1, 3)
+    rows, above = part(weight, 1, 3)
     assert isinstance(rows, GroupedTensor)
     assert above == 5  # 5 · 24 values fill no whole number of groups, and neither do fewer rows but none
-    assert rows_of(stored(torch.randn(3 * 8, 24), "int4"), 1, 3)[1] == 0
+    assert part(stored(torch.randn(3 * 8, 24), "int4"), 1, 3)[1] == 0
 
 
 def test_a_changed_weight_is_noticed() -> None:
