@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
@@ -43,17 +44,29 @@ class ExpertsLinear(nn.Module):
         self.count = count
         self.inputs = inputs
         self._parts: tuple[object, dict[int, tuple[Linear, int]], object] | None = None
+        self._trained: tuple[object, tuple[Tensor, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": None}  # they are views, which a copy would make matrices of their own
+        # they are views, which a copy would make matrices of their own
+        return {**self.__dict__, "_parts": None, "_trained": None}
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """`x [m, k]`, the tokens of one expert → `[m, n]`: the product that a component of its own would give."""
         if self.weight.is_trained:
+            return F.linear(x, self._rows_to_train()[expert])
+        if isinstance(self.weight, FloatTensor) and self.weight.value.dtype == torch.float32:
+            # not kept: rows that were cut where no gradients are (inference mode) let none pass elsewhere
             return F.linear(x, self.weight.tensor().unflatten(0, (self.count, -1))[expert])
         part, above = self._part(expert)
         out: Tensor = part(x)
         return out[:, above:] if above else out
+
+    def _rows_to_train(self) -> tuple[Tensor, ...]:
+        """Each expert's rows `[n, k]`, cut at one stroke: of single slices, each would have a gradient `[X · n, k]`."""
+        stamp = (self.weight.stamp, torch.is_grad_enabled())
+        if self._trained is None or self._trained[0] != stamp:
+            self._trained = (stamp, self.weight.tensor().unflatten(0, (self.count, -1)).unbind(0))
+        return self._trained[1]
 
     def _part(self, expert: int) -> tuple[Linear, int]:
         """One expert's rows as a linear layer, made once, and how many rows of another expert come before them."""

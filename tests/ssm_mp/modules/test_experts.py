@@ -114,15 +114,31 @@ def test_only_the_weight_is_held() -> None:
     assert list(module.state_dict()) == before == ["weight.q", "weight.scale"]
 
 
-def test_gradients_reach_an_experts_rows_only() -> None:
-    weight = FloatTensor(torch.randn(12, 8))
+def test_gradients_reach_the_rows_of_experts_that_were_asked() -> None:
+    weight = FloatTensor(torch.randn(16, 8))
     weight.value.requires_grad_()
-    module, x = ExpertsLinear(weight, 3), torch.randn(5, 8)
-    module(x, 1).square().sum().backward()
-    rows = weight.value.detach()[4:8].clone().requires_grad_()
-    (x @ rows.t()).square().sum().backward()
-    assert weight.value.grad is not None
-    assert rows.grad is not None
-    torch.testing.assert_close(weight.value.grad[4:8], rows.grad)
-    assert not weight.value.grad[:4].any()
-    assert not weight.value.grad[8:].any()
+    module = ExpertsLinear(weight, 4)
+    for _ in range(2):  # backward more than once, and without gradients between
+        x, y = torch.randn(5, 8), torch.randn(2, 8)
+        weight.value.grad = None
+        (module(x, 1).square().sum() + module(y, 3).square().sum()).backward()
+        rows = weight.value.detach().clone().requires_grad_()
+        ((x @ rows[4:8].t()).square().sum() + (y @ rows[12:].t()).square().sum()).backward()
+        assert weight.value.grad is not None
+        assert rows.grad is not None
+        torch.testing.assert_close(weight.value.grad, rows.grad)
+        assert not weight.value.grad[:4].any()
+        with torch.no_grad():
+            assert not module(x, 1).requires_grad
+            weight.value.mul_(0.5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", *PRECISIONS])
+def test_gradients_of_inputs_pass_after_a_call_that_allowed_none(precision: str) -> None:
+    weight = stored(torch.randn(12, 8), precision)
+    module, x = ExpertsLinear(weight, 3), torch.randn(20, 8, requires_grad=True)
+    with torch.inference_mode():
+        module(x, 1)
+    module(x, 1).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, weight.tensor()[4:8].sum(0).expand(20, 8))
