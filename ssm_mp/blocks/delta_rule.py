@@ -70,7 +70,7 @@ class DeltaRule(Block):
 
 
 class DeltaRuleMixing(Mixing):
-    """The module of `DeltaRule`. Its state: the convolution's last inputs `[b, K−1, C]`, and the rule's `[b, H, n, m]`."""
+    """The module of `DeltaRule`. Its state: the convolution's last inputs `[b, K−1, C]`, the rule's `[b, H, n, m]`."""
 
     def __init__(self, block: DeltaRule, parts: Parts, scan: Scan) -> None:
         super().__init__()
@@ -100,9 +100,9 @@ class DeltaRuleMixing(Mixing):
         return self.out_proj(gated), (inputs, last)
 
     def _projected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[b, l, C]`, gate `[b, l, Hm]`, and before their activations β and decay `[b, l, H]`."""
+        """Queries, keys and values `[b, l, C]`, the gate `[b, l, Hm]`, what β and the decay come from `[b, l, H]`."""
         projected = [projection(u) for projection in self.in_projs]
-        if len(projected) == 4:  # noqa: PLR2004, one for each result
+        if len(projected) == 4:
             qkv, z, b, a = projected
             return qkv, z, b, a
         groups, heads, n, m = self.sizes

@@ -86,11 +86,11 @@ def truth_of(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(v)
     for s in range(b):
         for h in range(heads):
-            S = last[s, h].clone()  # noqa: N806
+            S = last[s, h].clone()
             for t in range(length):
                 key, query = k[s, t, h // ratio], q[s, t, h // ratio]
-                S = torch.exp(g[s, t, h]) * S  # noqa: N806
-                S = S + torch.outer(key, beta[s, t, h] * (v[s, t, h] - S.T @ key))  # noqa: N806
+                S = torch.exp(g[s, t, h]) * S
+                S = S + torch.outer(key, beta[s, t, h] * (v[s, t, h] - S.T @ key))
                 y[s, t, h] = S.T @ query / keys**0.5
             last[s, h] = S
     return y, last
