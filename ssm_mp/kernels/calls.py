@@ -46,10 +46,23 @@ class _Delta(ctypes.Structure):
     )
 
 
+class _Ssd(ctypes.Structure):
+    """`Ssd` of ssd.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "heads", "width", "states", "groups")),
+        *((name, c_void_p) for name in ("x", "dt", "A2", "B", "C", "D", "dt_bias")),
+        *((name, c_int64) for name in ("ld_x", "ld_dt", "ld_B", "ld_C")),
+        *((name, c_float) for name in ("low", "high")),
+        *((name, c_void_p) for name in ("before", "state", "y", "steps", "scratch")),
+    )
+
+
 _ARGUMENTS = {
     "selective_scan": (POINTER(_Scan), c_int),
     "delta_rule": (POINTER(_Delta), c_int),
     "shared_step_recurrence": (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    "ssd_scan": (POINTER(_Ssd), c_int),
     "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "convolve": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
@@ -70,6 +83,7 @@ def _kernels() -> ctypes.CDLL | None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
+        found.ssd_scratch.argtypes, found.ssd_scratch.restype = (c_int64,), c_int64
     return found
 
 
@@ -139,6 +153,36 @@ def delta_rule(
     delta = _Delta(*sizes, q.data_ptr(), k.data_ptr(), v.data_ptr(), *strides, *ends)
     _library().delta_rule(byref(delta), torch.get_num_threads())
     return y, last
+
+
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,  # noqa: N803
+    limits: tuple[float, float | None], state: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssm_mp.kernels.ssd.ssd_scan_reference` on a CPU.
+
+    The state lies `[b, H, N, P]` in memory, and is copied only if it comes in another order.
+    """
+    b, length, heads, width = x.shape
+    groups, n = B.shape[2:]
+    x, dt, B, C = _rows(x.flatten(2)), _rows(dt), _rows(B.flatten(2)), _rows(C.flatten(2))  # noqa: N806
+    A2, D, dt_bias = A * _LOG2_E, D.contiguous(), dt_bias.contiguous()  # noqa: N806
+    before = None if state is None else state.transpose(2, 3).contiguous()
+    last, y, steps = (
+        x.new_empty(b, heads, n, width),
+        x.new_empty(b, length, heads, width),
+        x.new_empty(b, length, heads),
+    )
+    found = _library()
+    scratch = x.new_empty(groups * found.ssd_scratch(n))
+    low, high = limits
+    scan = _Ssd(
+        b, length, heads, width, n, groups, *(t.data_ptr() for t in (x, dt, A2, B, C, D, dt_bias)),
+        x.stride(1), dt.stride(1), B.stride(1), C.stride(1), low, math.inf if high is None else high,
+        _pointer(before), last.data_ptr(), y.data_ptr(), steps.data_ptr(), scratch.data_ptr(),
+    )  # fmt: skip
+    found.ssd_scan(byref(scan), torch.get_num_threads())
+    return y, last.transpose(2, 3)
 
 
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:

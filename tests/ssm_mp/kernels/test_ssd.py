@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssm_mp.kernels import ssd
+from ssm_mp.kernels import calls, ssd
 from tests.ssm_mp.kernels.scan_cases import require_close
 from tests.ssm_mp.kernels.ssd_cases import CASES, Sizes, inputs_of, truth
 
 WAYS: dict[str, Any] = {
     "reference": ssd.ssd_scan_reference,
     "chunked": ssd.ssd_scan_chunked,
+    "kernel": calls.ssd_scan,
     "chosen": ssd.ssd_scan,
 }
 
@@ -51,7 +52,7 @@ def test_every_scan_agrees_with_float64(way: str, case: str) -> None:
 def test_scans_of_any_size_agree_with_float64(sizes: Sizes, seed: int) -> None:
     inputs = inputs_of(sizes, seed)
     expected = truth(inputs)
-    for way in ("chunked", "chosen"):
+    for way in ("chunked", "kernel"):
         require_close(WAYS[way](**inputs), expected)
 
 
