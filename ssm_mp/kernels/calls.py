@@ -238,6 +238,7 @@ def _quantized(kernel: str, x: Tensor, number: float) -> tuple[Tensor, Tensor]:
 
 def rescale(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """int32 `sums [m, n]` · `columns [n]` · `rows [m, 1]` + `bias [n]`: float32 `[m, n]` in the memory of `sums`."""
+    sums, columns, rows = sums.contiguous(), columns.contiguous(), rows.contiguous()  # a precision's own may not be
     m, n = sums.shape
     _library().rescale(
         m, n, sums.data_ptr(), columns.data_ptr(), rows.data_ptr(), _pointer(bias), torch.get_num_threads()
@@ -258,7 +259,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 def scaled_nll(sums: Tensor, columns: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """`negative_log_likelihood` under logits int32 `sums [m, V]` · `columns [V]` · `rows [m, 1]`; `sums` is spoilt."""
-    targets = targets.contiguous()
+    sums, columns, rows, targets = (tensor.contiguous() for tensor in (sums, columns, rows, targets))
     m, vocabulary = sums.shape
     nll = torch.empty(m, dtype=torch.float64)
     _library().scaled_nll(
