@@ -47,16 +47,13 @@ class ExpertsLinear(nn.Module):
         self._trained: tuple[object, tuple[Tensor, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # they are views, which a copy would make matrices of their own
+        # views of the weight, and those of one that is trained cannot be copied
         return {**self.__dict__, "_parts": None, "_trained": None}
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """`x [m, k]`, the tokens of one expert → `[m, n]`: the product that a component of its own would give."""
         if self.weight.is_trained:
             return F.linear(x, self._rows_to_train()[expert])
-        if isinstance(self.weight, FloatTensor) and self.weight.value.dtype == torch.float32:
-            # not kept: rows that were cut where no gradients are (inference mode) let none pass elsewhere
-            return F.linear(x, self.weight.tensor().unflatten(0, (self.count, -1))[expert])
         part, above = self._part(expert)
         out: Tensor = part(x)
         return out[:, above:] if above else out
