@@ -53,8 +53,8 @@ def inputs_of(sizes: Sizes, seed: int = 0) -> dict[str, Any]:
         return torch.randn(shape, generator=generator)
 
     inner, of_groups = heads * width, groups * sizes.states
-    xBC = normal(b, length, inner + 2 * of_groups)  # noqa: N806
-    x, B, C = xBC.split((inner, of_groups, of_groups), dim=-1)  # noqa: N806
+    xBC = normal(b, length, inner + 2 * of_groups)
+    x, B, C = xBC.split((inner, of_groups, of_groups), dim=-1)
     return {
         "x": x.unflatten(-1, (heads, -1)),
         "dt": (normal(b, length, heads + 3) * sizes.step + sizes.shift)[..., 3:],
@@ -71,7 +71,7 @@ def inputs_of(sizes: Sizes, seed: int = 0) -> dict[str, Any]:
 def truth(inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """y `[b, l, H, P]` and the last state `[b, H, P, N]`, float64, head by head and token by token."""
     double = {name: value.double() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-    x, dt, A, B, C, D, dt_bias, (low, high), state = double.values()  # noqa: N806
+    x, dt, A, B, C, D, dt_bias, (low, high), state = double.values()
     steps = torch.logaddexp(dt + dt_bias, torch.zeros((), dtype=torch.float64)).clamp(low, high)
     b, length, heads, width = x.shape
     y = torch.zeros_like(x)
