@@ -4,8 +4,6 @@
  * Dimensions: b batch, l length, H heads, P channels of a head, N state, G groups of heads. Arrays are float32,
  * row-major; `ld`: floats between neighbouring tokens of an array that is part of a wider one.
  */
-#include <math.h>
-
 #include "register.h"
 
 typedef struct {
@@ -20,7 +18,7 @@ typedef struct {
 } Ssd;
 
 enum {
-    CHUNK = 64, /* tokens of a chunk */
+    CHUNK = 64, /* tokens of a chunk, a multiple of LANES */
     FEW = 8,    /* so many tokens go one after another */
 #if defined(__AVX512F__)
     ROWS = 12, /* of a tile: as many sums as registers hold */
@@ -43,27 +41,28 @@ INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 /* sums[r] += Σ_j a[r·row + j] · b[j], of `depth` vectors, `ld` apart. */
 INLINE void tile(float *sums, int rows, int64_t depth, const float *a, int64_t row, const float *b, int64_t ld) {
     Register held[ROWS][PIECES];
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) held[r][i] = get(sums + r * LANES + i * WIDTH);
     for (int64_t j = 0; j < depth; j++) {
         Register value[PIECES];
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) value[i] = get(b + j * ld + i * WIDTH);
-UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++)
-UNROLL
+            UNROLL
             for (int i = 0; i < PIECES; i++) held[r][i] += a[r * row + j] * value[i];
     }
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) put(sums + r * LANES + i * WIDTH, held[r][i]);
 }
 
 /* The same where the compiler knows how many rows there are, and of vectors of `count` numbers. */
-__attribute__((noinline)) static void product(float *sums, int rows, int64_t depth, const float *a, int64_t row, const float *b, int64_t ld, int count) {
+__attribute__((noinline)) static void product(float *sums, int rows, int64_t depth, const float *a, int64_t row,
+                                              const float *b, int64_t ld, int count) {
     if (count < LANES) {
         for (int64_t j = 0; j < depth; j++) {
             const float *value = b + j * ld;
@@ -82,7 +81,7 @@ INLINE void scale(float *x, float factor) {
     for (int i = 0; i < LANES; i += WIDTH) put(x + i, get(x + i) * factor);
 }
 
-/* The steps of one token: softplus of dt + bias, within the limits. */
+/* The steps [b, l, H] of one token: softplus of dt + bias, within the limits. */
 static void steps_of_token(const Ssd *s, int64_t token) {
     for (int64_t h = 0; h < s->heads; h += LANES) {
         const int count = (int)least(s->heads - h, LANES);
@@ -120,18 +119,18 @@ static Head head_of(const Ssd *s, int64_t b, int64_t h, int64_t from, int64_t to
 INLINE void advance(const Ssd *s, const Head *head, const float *decays, const float *driven, float *y, int64_t n,
                     int64_t p, int rows) {
     Register h[ROWS][PIECES];
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++)
             h[r][i] = head->before ? get(head->before + (n + r) * head->P + p + i * WIDTH) : (Register){0};
     for (int64_t t = 0; t < head->tokens; t++) {
         const float *B = head->B + t * s->ld_B + n, *C = head->C + t * s->ld_C + n;
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) {
             const Register in = get(driven + t * LANES + i * WIDTH);
             Register even = get(y + t * LANES + i * WIDTH), odd = {0};
-UNROLL
+            UNROLL
             for (int r = 0; r < rows; r++) {
                 h[r][i] = h[r][i] * decays[t] + in * B[r];
                 if (r % 2) odd += h[r][i] * C[r];
@@ -140,9 +139,9 @@ UNROLL
             put(y + t * LANES + i * WIDTH, even + odd);
         }
     }
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) put(head->state + (n + r) * head->P + p + i * WIDTH, h[r][i]);
 }
 
@@ -194,7 +193,7 @@ static void share(const Ssd *s, const Shared *shared, int64_t b, int64_t g, int6
         for (int64_t j = 0; j < t + rows; j += LANES) {
             float sums[ROWS * LANES] = {0};
             product(sums, rows, N, C + t * s->ld_C, s->ld_C, shared->Bt + j, CHUNK, LANES);
-            for (int r = 0; r < rows; r++) memcpy(shared->scores + (t + r) * CHUNK + j, sums + r * LANES, LANES * sizeof(float));
+            for (int r = 0; r < rows; r++) copy_part(shared->scores + (t + r) * CHUNK + j, sums + r * LANES, LANES);
         }
     }
 }
