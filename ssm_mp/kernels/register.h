@@ -78,7 +78,7 @@ INLINE Register exp2_of(Register x) {
     return (Register)((Integers)p + ((Integers)shifted << 23));
 }
 
-/* `exp16`, the same to the last bit. */
+/* e^x, clamped to what float32 holds, as in `exp16`. */
 INLINE Register exp_of(Register x) {
     const Register zero = {0}, lowest = zero - 87.3f, highest = zero + 88.0f;
     x = choose(x < lowest, lowest, x);
