@@ -66,6 +66,7 @@ _ARGUMENTS = {
     "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "convolve": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
+    "gated_norm": (*[c_int64] * 3, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_int, c_void_p, c_int),
     "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
@@ -214,6 +215,18 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Ten
         x.numel() // d, d, x.data_ptr(), weight.data_ptr(), _pointer(bias), eps, y.data_ptr(), torch.get_num_threads()
     )
     return y
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor | None, groups: int, eps: float, norm_first: bool) -> Tensor:
+    """`ssm_mp.kernels.gated_norm.gated_norm_reference` on a CPU; without a weight there is no norm."""
+    y, z = y.contiguous(), _rows(z)
+    weight = None if weight is None else weight.contiguous()
+    out, inner = torch.empty_like(y), y.shape[-1]
+    _library().gated_norm(
+        y.numel() // inner, inner, groups, y.data_ptr(), z.data_ptr(), z.stride(-2), _pointer(weight), eps, norm_first,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def quantize_static(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,12 +1,10 @@
 /* The scan of Mamba-2 (Dao & Gu 2024), forward only: chunk after chunk out of products of matrices (section 6, listing
- * 1), or, of a few tokens, token after token.
+ * 1), two multiplications a token and number of the state, where the recurrence takes three; a few tokens go by that.
  *
  * Dimensions: b batch, l length, H heads, P channels of a head, N state, G groups of heads. Arrays are float32,
  * row-major; `ld`: floats between neighbouring tokens of an array that is part of a wider one.
  */
-#include <math.h>
-
-#include "vector.h"
+#include "register.h"
 
 typedef struct {
     int64_t batch, length, heads, width, states, groups;
@@ -20,7 +18,7 @@ typedef struct {
 } Ssd;
 
 enum {
-    CHUNK = 64, /* tokens of a chunk */
+    CHUNK = 64, /* tokens of a chunk, a multiple of LANES */
     FEW = 8,    /* so many tokens go one after another */
 #if defined(__AVX512F__)
     ROWS = 12, /* of a tile: as many sums as registers hold */
@@ -38,66 +36,52 @@ typedef struct {
 
 int64_t ssd_scratch(int64_t states) { return CHUNK * (states + CHUNK); }
 
-/* Loops over the numbers of a tile vanish, or its sums would lie in memory. */
-#if defined(__clang__)
-#define UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define UNROLL _Pragma("GCC unroll 16")
-#endif
-
-/* What one register holds: compilers put wider vectors into memory after each operation. */
-#if defined(__AVX512F__)
-enum { WIDTH = 16 };
-#elif defined(__AVX__)
-enum { WIDTH = 8 };
-#else
-enum { WIDTH = 4 };
-#endif
-enum { PIECES = LANES / WIDTH };
-typedef float Register __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-INLINE Register get(const float *p) { return *(const Register *)p; }
-INLINE void put(float *p, Register x) { *(Register *)p = x; }
-
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* sums[r] += Σ_j a[r·row + j] · b[j], of `depth` vectors, `ld` apart. */
-INLINE void tile(v16 *sums, int rows, int64_t depth, const float *a, int64_t row, const float *b, int64_t ld) {
+INLINE void tile(float *sums, int rows, int64_t depth, const float *a, int64_t row, const float *b, int64_t ld) {
     Register held[ROWS][PIECES];
-    float *to = (float *)sums;
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
-        for (int i = 0; i < PIECES; i++) held[r][i] = get(to + r * LANES + i * WIDTH);
+        UNROLL
+        for (int i = 0; i < PIECES; i++) held[r][i] = get(sums + r * LANES + i * WIDTH);
     for (int64_t j = 0; j < depth; j++) {
         Register value[PIECES];
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) value[i] = get(b + j * ld + i * WIDTH);
-UNROLL
+        UNROLL
         for (int r = 0; r < rows; r++)
-UNROLL
+            UNROLL
             for (int i = 0; i < PIECES; i++) held[r][i] += a[r * row + j] * value[i];
     }
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
-        for (int i = 0; i < PIECES; i++) put(to + r * LANES + i * WIDTH, held[r][i]);
+        UNROLL
+        for (int i = 0; i < PIECES; i++) put(sums + r * LANES + i * WIDTH, held[r][i]);
 }
 
 /* The same where the compiler knows how many rows there are, and of vectors of `count` numbers. */
-__attribute__((noinline)) static void product(v16 *sums, int rows, int64_t depth, const float *a, int64_t row, const float *b, int64_t ld, int count) {
+__attribute__((noinline)) static void product(float *sums, int rows, int64_t depth, const float *a, int64_t row,
+                                              const float *b, int64_t ld, int count) {
     if (count < LANES) {
         for (int64_t j = 0; j < depth; j++) {
-            const v16 value = load_part(b + j * ld, count);
-            for (int r = 0; r < rows; r++) sums[r] = sums[r] + splat(a[r * row + j]) * value;
+            const float *value = b + j * ld;
+            for (int r = 0; r < rows; r++)
+                for (int i = 0; i < count; i++) sums[r * LANES + i] += a[r * row + j] * value[i];
         }
         return;
     }
-    for (; rows >= ROWS; rows -= ROWS, sums += ROWS, a += ROWS * row) tile(sums, ROWS, depth, a, row, b, ld);
-    for (; rows >= 4; rows -= 4, sums += 4, a += 4 * row) tile(sums, 4, depth, a, row, b, ld);
-    for (; rows > 0; rows--, sums++, a += row) tile(sums, 1, depth, a, row, b, ld);
+    for (; rows >= ROWS; rows -= ROWS, sums += ROWS * LANES, a += ROWS * row) tile(sums, ROWS, depth, a, row, b, ld);
+    for (; rows >= 4; rows -= 4, sums += 4 * LANES, a += 4 * row) tile(sums, 4, depth, a, row, b, ld);
+    for (; rows > 0; rows--, sums += LANES, a += row) tile(sums, 1, depth, a, row, b, ld);
 }
 
-/* The steps of one token: softplus of dt + bias, within the limits. */
+INLINE void scale(float *x, float factor) {
+    UNROLL
+    for (int i = 0; i < LANES; i += WIDTH) put(x + i, get(x + i) * factor);
+}
+
+/* The steps [b, l, H] of one token: softplus of dt + bias, within the limits. */
 static void steps_of_token(const Ssd *s, int64_t token) {
     for (int64_t h = 0; h < s->heads; h += LANES) {
         const int count = (int)least(s->heads - h, LANES);
@@ -135,18 +119,18 @@ static Head head_of(const Ssd *s, int64_t b, int64_t h, int64_t from, int64_t to
 INLINE void advance(const Ssd *s, const Head *head, const float *decays, const float *driven, float *y, int64_t n,
                     int64_t p, int rows) {
     Register h[ROWS][PIECES];
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++)
             h[r][i] = head->before ? get(head->before + (n + r) * head->P + p + i * WIDTH) : (Register){0};
     for (int64_t t = 0; t < head->tokens; t++) {
         const float *B = head->B + t * s->ld_B + n, *C = head->C + t * s->ld_C + n;
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) {
             const Register in = get(driven + t * LANES + i * WIDTH);
             Register even = get(y + t * LANES + i * WIDTH), odd = {0};
-UNROLL
+            UNROLL
             for (int r = 0; r < rows; r++) {
                 h[r][i] = h[r][i] * decays[t] + in * B[r];
                 if (r % 2) odd += h[r][i] * C[r];
@@ -155,43 +139,44 @@ UNROLL
             put(y + t * LANES + i * WIDTH, even + odd);
         }
     }
-UNROLL
+    UNROLL
     for (int r = 0; r < rows; r++)
-UNROLL
+        UNROLL
         for (int i = 0; i < PIECES; i++) put(head->state + (n + r) * head->P + p + i * WIDTH, h[r][i]);
 }
 
 /* The same of one row and of vectors of `count` numbers. */
 static void advance_part(const Ssd *s, const Head *head, const float *decays, const float *driven, float *y, int64_t n,
                          int64_t p, int count) {
-    float *state = head->state + n * head->P + p;
-    v16 h = head->before ? load_part(head->before + n * head->P + p, count) : splat(0);
-    for (int64_t t = 0; t < head->tokens; t++) {
-        h = h * splat(decays[t]) + load(driven + t * LANES) * splat(head->B[t * s->ld_B + n]);
-        store(y + t * LANES, load(y + t * LANES) + h * splat(head->C[t * s->ld_C + n]));
-    }
-    store_part(state, h, count);
+    float h[LANES] = {0};
+    if (head->before) copy_part(h, head->before + n * head->P + p, count);
+    for (int64_t t = 0; t < head->tokens; t++)
+        for (int i = 0; i < count; i++) {
+            h[i] = h[i] * decays[t] + driven[t * LANES + i] * head->B[t * s->ld_B + n];
+            y[t * LANES + i] += h[i] * head->C[t * s->ld_C + n];
+        }
+    copy_part(head->state + n * head->P + p, h, count);
 }
 
 /* Tokens of one head, one after another. */
 static void steps_of_head(const Ssd *s, int64_t b, int64_t h, int64_t from, int64_t tokens) {
     const Head head = head_of(s, b, h, from, tokens);
     float decays[CHUNK];
-    for (int64_t t = 0; t < tokens; t += LANES) {
-        const int count = (int)least(tokens - t, LANES);
-        store_part(decays + t, exp2_16(load_part(head.logs + t, count)), count);
-    }
+    for (int64_t t = 0; t < tokens; t += WIDTH) put(decays + t, exp2_of(get(head.logs + t)));
     for (int64_t p = 0; p < head.P; p += LANES) {
         const int count = (int)least(head.P - p, LANES);
         float driven[CHUNK * LANES], y[CHUNK * LANES];
         for (int64_t t = 0; t < tokens; t++) {
-            const v16 x = load_part(head.x + t * s->ld_x + p, count);
-            store(driven + t * LANES, x * splat(head.steps[t])), store(y + t * LANES, x * splat(head.D));
+            const float *x = head.x + t * s->ld_x + p;
+            for (int i = 0; i < LANES; i++) {
+                driven[t * LANES + i] = i < count ? x[i] * head.steps[t] : 0;
+                y[t * LANES + i] = i < count ? x[i] * head.D : 0;
+            }
         }
         int64_t n = 0;
         for (; count == LANES && n + ROWS <= head.N; n += ROWS) advance(s, &head, decays, driven, y, n, p, ROWS);
         for (; n < head.N; n++) advance_part(s, &head, decays, driven, y, n, p, count);
-        for (int64_t t = 0; t < tokens; t++) store_part(head.y + t * s->heads * head.P + p, load(y + t * LANES), count);
+        for (int64_t t = 0; t < tokens; t++) copy_part(head.y + t * s->heads * head.P + p, y + t * LANES, count);
     }
 }
 
@@ -206,9 +191,9 @@ static void share(const Ssd *s, const Shared *shared, int64_t b, int64_t g, int6
     for (int64_t t = 0; t < tokens; t += ROWS) {
         const int rows = (int)least(tokens - t, ROWS);
         for (int64_t j = 0; j < t + rows; j += LANES) {
-            v16 sums[ROWS] = {0};
+            float sums[ROWS * LANES] = {0};
             product(sums, rows, N, C + t * s->ld_C, s->ld_C, shared->Bt + j, CHUNK, LANES);
-            for (int r = 0; r < rows; r++) store(shared->scores + (t + r) * CHUNK + j, sums[r]);
+            for (int r = 0; r < rows; r++) copy_part(shared->scores + (t + r) * CHUNK + j, sums + r * LANES, LANES);
         }
     }
 }
@@ -217,23 +202,22 @@ static void share(const Ssd *s, const Shared *shared, int64_t b, int64_t g, int6
  * above; what is left of the state before at each token; and what each token brings to the end. */
 static void decayed(const Head *head, const Shared *shared, float *scores, float *from_start, float *to_end) {
     const int64_t tokens = head->tokens;
-    float sums[CHUNK] = {0}, steps[CHUNK] = {0}, sum = 0; /* of logarithms from each token on, not differences of sums
-                                                           * from the beginning, which large ones spoil */
-    memcpy(steps, head->steps, tokens * sizeof(float));
+    /* of logarithms from each token on; differences of sums from the beginning are spoilt by large ones */
+    float sums[CHUNK] = {0}, sum = 0;
     for (int64_t t = 0; t < tokens; t++) {
         from_start[t] = sum = sum + head->logs[t];
         float *row = scores + t * LD_SCORES;
-        for (int64_t j = 0; j <= t; j += LANES) {
-            store(sums + j, load(sums + j) + splat(head->logs[t]));
-            if (t < j + LANES) sums[t] = 0;
-            const v16 left = exp2_16(load(sums + j)) * load(steps + j);
-            store(row + j, left * load(shared->scores + t * CHUNK + j));
-            if (t == tokens - 1) store(to_end + j, left);
+        for (int64_t j = 0; j <= t; j += WIDTH) {
+            put(sums + j, get(sums + j) + head->logs[t]);
+            if (t < j + WIDTH) sums[t] = 0;
+            const Register left = exp2_of(get(sums + j)) * get(head->steps + j);
+            put(row + j, left * get(shared->scores + t * CHUNK + j));
+            if (t == tokens - 1) put(to_end + j, left);
         }
         memset(row + t + 1, 0, ROWS * sizeof(float));
         row[t] += head->D;
     }
-    for (int64_t t = 0; t < tokens; t += LANES) store(from_start + t, exp2_16(load(from_start + t)));
+    for (int64_t t = 0; t < tokens; t += WIDTH) put(from_start + t, exp2_of(get(from_start + t)));
 }
 
 /* A chunk of one head. */
@@ -242,27 +226,30 @@ static void chunk_of_head(const Ssd *s, const Shared *shared, int64_t b, int64_t
     const int64_t N = head.N, P = head.P;
     float scores[CHUNK * LD_SCORES], from_start[CHUNK] = {0}, to_end[CHUNK], x[CHUNK * LANES];
     decayed(&head, shared, scores, from_start, to_end);
-    const v16 total = splat(from_start[tokens - 1]);
     for (int64_t p = 0; p < P; p += LANES) {
         const int count = (int)least(P - p, LANES);
-        for (int64_t t = 0; t < tokens; t++) store(x + t * LANES, load_part(head.x + t * s->ld_x + p, count));
+        if (count < LANES) memset(x, 0, sizeof(x));
+        for (int64_t t = 0; t < tokens; t++) copy_part(x + t * LANES, head.x + t * s->ld_x + p, count);
         for (int64_t t = 0; t < tokens; t += ROWS) {
             const int rows = (int)least(tokens - t, ROWS);
-            v16 sums[ROWS] = {0};
+            float sums[ROWS * LANES] = {0};
             if (head.before) {
                 product(sums, rows, N, head.C + t * s->ld_C, s->ld_C, head.before + p, P, count);
-                for (int r = 0; r < rows; r++) sums[r] = sums[r] * splat(from_start[t + r]);
+                for (int r = 0; r < rows; r++) scale(sums + r * LANES, from_start[t + r]);
             }
             product(sums, rows, t + rows, scores + t * LD_SCORES, LD_SCORES, x, LANES, LANES);
-            for (int r = 0; r < rows; r++) store_part(head.y + (t + r) * s->heads * P + p, sums[r], count);
+            for (int r = 0; r < rows; r++) copy_part(head.y + (t + r) * s->heads * P + p, sums + r * LANES, count);
         }
-        for (int64_t t = 0; t < tokens; t++) store(x + t * LANES, load(x + t * LANES) * splat(to_end[t]));
+        for (int64_t t = 0; t < tokens; t++) scale(x + t * LANES, to_end[t]);
         for (int64_t n = 0; n < N; n += ROWS) {
             const int rows = (int)least(N - n, ROWS);
-            v16 sums[ROWS] = {0};
-            for (int r = 0; r < rows && head.before; r++) sums[r] = load_part(head.before + (n + r) * P + p, count) * total;
+            float sums[ROWS * LANES] = {0};
+            for (int r = 0; r < rows && head.before; r++) {
+                copy_part(sums + r * LANES, head.before + (n + r) * P + p, count);
+                scale(sums + r * LANES, from_start[tokens - 1]);
+            }
             product(sums, rows, tokens, shared->Bt + n * CHUNK, CHUNK, x, LANES, LANES);
-            for (int r = 0; r < rows; r++) store_part(head.state + (n + r) * P + p, sums[r], count);
+            for (int r = 0; r < rows; r++) copy_part(head.state + (n + r) * P + p, sums + r * LANES, count);
         }
     }
 }
@@ -292,12 +279,3 @@ void ssd_scan(const Ssd *s, int threads) {
             }
         }
 }
-
-#ifdef SSD_MEASURED
-void ssd_recurrence(const Ssd *s, int threads) {
-    for (int64_t token = 0; token < s->batch * s->length; token++) steps_of_token(s, token);
-    for (int64_t w = 0; w < s->batch * s->heads; w++)
-        for (int64_t from = 0; from < s->length; from += CHUNK)
-            steps_of_head(s, w / s->heads, w % s->heads, from, least(s->length - from, CHUNK));
-}
-#endif
