@@ -159,7 +159,7 @@ def _declared(config: MambaConfig, stored: StoredConfig) -> MambaConfig:
         )
     if kind is None and stored.values.get("mixer_rms_eps") is not None:
         raise CheckpointError(
-            f"{stored.source}: model_type: expected 'falcon_mamba', as mixer_rms_eps is of no other family, found nothing"
+            f"{stored.source}: model_type: expected 'falcon_mamba', as only that has mixer_rms_eps, found nothing"
         )
     for key in ACTIVATIONS:
         activation = stored.values.get(key)
