@@ -24,6 +24,13 @@ from ssm_mp.modules.norm import NormForm
 _KEYS = Mamba2Keys("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "use_conv_bias", "use_bias")
 _ORIGINAL = Mamba2Keys("nheads", "headdim", "d_state", "ngroups", "d_conv", "conv_bias", "bias")
 
+BACKBONE = (
+    (r"^(?:backbone\.)?embeddings?\.weight$", "embedding.weight"),
+    (r"^(?:backbone\.)?norm_f\.", "norm."),
+    (r"^(?:backbone\.)?layers\.", "layers."),
+)
+"""Names under `backbone.`, of this family and those that are named after it."""
+
 
 class Mamba2Family(Family):
     """Mamba-2 without attention."""
@@ -32,11 +39,7 @@ class Mamba2Family(Family):
     model_types = ("mamba2",)
     mark = r"(?:backbone\.)?layers\.[0-9]+\.mixer\.(?:dt_bias|A_log)$"
     example = "layers.0.mixer.dt_bias"
-    aliases = (
-        (r"^(?:backbone\.)?embeddings?\.weight$", "embedding.weight"),
-        (r"^(?:backbone\.)?norm_f\.", "norm."),
-        (r"^(?:backbone\.)?layers\.", "layers."),
-    )
+    aliases = BACKBONE
 
     def recognises(self, names: Iterable[str]) -> bool:
         held = [re.sub(r"^backbone\.", "", name) for name in names]

@@ -9,11 +9,15 @@ from typing import Any
 
 from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
+from ssm_mp.families.falcon_h1 import FalconH1Family
+from ssm_mp.families.falcon_mamba import FalconMambaFamily
 from ssm_mp.families.family import Family
 from ssm_mp.families.granite import BambaFamily, GraniteFamily
 from ssm_mp.families.itera import IteraFamily
+from ssm_mp.families.jamba import JambaFamily
 from ssm_mp.families.mamba import MambaFamily
 from ssm_mp.families.mamba2 import Mamba2Family
+from ssm_mp.families.nemotron_h import NemotronHFamily
 from ssm_mp.files.shown import shown
 from ssm_mp.files.stored_config import StoredConfig
 
@@ -22,9 +26,13 @@ NOT_SUPPORTED = frozenset(("zamba", "zamba2", "recurrent_gemma", "rwkv", "xlstm"
 _ALL: tuple[Family, ...] = (
     MambaFamily(),
     IteraFamily(),
+    FalconMambaFamily(),
     Mamba2Family(),
+    NemotronHFamily(),
     GraniteFamily(),
+    JambaFamily(),
     BambaFamily(),
+    FalconH1Family(),
 )
 FAMILIES: dict[str, Family] = {family.word: family for family in _ALL}
 """By word, in the order in which files are held against them."""
