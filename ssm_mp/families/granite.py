@@ -19,7 +19,16 @@ from ssm_mp.config import Branch, Part
 from ssm_mp.families.experts import Arranged, arranged_experts, together
 from ssm_mp.families.family import Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
-from ssm_mp.families.mixers import LAYER, MAMBA_KEYS, attention_block, has_bias, head_width, mamba2_block, rotary_of
+from ssm_mp.families.mixers import (
+    LAYER,
+    MAMBA_KEYS,
+    attention_block,
+    has_bias,
+    head_width,
+    mamba2_block,
+    require_indices,
+    rotary_of,
+)
 from ssm_mp.families.said import Said
 from ssm_mp.families.shapes import Shapes
 from ssm_mp.files.stored_config import StoredConfig
@@ -130,7 +139,7 @@ class BambaFamily(Family):
         plain = FeedForward(d_model=d, d_hidden=width, activation="silu", gated=True, projection_bias=bias)
         forward = Branch("pre_ff_layernorm", norm, (Part("feed_forward", plain),))
         kinds = said.kinds(_MARKS, _WORDS, "layer_types")
-        _require_indices(said, kinds)
+        require_indices(said, "attn_layer_indices", [i for i, kind in enumerate(kinds) if kind == "attention"])
         said.layers()
         config = HybridConfig(
             word=self.word, vocabulary=said.size("vocab_size", said.shown(r"embedding\.weight", 0)), d_model=d,
@@ -141,11 +150,3 @@ class BambaFamily(Family):
 
     def config_from_json(self, values: dict[str, Any]) -> HybridConfig:
         return hybrid_from_json(self.word, values)
-
-
-def _require_indices(said: Said, kinds: tuple[str, ...]) -> None:
-    """Raise CheckpointError where the config's attention layers are not those of the tensors."""
-    value = said.stored.values.get("attn_layer_indices")
-    held = [i for i, kind in enumerate(kinds) if kind == "attention"]
-    if value is not None and (not isinstance(value, list | tuple) or sorted(value) != held):
-        raise said.stored.wrong("attn_layer_indices", f"{held}, as the tensors show", value)

@@ -6,6 +6,7 @@ Dimensions: `d` model, `H` heads, `P` channels of a head, `N` state, `G` groups,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssm_mp.blocks.attention import Attention
@@ -99,6 +100,10 @@ def attention_block(said: Said, at: str, d_model: int, rotary: Rotary | None, he
             f"heads of {width} that make the {keys} rows of k_proj",
             kv_heads,
         )
+    found = said.shown(inside + r"(?:o_proj|out_proj)\.weight", 1)
+    if found is not None:
+        expected = f"heads of {width} that make the {found} columns of the last projection"
+        said.require(found == heads * width, "num_attention_heads", expected, heads)
     biased = said.flag("attention_bias", False)
     return Attention(
         d_model=d_model, n_heads=heads, n_kv_heads=kv_heads, head_dim=width, rotary=rotary,
@@ -109,6 +114,21 @@ def attention_block(said: Said, at: str, d_model: int, rotary: Rotary | None, he
 def head_width(said: Said, d_model: int) -> int:
     """Dimensions of an attention head: what the config says, else d / heads."""
     return said.count("head_dim") or d_model // said.size("num_attention_heads")
+
+
+def refuse_windows(said: Said) -> None:
+    """Raise CheckpointError where a config asks for attention within a sliding window, which is not computed here."""
+    if said.flag("use_sliding_window", True):
+        said.refuse("sliding_window", "attention within a sliding window is not computed")
+    if said.stored.flag("use_sliding_window"):
+        said.refuse("use_sliding_window", "attention within a sliding window is not computed")
+
+
+def require_indices(said: Said, key: str, held: Sequence[int]) -> None:
+    """Raise CheckpointError where a config lists other layers than the tensors show, `held`, in whatever order."""
+    value = said.stored.values.get(key)
+    if value is not None and (not isinstance(value, list | tuple) or set(map(repr, value)) != set(map(repr, held))):
+        raise said.stored.wrong(key, f"{list(held)}, as the tensors show", value)
 
 
 def rotary_of(said: Said, head_dim: int, share: float = 1.0, theta: float = 10000.0) -> Rotary:

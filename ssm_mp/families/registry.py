@@ -12,8 +12,10 @@ from ssm_mp.errors import CheckpointError
 from ssm_mp.families.family import Family
 from ssm_mp.families.granite import BambaFamily, GraniteFamily
 from ssm_mp.families.itera import IteraFamily
+from ssm_mp.families.lfm2 import Lfm2Family, Lfm2MoeFamily
 from ssm_mp.families.mamba import MambaFamily
 from ssm_mp.families.mamba2 import Mamba2Family
+from ssm_mp.families.qwen import Qwen35Family, Qwen35MoeFamily, QwenNextFamily
 from ssm_mp.files.shown import shown
 from ssm_mp.files.stored_config import StoredConfig
 
@@ -25,6 +27,11 @@ _ALL: tuple[Family, ...] = (
     Mamba2Family(),
     GraniteFamily(),
     BambaFamily(),
+    Lfm2Family(),
+    Lfm2MoeFamily(),
+    QwenNextFamily(),
+    Qwen35Family(),
+    Qwen35MoeFamily(),
 )
 FAMILIES: dict[str, Family] = {family.word: family for family in _ALL}
 """By word, in the order in which files are held against them."""
