@@ -36,7 +36,7 @@ _FORWARD_NAMES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 _MIXER_KEYS = "conv_dim conv_dim_out conv_use_xavier_init num_heads theta use_pos_enc full_attn_idxs"
 _FORWARD_KEYS = """
 block_dim block_ff_dim block_mlp_init_scale block_norm_eps block_out_init_scale block_use_swiglu block_use_xavier_init
-block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim
+block_multiple_of block_ffn_dim_multiplier block_auto_adjust_ff_dim intermediate_size
 """
 """What configs of the first releases hold besides; transformers does not look at those that are not read here."""
 
