@@ -8,7 +8,7 @@ of heads with the same B and C, `K` convolution kernel, `W` channels of the conv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ssm_mp.checkpoints.folder import broken_link, read_content
-from ssm_mp.checkpoints.wrappers import Weights, find_weights
+from ssm_mp.checkpoints.wrappers import Weights, find_weights, holds_model
 from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
 from ssm_mp.families.family import Family
-from ssm_mp.families.registry import Recognised, config_to_json, recognise
+from ssm_mp.families.registry import Recognised, config_to_json, recognise, refuse_types
 from ssm_mp.families.stated import declares_untied
 from ssm_mp.files.packed import refuse_nested, refuse_unreadable, type_name
 from ssm_mp.files.shown import listed, shown_name
@@ -95,6 +95,7 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
     """The checkpoint that a content is. Raises CheckpointError without the path."""
     stored = content.config
     refuse_quantised(stored)
+    refuse_types(stored, others=not holds_model(content.values))
     weights = find_weights(content.values, wanted)
     refuse_nested({**weights.tensors, **weights.strangers})
     found = recognise(weights.tensors, stored)

@@ -21,6 +21,7 @@ Arranged = dict[str, tuple[str, Tensor]]
 """Canonical name → the canonical name that a tensor came under, and the tensor."""
 
 _ONE = re.compile(r"(layers\.[0-9]+\..*experts)\.(0|[1-9][0-9]{0,8})\.(.+)")
+_IN_MEMORY = re.compile(r"(layers\.[0-9]+\..*experts)\.(gate_up_proj|down_proj)(?:\.weight)?")
 
 
 def together(experts: int) -> bool:
@@ -28,13 +29,24 @@ def together(experts: int) -> bool:
     return experts > MOST_EACH
 
 
-def arranged_experts(tensors: Mapping[str, Tensor], stacked: str | None = None) -> Arranged:
+def arranged_experts(
+    tensors: Mapping[str, Tensor], stacked: str | None = None, gated: tuple[str, str, str] | None = None
+) -> Arranged:
     """Tensors as the default components have them.
 
     stacked: regular expression of names of tensors `[X, n, k]`, whose groups are what stands before and the
-    projection's name. Raises CheckpointError where the experts of a layer are unequal in number or shape.
+    projection's name. gated: the family's words for gate, up and down; then `experts.gate_up_proj` `[X, 2n, k]` and
+    `experts.down_proj` `[X, k, n]`, which transformers has in memory and some files hold, are read too.
+    Raises CheckpointError where the experts of a layer are unequal in number or shape.
     """
     found: Arranged = {}
+    if gated is not None:
+        found = _apart(tensors, *gated)
+        under = {name for name, _ in found.values()}
+        twice = next((name for name in found if name in tensors and found[name][0] != name), None)
+        if twice is not None:
+            raise CheckpointError(f"{found[twice][0]!r} and {twice!r} hold the same experts; keep one of them")
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in under}
     apart: dict[tuple[str, str], dict[int, str]] = {}
     for name, tensor in tensors.items():
         one = _ONE.fullmatch(name)
@@ -59,6 +71,25 @@ def arranged_experts(tensors: Mapping[str, Tensor], stacked: str | None = None) 
             found[f"{at}.{leaf}"] = (members[min(members)], torch.cat(parts))
         else:
             found |= {name: (name, tensors[name]) for name in members.values()}
+    return found
+
+
+def _apart(tensors: Mapping[str, Tensor], gate: str, up: str, down: str) -> Arranged:
+    """What tensors of all experts of a layer, as transformers has them in memory, are as the default components."""
+    found: Arranged = {}
+    for name, tensor in tensors.items():
+        match = _IN_MEMORY.fullmatch(name)
+        if match is None or tensor.dim() != 3:
+            continue
+        pieces = {down: tensor}
+        if match[2] == "gate_up_proj":
+            half = tensor.shape[1] // 2
+            pieces = {gate: tensor[:, :half], up: tensor[:, half:]}
+        for leaf, piece in pieces.items():
+            if together(tensor.shape[0]):
+                found[f"{match[1]}.{leaf}.weight"] = (name, piece.flatten(0, 1))
+            else:
+                found |= {f"{match[1]}.{e}.{leaf}.weight": (name, part) for e, part in enumerate(piece.unbind())}
     return found
 
 

@@ -14,8 +14,7 @@ from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.config import Branch, Part
 from ssm_mp.errors import CheckpointError
-from ssm_mp.families.family import Family
-from ssm_mp.families.granite import OUTER
+from ssm_mp.families.family import OUTER, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
 from ssm_mp.families.mixers import (
     LAYER,

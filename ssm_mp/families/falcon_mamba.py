@@ -11,9 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from ssm_mp.config import Branch, Part
-from ssm_mp.families.family import Family
+from ssm_mp.families.family import BACKBONE, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
-from ssm_mp.families.mamba2 import BACKBONE
 from ssm_mp.families.mixers import LAYER, Mamba1Keys, mamba1_block
 from ssm_mp.families.said import Said
 from ssm_mp.families.shapes import Shapes

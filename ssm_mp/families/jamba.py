@@ -18,8 +18,7 @@ from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.routing import Routing
 from ssm_mp.config import Branch, Part
 from ssm_mp.families.experts import Arranged, arranged_experts, together
-from ssm_mp.families.family import Family
-from ssm_mp.families.granite import OUTER
+from ssm_mp.families.family import OUTER, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
 from ssm_mp.families.mixers import LAYER, Mamba1Keys, attention_block, mamba1_block
 from ssm_mp.families.said import Said

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssm_mp.config import Branch, Part
 from ssm_mp.errors import CheckpointError
-from ssm_mp.families.family import Family
+from ssm_mp.families.family import BACKBONE, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
 from ssm_mp.families.mixers import Mamba2Keys, mamba2_block
 from ssm_mp.families.said import Said
@@ -23,13 +23,6 @@ from ssm_mp.modules.norm import NormForm
 
 _KEYS = Mamba2Keys("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "use_conv_bias", "use_bias")
 _ORIGINAL = Mamba2Keys("nheads", "headdim", "d_state", "ngroups", "d_conv", "conv_bias", "bias")
-
-BACKBONE = (
-    (r"^(?:backbone\.)?embeddings?\.weight$", "embedding.weight"),
-    (r"^(?:backbone\.)?norm_f\.", "norm."),
-    (r"^(?:backbone\.)?layers\.", "layers."),
-)
-"""Names under `backbone.`, of this family and those that are named after it."""
 
 
 class Mamba2Family(Family):

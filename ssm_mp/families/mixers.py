@@ -7,6 +7,7 @@ channels (I + 2·G·N).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssm_mp.blocks.attention import Attention
@@ -19,6 +20,9 @@ from ssm_mp.files.shown import shown
 from ssm_mp.modules.norm import NormForm
 
 LAYER = r"layers\.[0-9]+\."
+MARKS = {"mamba": r"mamba\.", "attention": r"self_attn\."}
+WORDS = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention", "full_attention": "attention"}
+"""Kinds of layers of Granite and Bamba: by the tensors in them, and by what configs old and new call them."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,21 @@ def _width(said: Said, heads: int, kv_heads: int, keys: int | None, inner: int |
 def head_width(said: Said, d_model: int) -> int:
     """Dimensions of an attention head: what the config says, else d / heads."""
     return said.count("head_dim") or d_model // said.size("num_attention_heads")
+
+
+def refuse_windows(said: Said) -> None:
+    """Raise CheckpointError where a config asks for attention within a sliding window, which is not computed here."""
+    if said.flag("use_sliding_window", True):
+        said.refuse("sliding_window", "attention within a sliding window is not computed")
+    if said.stored.flag("use_sliding_window"):
+        said.refuse("use_sliding_window", "attention within a sliding window is not computed")
+
+
+def require_indices(said: Said, key: str, held: Sequence[int]) -> None:
+    """Raise CheckpointError where a config lists other layers than the tensors show, `held`, in whatever order."""
+    value = said.stored.values.get(key)
+    if value is not None and (not isinstance(value, list | tuple) or set(map(repr, value)) != set(map(repr, held))):
+        raise said.stored.wrong(key, f"{list(held)}, as the tensors show", value)
 
 
 def rotary_of(said: Said, head_dim: int, share: float = 1.0, theta: float = 10000.0) -> Rotary:

@@ -20,9 +20,8 @@ from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.blocks.routing import Routing
 from ssm_mp.config import Branch, Part
 from ssm_mp.families.experts import Arranged, arranged_experts, together
-from ssm_mp.families.family import Family
+from ssm_mp.families.family import BACKBONE, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
-from ssm_mp.families.mamba2 import BACKBONE
 from ssm_mp.families.mixers import LAYER, Mamba2Keys, attention_block, biased, has_bias, mamba2_block
 from ssm_mp.families.said import Said
 from ssm_mp.families.shapes import Shapes

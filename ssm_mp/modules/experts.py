@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.linear import Linear
-from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.precisions.stored import Stored
 
 
 class EachExpert(nn.Module):

@@ -325,8 +325,10 @@ _LFM2_MOE = _cases(
 )  # fmt: skip
 _DELTA = {
     "head_dim": 16, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 10, "linear_value_head_dim": 14,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-4,
 }  # fmt: skip
+"""With an epsilon of 1e-6 the mixers' norms magnify the rounding of heads that nearly vanish a thousandfold, here and
+in transformers alike (both held against float64); then no two ways to add up agree to 1e-5."""
 _QWEN3_NEXT = _cases(
     "qwen3_next", "Qwen3NextForCausalLM",
     {
@@ -351,24 +353,43 @@ def _qwen3_5_text(**options: Any) -> Callable[[], PreTrainedModel]:
     return _made("Qwen3_5ForCausalLM", "Qwen3_5TextConfig", {**_QWEN3_5_TEXT_OPTIONS, **options})
 
 
-def _qwen3_5() -> Callable[[], PreTrainedModel]:
+_STRETCHED = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32,
+    "partial_rotary_factor": 0.5,
+}  # fmt: skip
+_QWEN3_5_MOE_OPTIONS = {
+    **_QWEN3_5_TEXT_OPTIONS, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40, "num_experts": 5,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
+del _QWEN3_5_MOE_OPTIONS["intermediate_size"]
+
+
+def _qwen3_5_moe_text(**options: Any) -> Callable[[], PreTrainedModel]:
+    return _made("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", {**_QWEN3_5_MOE_OPTIONS, **options})
+
+
+def _qwen3_5(kind: str, text: Mapping[str, Any]) -> Callable[[], PreTrainedModel]:
     """The folder of the hub: text and vision in one. Text goes through it as through the text model alone."""
     vision = {
         "depth": 1, "hidden_size": 16, "intermediate_size": 20, "num_heads": 2, "out_hidden_size": 48, "patch_size": 4,
         "num_position_embeddings": 16,
     }  # fmt: skip
     options = {
-        "text_config": dict(_QWEN3_5_TEXT_OPTIONS), "vision_config": vision,
+        "text_config": dict(text), "vision_config": vision,
         "image_token_id": 96, "video_token_id": 97, "vision_start_token_id": 98, "vision_end_token_id": 99,
     }  # fmt: skip
-    return _made("Qwen3_5ForConditionalGeneration", "Qwen3_5Config", options)
+    return _made(f"{kind}ForConditionalGeneration", f"{kind}Config", options)
 
 
 _QWEN3_5 = [
     Case("qwen3_5_text/plain", "qwen3_5_text", _qwen3_5_text()),
     Case("qwen3_5_text/tied", "qwen3_5_text", _qwen3_5_text(tie_word_embeddings=True, attention_bias=True)),
     Case("qwen3_5_text/interval-2", "qwen3_5_text", _qwen3_5_text(full_attention_interval=2, linear_num_value_heads=2)),
-    Case("qwen3_5/text-and-vision", "qwen3_5", _qwen3_5()),
+    Case("qwen3_5_text/stretched", "qwen3_5_text", _qwen3_5_text(rope_parameters=_STRETCHED)),
+    Case("qwen3_5/text-and-vision", "qwen3_5", _qwen3_5("Qwen3_5", _QWEN3_5_TEXT_OPTIONS)),
+    Case("qwen3_5_moe_text/plain", "qwen3_5_moe_text", _qwen3_5_moe_text()),
+    Case("qwen3_5_moe_text/many-experts", "qwen3_5_moe_text", _qwen3_5_moe_text(num_experts=18, num_experts_per_tok=4)),
+    Case("qwen3_5_moe/text-and-vision", "qwen3_5_moe", _qwen3_5("Qwen3_5Moe", _QWEN3_5_MOE_OPTIONS)),
 ]
 
 CASES: tuple[Case, ...] = (
