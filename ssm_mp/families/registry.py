@@ -20,8 +20,8 @@ from ssm_mp.files.shown import shown
 from ssm_mp.files.stored_config import StoredConfig
 
 _NOT_SUPPORTED = """
-zamba zamba2 recurrent_gemma rwkv rwkv6 rwkv7 xlstm mamba3 olmo_hybrid minimax kimi_linear bailing_hybrid nemotron_h_omni
-lfm2_vl lfm3 lfm3_vl qwen4_exp qwen4_exp_text
+zamba zamba2 recurrent_gemma rwkv rwkv6 rwkv7 xlstm mamba3 olmo_hybrid minimax kimi_linear bailing_hybrid
+nemotron_h_omni lfm2_vl lfm3 lfm3_vl qwen4_exp qwen4_exp_text
 """
 NOT_SUPPORTED = frozenset(_NOT_SUPPORTED.split())
 """Model types that are known, and refused by name."""
