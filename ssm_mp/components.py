@@ -15,7 +15,7 @@ from ssm_mp.scheme import ActivationScheme
 
 ALWAYS_PINNED = frozenset({"A_log", "D"})
 """Kinds that stay fp16 in every study."""
-DEFAULT_PINNED = frozenset({"norm", "router", "correction_bias", "dt_bias", "B", "C"})
+DEFAULT_PINNED = frozenset({"norm", "router", "token_gate", "correction_bias", "dt_bias", "B", "C"})
 """Kinds that stay fp16 unless a study lifts the pin."""
 
 Pin = Literal["always", "default"]

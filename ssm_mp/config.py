@@ -10,7 +10,7 @@ is quantised; the checkpoint reader, the component list, the converter and the a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -71,6 +71,10 @@ class Config(ABC):
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values, without the family."""
+
+    def rebuilt(self, change: Callable[[Block], Block]) -> Config:
+        """The same with other blocks, in families that have a choice of them; in others it stays as it is."""
+        return self
 
     def replaced(self, **changes: Any) -> Self:
         """The same with other values of some fields."""

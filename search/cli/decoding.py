@@ -151,9 +151,10 @@ def _opened(path: Path, device: torch.device, weights: str | None = None) -> tup
 def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.device) -> LanguageModel:
     """The study's FP32 model. Raises StudyError where `model`, read from `path`, is no version of it."""
     from search.base.errors import StudyError
+    from ssm_mp.conversion.regroup import same_model
 
     fp32, _ = _opened(spec.checkpoint_path, device, spec.checkpoint.weights)
-    if model.config.replaced(embedding_blocks=()) != fp32.config.replaced(embedding_blocks=()):
+    if not same_model(model.config, fp32.config):
         raise StudyError(
             f"{path} is no version of {spec.checkpoint_path}, the checkpoint of {spec.path}: their sizes differ; give "
             "the study that it was converted in"

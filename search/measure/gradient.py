@@ -37,6 +37,7 @@ from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import FloatArray
 from ssm_mp.model import LanguageModel, assemble, differentiable_scans
 from ssm_mp.modules.embedding import Embedding
+from ssm_mp.modules.experts import ExpertsLinear
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.linear import Linear
 from ssm_mp.precisions.stored import FloatTensor, Stored
@@ -184,7 +185,7 @@ def _input_quantizers(workspace: Workspace, component: Component) -> dict[str, I
     found: dict[str, InputQuantizer] = {}
     for precision in workspace.space.choices[component.name]:
         module = workspace.converter.module(component, precision)
-        if isinstance(module, Linear | Embedding) and module.inputs is not None:
+        if isinstance(module, Linear | Embedding | ExpertsLinear) and module.inputs is not None:
             found[precision] = module.inputs
     return found
 
@@ -192,7 +193,7 @@ def _input_quantizers(workspace: Workspace, component: Component) -> dict[str, I
 def _watcher(name: str, quantizers: dict[str, InputQuantizer], scores: _Scores) -> Watcher:
     """Adds ∇_x L_w · dx of one product, summed over tokens, to its component's score."""
 
-    def watch(x: Tensor) -> Tensor:
+    def watch(x: Tensor, *expert: int) -> Tensor:
         if not torch.is_grad_enabled():
             return x
         # a tensor of this product's own: its gradient leaves out what else is done with x

@@ -66,8 +66,10 @@ class PrecisionSection(_Section):
     pin: tuple[str, ...] = ()
     unpin: tuple[str, ...] = ()
     embedding_blocks: tuple[int, ...] = ()
+    experts: Literal["each", "together"] | None = None
+    split: tuple[Literal["in_proj"], ...] = ()
 
-    @field_validator("choices", "pin", "unpin", "embedding_blocks", mode="before")
+    @field_validator("choices", "pin", "unpin", "embedding_blocks", "split", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value

@@ -17,9 +17,10 @@ from search.problem.spec import STDLIB, StudySpec
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
-from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.conversion.calibrate import calibrate, hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
+from ssm_mp.conversion.regroup import regrouped
 from ssm_mp.data import (
     BYTES,
     Pool,
@@ -37,6 +38,7 @@ from ssm_mp.data import (
 )
 from ssm_mp.data.corpus import Part, stdlib_documents
 from ssm_mp.evaluation.memory import keep_freed_memory
+from ssm_mp.files.shown import listed
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.model import LanguageModel, build
@@ -105,7 +107,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     """
     keep_freed_memory()
     device = check_device(spec.search.device)
-    checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
+    checkpoint = study_checkpoint(spec)
     for note in checkpoint.notes:
         say(f"note: {note}")
     model = build(checkpoint.config, checkpoint.tensors).to(device)
@@ -118,11 +120,20 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     if scheme.activations == "static":
         say(f"calibrating on {len(splits.calibration)} windows ({spec.data.calibration})")
         statistics = calibrate(model, splits.calibration)
+        few = hardly_reached(statistics)
+        if few:
+            say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
     converter = Converter(model, scheme, statistics)
     space = make_space(converter, spec.precision.choices, pins)
     for (name, precision), reason in space.infeasible.items():
         say(f"note: {name} is never {precision}: {reason}")
     return Workspace(spec, checkpoint, model, splits, converter, space)
+
+
+def study_checkpoint(spec: StudySpec) -> Checkpoint:
+    """The checkpoint that a study names, its components as the study asks for."""
+    checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
+    return regrouped(checkpoint, spec.precision.experts, spec.precision.split)
 
 
 def _extra_pins(spec: StudySpec, model: LanguageModel) -> frozenset[str]:

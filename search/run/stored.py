@@ -14,10 +14,10 @@ from search.base.front import Point, pareto_front
 from search.measure.probe import GRADIENT, Probe, probe_from_stored
 from search.problem.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
 from search.problem.spec import StudySpec
+from search.problem.workspace import study_checkpoint
 from search.results.certify import Certificate, standing_certificate
 from search.run.finish import draw
 from search.trials.read_back import points
-from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.conversion.embedding_blocks import with_blocks
 
@@ -46,7 +46,7 @@ def stored_probes(run: RunDirectory, gradient: bool) -> list[Probe]:
 
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     """Draw the pictures again. Raises StudyError where the checkpoint is not the one that was searched."""
-    checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
+    checkpoint = study_checkpoint(spec)
     require_same(run.fingerprint(), {"checkpoint": checkpoint.digest}, str(run.path))
     blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())

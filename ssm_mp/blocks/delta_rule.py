@@ -100,7 +100,7 @@ class DeltaRuleMixing(Mixing):
         return self.out_proj(gated), (inputs, last)
 
     def _projected(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values `[b, l, C]`, gate `[b, l, Hm]`, and before activation β and decay `[b, l, H]`."""
+        """Queries, keys and values `[b, l, C]`, the gate `[b, l, Hm]`, what β and the decay come from `[b, l, H]`."""
         projected = [projection(u) for projection in self.in_projs]
         if len(projected) == 4:
             qkv, z, b, a = projected

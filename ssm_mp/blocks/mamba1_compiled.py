@@ -43,6 +43,11 @@ class Branch:
         return (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
 
 
+def knows(module: nn.Module) -> bool:
+    """Whether the kernels read this component's weight as it is stored."""
+    return isinstance(module, Linear | Embedding) and module.matrix() is not None
+
+
 class Held:
     """Copies of tensors that structures point to: they live as long as this does."""
 

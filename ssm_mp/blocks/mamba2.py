@@ -8,11 +8,10 @@ of heads with the same B and C, `K` convolution kernel, `W` channels of the conv
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
@@ -25,14 +24,16 @@ from ssm_mp.modules.unpacked import Unpacked
 PIECES = ("z", "x", "B", "C", "dt")
 """What in_proj gives, in the order of its rows."""
 
+_NORM = NormForm(1e-5)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mamba2(Block):
     """Projection, convolution, scan with one step and one decay a head, gated norm, projection.
 
     out_bias: out_proj has a bias (Falcon-H1 says so apart from in_proj's).
-    dt_limits: the least and the greatest step; None: no greatest one. They hold for every token. transformers has them
-    where it takes many tokens at once, not where it decodes one after another.
+    dt_limits: the least and the greatest step; None: no greatest one. They hold for every token; transformers forgets
+    them where it decodes one token after another.
     gate: whether the gate comes before the norm or after it, or there is no norm.
     norm_form, norm_groups: the norm, over each of so many groups of neighbouring channels by itself.
     multipliers: of what in_proj gives: z, x, B, C and dt (Falcon-H1).
@@ -53,7 +54,7 @@ class Mamba2(Block):
     out_bias: bool = False
     dt_limits: Limits = (0.0, None)
     gate: Literal["gate_first", "norm_first", "no_norm"] = "gate_first"
-    norm_form: NormForm = field(default_factory=lambda: NormForm(1e-5))
+    norm_form: NormForm = _NORM
     norm_groups: int = 1
     multipliers: tuple[float, float, float, float, float] | None = None
     split: bool = False
@@ -146,7 +147,7 @@ class Mamba2Mixing(Mixing):
     def _gated(self, y: Tensor, z: Tensor) -> Tensor:
         """`y [b, l, I]`, normalised and gated by `z [b, l, I]`."""
         if self.block.gate == "no_norm":
-            return y * F.silu(z)
+            return gated_norm(y, z, None)
         norm = self.norm
         assert isinstance(norm, Norm)
         return gated_norm(y, z, norm.factors(), self.block.norm_groups, norm.eps, self.block.gate)

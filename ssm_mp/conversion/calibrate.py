@@ -16,6 +16,7 @@ from ssm_mp.components import find_components
 from ssm_mp.data import Windows
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.modules.experts import ExpertsForm
 from ssm_mp.precisions.quantize import histogram_scale
 from ssm_mp.scheme import ScaleRule
 
@@ -25,10 +26,14 @@ _BATCH = 8
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """Magnitudes of the inputs of one component: the largest, and a histogram over `[0, largest]` (float64)."""
+    """Magnitudes of the inputs of one component: the largest, and a histogram over `[0, largest]` (float64).
+
+    tokens: how many reached it; of experts that are one component, how many reached each.
+    """
 
     largest: float
     counts: Tensor
+    tokens: tuple[int, ...] = ()
 
     def scale(self, rule: ScaleRule) -> Tensor:
         """Static input scale, float16 `[1]`. Raises InfeasibleError where nothing ever reached the component."""
@@ -41,8 +46,9 @@ Statistics = Mapping[str, InputStatistics]
 """Component name → statistics of its inputs, for every component that multiplies inputs."""
 
 
-Watcher = Callable[[Tensor], Tensor]
-"""Sees the inputs `[..., k]` of a product; what it returns, the same values, is what is multiplied."""
+Watcher = Callable[..., Tensor]
+"""Sees the inputs `[..., k]` of a product, and the expert's number where experts are one component; what it returns,
+the same values, is what is multiplied."""
 
 
 class _Observed(nn.Module):
@@ -53,8 +59,9 @@ class _Observed(nn.Module):
         self.inner = inner
         self.see = see
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.inner(self.see(x))
+    def forward(self, x: Tensor, *expert: int) -> Tensor:
+        """expert: its number, where experts are one component."""
+        out: Tensor = self.inner(self.see(x, *expert), *expert)
         return out
 
 
@@ -65,7 +72,7 @@ class _ObservedHead(_Observed):
         super().__init__(inner, see)
         self.block_of = inner.block_of
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *expert: int) -> Tensor:
         out: Tensor = self.inner(x)
         return out
 
@@ -79,11 +86,14 @@ def calibrate(model: LanguageModel, windows: Windows) -> dict[str, InputStatisti
 
     The model is left as it is; the passes run on one that shares its modules.
     """
-    names = [component.name for component in find_components(model) if component.multiplies_inputs]
+    observed_ones = [component for component in find_components(model) if component.multiplies_inputs]
+    names = [component.name for component in observed_ones]
     largest = dict.fromkeys(names, 0.0)
+    tokens = {c.name: [0] * (c.form.count if isinstance(c.form, ExpertsForm) else 1) for c in observed_ones}
 
     def see_range(name: str) -> Watcher:
-        def see(x: Tensor) -> Tensor:
+        def see(x: Tensor, expert: int = 0) -> Tensor:
+            tokens[name][expert] += x.numel() // x.shape[-1]
             if x.numel():
                 largest[name] = max(largest[name], x.abs().max().item())
             return x
@@ -94,7 +104,7 @@ def calibrate(model: LanguageModel, windows: Windows) -> dict[str, InputStatisti
     counts = {name: torch.zeros(_BINS, dtype=torch.float64) for name in names}
 
     def see_histogram(name: str) -> Watcher:
-        def see(x: Tensor) -> Tensor:
+        def see(x: Tensor, expert: int = 0) -> Tensor:
             if x.numel():
                 found = torch.histc(x.abs().float(), bins=_BINS, min=0.0, max=max(largest[name], 1e-30))
                 counts[name] += found.double().cpu()
@@ -103,7 +113,22 @@ def calibrate(model: LanguageModel, windows: Windows) -> dict[str, InputStatisti
         return see
 
     _run(observed(model, {name: see_histogram(name) for name in names}), windows)
-    return {name: InputStatistics(largest[name], counts[name]) for name in names}
+    return {name: InputStatistics(largest[name], counts[name], tuple(tokens[name])) for name in names}
+
+
+FEW_TOKENS = 64
+"""Tokens of calibration below which an expert's range is hardly known."""
+
+
+def hardly_reached(statistics: Statistics) -> list[str]:
+    """Experts that calibration hardly reached, with how many tokens did: one line each, the fewest first."""
+    most = max((sum(one.tokens) for one in statistics.values()), default=0)
+    found = []
+    for name, one in statistics.items():
+        for e, count in enumerate(one.tokens):
+            if count < min(FEW_TOKENS, most):
+                found.append((count, name if len(one.tokens) == 1 else f"{name} (expert {e})"))
+    return [f"{name}: {count} tokens" for count, name in sorted(found)]
 
 
 def observed(

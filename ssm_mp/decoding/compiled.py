@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.blocks.mamba1 import Mamba1, Mamba1Mixing
-from ssm_mp.blocks.mamba1_compiled import Held
+from ssm_mp.blocks.mamba1_compiled import Branch, Held, knows
 from ssm_mp.config import Config
 from ssm_mp.kernels import calls, decoding, matrices
 from ssm_mp.model import LanguageModel, Layer, LayerState, Residual
@@ -49,11 +49,14 @@ class CompiledDecoder:
     @classmethod
     def of(cls, model: LanguageModel, states: Sequence[LayerState], position: int) -> CompiledDecoder | None:
         """A session that goes on from `states`; None where there is no compiled way: other blocks than Mamba-1's, not
-        on a CPU, no compiler, or more sequences than it is good for."""
+        on a CPU, no compiler, more sequences than it is good for, or a precision that the kernels do not know."""
         if _only_block(model.config) is None:
             return None
         held = [tensor for layer in states for state in layer for tensor in state]
         if held[0].shape[0] > MOST_SEQUENCES or not calls.usable(*held):
+            return None
+        projections = (part for layer in model.layers for part in _branch(layer).projections)
+        if not all(knows(part) for part in (*projections, *_heads(model))):
             return None
         return cls(model, states, position)
 
@@ -69,14 +72,19 @@ class CompiledDecoder:
             return self._logits.clone()
 
     def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
-        assert isinstance(layer, Layer)
-        (residual,) = layer.branches
-        assert isinstance(residual, Residual)
-        (mixing,) = residual.mixings
-        assert isinstance(mixing, Mamba1Mixing)
-        found = self._held.layer(mixing.branch(residual.norm), many=False)
+        found = self._held.layer(_branch(layer), many=False)
         found.conv, found.state = (self._held.floats(tensor) for tensor in state[0])
         return found
+
+
+def _branch(layer: nn.Module) -> Branch:
+    """The components of a layer that is one Mamba-1 mixer."""
+    assert isinstance(layer, Layer)
+    (residual,) = layer.branches
+    assert isinstance(residual, Residual)
+    (mixing,) = residual.mixings
+    assert isinstance(mixing, Mamba1Mixing)
+    return mixing.branch(residual.norm)
 
 
 def _only_block(config: Config) -> Mamba1 | None:

@@ -21,14 +21,15 @@ from torch import Tensor, nn
 
 from ssm_mp.blocks.block import State
 from ssm_mp.components import Component, find_components
-from ssm_mp.config import Branch, Config
+from ssm_mp.config import Config
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
 from ssm_mp.evaluation.evaluate import Evaluation, require_finite, window_nll
 from ssm_mp.evaluation.parallel import in_parallel
 from ssm_mp.model import LanguageModel, Layer, Residual, Scorer, assemble
-from ssm_mp.modules.value import ValueForm
+from ssm_mp.modules.convolution import ConvolutionForm
+from ssm_mp.modules.linear import LinearForm
 from ssm_mp.precision_map import PrecisionMap
 
 Outcome = Evaluation | EvaluationError | InfeasibleError
@@ -186,49 +187,43 @@ def _layers(
 ) -> list[nn.Module]:
     """The layers of a stack; `acting` are the components of each, `owners` a map for each of its rows.
 
-    Components that take tokens apart are split each for itself. Experts gather their tokens from all rows, so rows
-    that differ in any of them are split before; a branch whose rows differ in a bare value (B or C of the `itera`
-    family, a correction bias), which takes part in what all rows do, is split as a whole.
+    Projections, convolutions and the norms of branches take tokens apart and are split each for itself. A block whose
+    rows differ in anything else is split as a whole: in values that take part in what all rows do (B and C of the
+    `itera` family), in norms that a block may compute with its gate, or in experts, which gather tokens from all rows.
     """
-    modules = {c.name: models[0].component(c.name) for c in find_components(models[0])}
-    for components, own in zip(acting, owners, strict=True):
-        for component in components:
-            if not _agree(held, own, [component]) and not isinstance(component.form, ValueForm):
-                modules[component.name] = Split([models[m].component(component.name) for m in own], device)
     config = models[0].config
-    layers = list(assemble(config, modules).layers)
+    modules = {c.name: models[0].component(c.name) for c in find_components(models[0])}
+    whole: list[tuple[int, int, int, list[int]]] = []  # layer, branch and part, and a map for each row
     for i, (components, own) in enumerate(zip(acting, owners, strict=True)):
+        apart = {component.name for component in components}
         for k, branch in enumerate(config.branches[i]):
-            inside = _within(components, branch, i)
-            bare = [c for c in inside if isinstance(c.form, ValueForm)]
-            if not _agree(held, own, bare):
-                alike = _first_alike(held, own, inside)
-                _branches(layers[i])[k] = Split([_branches(models[m].layers[i])[k] for m in alike], device)
-                continue
             for j, part in enumerate(branch.parts):
-                gathering = [c for c in inside if c.name.startswith(f"layers.{i}.{part.name}.")]
-                if part.block.gathers_tokens and not _agree(held, own, gathering):
-                    alike = _first_alike(held, own, gathering)
-                    outputs = {m: _Output(_mixings(models[m].layers[i], k)[j]) for m in alike}
-                    _mixings(layers[i], k)[j] = _Stateless(Split([outputs[m] for m in alike], device))
+                names = {parameter.component for parameter in part.block.parameters(f"layers.{i}.{part.name}", i)}
+                inside = [c for c in components if c.name in names]
+                together = [c for c in inside if part.block.gathers_tokens or not _is_called(c)]
+                if not _agree(held, own, together):
+                    whole.append((i, k, j, _first_alike(held, own, inside)))
+                    apart -= names
+        for component in components:
+            if component.name in apart and not _agree(held, own, [component]):
+                modules[component.name] = Split([models[m].component(component.name) for m in own], device)
+    layers: list[nn.Module] = list(assemble(config, modules).layers)
+    for i, k, j, alike in whole:
+        outputs = {m: _Output(_mixings(models[m].layers[i], k)[j]) for m in alike}
+        _mixings(layers[i], k)[j] = _Stateless(Split([outputs[m] for m in alike], device))
     return layers
 
 
-def _branches(layer: nn.Module) -> nn.ModuleList:
-    assert isinstance(layer, Layer)
-    return layer.branches
-
-
 def _mixings(layer: nn.Module, branch: int) -> nn.ModuleList:
-    residual = _branches(layer)[branch]
+    assert isinstance(layer, Layer)
+    residual = layer.branches[branch]
     assert isinstance(residual, Residual)
     return residual.mixings
 
 
-def _within(components: Sequence[Component], branch: Branch, layer: int) -> list[Component]:
-    """The components of a branch among those of its layer."""
-    names = [f"layers.{layer}.{name}" for name in (branch.norm_name, *(part.name for part in branch.parts))]
-    return [c for c in components if any(c.name == name or c.name.startswith(f"{name}.") for name in names)]
+def _is_called(component: Component) -> bool:
+    """Whether a block only ever calls it with tokens, so that another module can stand in its place."""
+    return isinstance(component.form, LinearForm | ConvolutionForm)
 
 
 class _Output(nn.Module):

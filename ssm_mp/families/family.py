@@ -16,6 +16,18 @@ from ssm_mp.config import Config
 from ssm_mp.families.shapes import Shapes
 from ssm_mp.files.stored_config import StoredConfig
 
+BACKBONE = (
+    (r"^(?:backbone\.)?embeddings?\.weight$", "embedding.weight"),
+    (r"^(?:backbone\.)?norm_f\.", "norm."),
+    (r"^(?:backbone\.)?layers\.", "layers."),
+)
+"""Names under `backbone.`, as the Mambas of Hugging Face and those named after them have them."""
+OUTER = (
+    (r"^embed_tokens\.", "embedding."),
+    (r"^(?:final_layernorm|norm)\.", "norm."),
+)
+"""Names of what stands around the layers, in most families."""
+
 
 class Family(ABC):
     """One model family. Instances have no state."""

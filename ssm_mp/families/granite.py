@@ -1,4 +1,4 @@
-"""Families `granitemoehybrid` (Granite 4.0 H) and `bamba`: Mamba-2 or attention, then a feed-forward, in every layer.
+"""Family `granitemoehybrid` (Granite 4.0 H): Mamba-2 or attention, then a feed-forward or experts, in every layer.
 
 Dimensions: `V` vocabulary, `d` model, `X` experts.
 """
@@ -17,30 +17,22 @@ from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.routing import Routing
 from ssm_mp.config import Branch, Part
 from ssm_mp.families.experts import Arranged, arranged_experts, together
-from ssm_mp.families.family import Family
+from ssm_mp.families.family import OUTER, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
 from ssm_mp.families.mixers import (
     LAYER,
     MAMBA_KEYS,
+    MARKS,
+    WORDS,
     attention_block,
-    has_bias,
     head_width,
     mamba2_block,
-    require_indices,
     rotary_of,
 )
 from ssm_mp.families.said import Said
 from ssm_mp.families.shapes import Shapes
 from ssm_mp.files.stored_config import StoredConfig
 from ssm_mp.modules.norm import NormForm
-
-OUTER = (
-    (r"^embed_tokens\.", "embedding."),
-    (r"^(?:final_layernorm|norm)\.", "norm."),
-)
-"""Names of what stands around the layers, in most families."""
-_MARKS = {"mamba": r"mamba\.", "attention": r"self_attn\."}
-_WORDS = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention", "full_attention": "attention"}
 
 
 class GraniteFamily(Family):
@@ -68,7 +60,7 @@ class GraniteFamily(Family):
         rotary = rotary_of(said, head_width(said, d)) if positions == "rope" else None
         scale = said.number("attention_multiplier", 1.0)
         attention = replace(attention_block(said, "self_attn", d, rotary), scale=scale)
-        kinds = said.kinds(_MARKS, _WORDS, "layer_types")
+        kinds = said.kinds(MARKS, WORDS, "layer_types")
         mamba = mamba2_block(said, MAMBA_KEYS, "mamba", d, norm.eps, groups=None) if "mamba" in kinds else attention
         mixers = {"mamba": Part("mamba", mamba), "attention": Part("self_attn", attention)}
         forward = Branch("post_attention_layernorm", norm, self._forward(said, d), residual)
@@ -100,53 +92,6 @@ class GraniteFamily(Family):
             names=(("router", "router.layer"),),
         )  # fmt: skip
         return Part("block_sparse_moe", experts), shared
-
-    def config_from_json(self, values: dict[str, Any]) -> HybridConfig:
-        return hybrid_from_json(self.word, values)
-
-
-class BambaFamily(Family):
-    """Bamba."""
-
-    word = "bamba"
-    model_types = ("bamba",)
-    mark = GraniteFamily.mark
-    example = "model.layers.0.mamba.dt_bias"
-    aliases = OUTER
-
-    def recognises(self, names: Iterable[str]) -> bool:
-        held = list(names)
-        both = {name.split(".")[1] for name in held if ".mamba." in name} & {
-            name.split(".")[1] for name in held if ".self_attn." in name
-        }
-        return (
-            any(re.match(self.mark, name) for name in held)
-            and not both
-            and any(re.match(LAYER + r"feed_forward\.gate_proj\.", name) for name in held)
-        )
-
-    def config(self, shapes: Shapes, stored: StoredConfig) -> tuple[HybridConfig, tuple[str, ...]]:
-        said = Said(stored, shapes)
-        d = said.size("hidden_size", said.shown(LAYER + r"input_layernorm\.weight", 0))
-        norm = NormForm(said.number("rms_norm_eps", 1e-5, most=1.0))
-        said.activation()
-        # transformers turns half of each head, whatever else is said
-        attention = attention_block(said, "self_attn", d, rotary_of(said, head_width(said, d), share=0.5))
-        mamba = mamba2_block(said, MAMBA_KEYS, "mamba", d, norm.eps)
-        mixers = {"mamba": Part("mamba", mamba), "attention": Part("self_attn", attention)}
-        width = said.size("intermediate_size", said.shown(LAYER + r"feed_forward\.down_proj\.weight", 1))
-        bias = said.flag("mlp_bias", False) or has_bias(said, LAYER + r"feed_forward\.down_proj")
-        plain = FeedForward(d_model=d, d_hidden=width, activation="silu", gated=True, projection_bias=bias)
-        forward = Branch("pre_ff_layernorm", norm, (Part("feed_forward", plain),))
-        kinds = said.kinds(_MARKS, _WORDS, "layer_types")
-        require_indices(said, "attn_layer_indices", [i for i, kind in enumerate(kinds) if kind == "attention"])
-        said.layers()
-        config = HybridConfig(
-            word=self.word, vocabulary=said.size("vocab_size", said.shown(r"embedding\.weight", 0)), d_model=d,
-            norm=norm, tied=said.tied(), max_length=said.size("max_position_embeddings", default=2048),
-            layers=tuple((Branch("input_layernorm", norm, (mixers[kind],)), forward) for kind in kinds),
-        )  # fmt: skip
-        return config, said.closing("attn_layer_indices", "attn_rotary_emb")
 
     def config_from_json(self, values: dict[str, Any]) -> HybridConfig:
         return hybrid_from_json(self.word, values)

@@ -5,7 +5,8 @@ Dimensions: `V` vocabulary, `d` model.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -63,6 +64,16 @@ class HybridConfig(Config):
     @property
     def logit_multiplier(self) -> float:
         return self.logits_by
+
+    def rebuilt(self, change: Callable[[Block], Block]) -> HybridConfig:
+        layers = tuple(
+            tuple(
+                replace(branch, parts=tuple(replace(part, block=change(part.block)) for part in branch.parts))
+                for branch in layer
+            )
+            for layer in self.layers
+        )
+        return replace(self, layers=layers)
 
     def to_json(self) -> dict[str, Any]:
         plain = asdict(self)

@@ -7,7 +7,7 @@ hidden, `X` experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class IteraConfig(Config):
     """A small SSM with feed-forward or expert layers (design, section 4); layers may differ in size.
 
     embedding_blocks: rows of each block that the token embedding is split into; empty where it is whole.
+    experts_together: one component for each kind of projection of a layer's experts.
     """
 
     vocabulary: int
@@ -54,6 +55,7 @@ class IteraConfig(Config):
     norm_eps: float = 1e-5
     tied: bool = True
     embedding_blocks: tuple[int, ...] = ()
+    experts_together: bool = False
 
     @property
     def family(self) -> str:
@@ -83,8 +85,9 @@ class IteraConfig(Config):
             plain: Block = FeedForward(d_model=self.d_model, d_hidden=layer.d_hidden, names=_PLAIN)
             return Branch("moe.norm", self.norm, (Part("moe.ffn", plain),))
         block = Experts(
-            d_model=self.d_model, d_hidden=layer.d_hidden, experts=layer.experts, top_k=self.top_k, names=_EXPERTS
-        )
+            d_model=self.d_model, d_hidden=layer.d_hidden, experts=layer.experts, top_k=self.top_k,
+            together=self.experts_together, names=_EXPERTS,
+        )  # fmt: skip
         return Branch("moe.layer.norm", self.norm, (Part("moe.layer", block),))
 
     @property
@@ -106,8 +109,15 @@ class IteraConfig(Config):
             if layer.experts
         }
 
+    def rebuilt(self, change: Callable[[Block], Block]) -> IteraConfig:
+        blocks = [change(part.block) for layer in self.branches for branch in layer for part in branch.parts]
+        return replace(self, experts_together=any(isinstance(b, Experts) and b.together for b in blocks))
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if not self.experts_together:
+            del values["experts_together"]  # as it was before there was this choice: digests are made of it
+        return values
 
 
 class IteraFamily(Family):

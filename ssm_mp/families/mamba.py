@@ -157,6 +157,10 @@ def _declared(config: MambaConfig, stored: StoredConfig) -> MambaConfig:
         raise CheckpointError(
             f"{stored.source} says model_type = {shown(kind)}; only 'mamba' (Mamba-1) has this forward pass"
         )
+    if kind is None and stored.values.get("mixer_rms_eps") is not None:
+        raise CheckpointError(
+            f"{stored.source}: model_type: expected 'falcon_mamba', as only that has mixer_rms_eps, found nothing"
+        )
     for key in ACTIVATIONS:
         activation = stored.values.get(key)
         if activation not in (None, "silu", "swish"):

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssm_mp.config import Branch, Part
 from ssm_mp.errors import CheckpointError
-from ssm_mp.families.family import Family
+from ssm_mp.families.family import BACKBONE, Family
 from ssm_mp.families.hybrid import HybridConfig, hybrid_from_json
 from ssm_mp.families.mixers import Mamba2Keys, mamba2_block
 from ssm_mp.families.said import Said
@@ -32,11 +32,7 @@ class Mamba2Family(Family):
     model_types = ("mamba2",)
     mark = r"(?:backbone\.)?layers\.[0-9]+\.mixer\.(?:dt_bias|A_log)$"
     example = "layers.0.mixer.dt_bias"
-    aliases = (
-        (r"^(?:backbone\.)?embeddings?\.weight$", "embedding.weight"),
-        (r"^(?:backbone\.)?norm_f\.", "norm."),
-        (r"^(?:backbone\.)?layers\.", "layers."),
-    )
+    aliases = BACKBONE
 
     def recognises(self, names: Iterable[str]) -> bool:
         held = [re.sub(r"^backbone\.", "", name) for name in names]

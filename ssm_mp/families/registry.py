@@ -9,12 +9,17 @@ from typing import Any
 
 from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
+from ssm_mp.families.bamba import BambaFamily
+from ssm_mp.families.falcon_h1 import FalconH1Family
+from ssm_mp.families.falcon_mamba import FalconMambaFamily
 from ssm_mp.families.family import Family
-from ssm_mp.families.granite import BambaFamily, GraniteFamily
+from ssm_mp.families.granite import GraniteFamily
 from ssm_mp.families.itera import IteraFamily
+from ssm_mp.families.jamba import JambaFamily
 from ssm_mp.families.lfm2 import Lfm2Family, Lfm2MoeFamily
 from ssm_mp.families.mamba import MambaFamily
 from ssm_mp.families.mamba2 import Mamba2Family
+from ssm_mp.families.nemotron_h import NemotronHFamily
 from ssm_mp.families.qwen import Qwen35Family, Qwen35MoeFamily, QwenNextFamily
 from ssm_mp.files.shown import shown
 from ssm_mp.files.stored_config import StoredConfig
@@ -28,9 +33,13 @@ NOT_SUPPORTED = frozenset(_NOT_SUPPORTED.split())
 _ALL: tuple[Family, ...] = (
     MambaFamily(),
     IteraFamily(),
+    FalconMambaFamily(),
     Mamba2Family(),
+    NemotronHFamily(),
     GraniteFamily(),
+    JambaFamily(),
     BambaFamily(),
+    FalconH1Family(),
     Lfm2Family(),
     Lfm2MoeFamily(),
     QwenNextFamily(),

@@ -48,12 +48,15 @@ class Said:
         """How many layers there are. Raises CheckpointError where the config says another number."""
         return self.size(key, count_of(self.shapes, rf"layers\.{INDEX}\.", "layer", "layers"))
 
-    def size(self, key: str, shown_size: int | None = None, default: int | None = None) -> int:
-        """A whole number above 0, which must be the one that shapes show.
+    def size(
+        self, key: str, shown_size: int | None = None, default: int | None = None, automatic: int | None = None
+    ) -> int:
+        """A whole number above 0, which must be the one that shapes show. automatic: what the word `auto` means.
 
         Raises CheckpointError where it is another, or neither config nor shapes have it and there is no default.
         """
-        said = self.count(key)
+        self._asked.add(key)
+        said = automatic if automatic and self.stored.values.get(key) == "auto" else self.count(key)
         if said is not None and shown_size is not None and said != shown_size:
             raise self.stored.wrong(key, f"{shown_size}, as the tensors' shapes show", said)
         found = said or shown_size or default
@@ -106,9 +109,12 @@ class Said:
         return tuple(one for one in held if one is not None)
 
     def section(self, key: str) -> Mapping[str, object]:
-        """A dictionary; empty where nothing is said."""
+        """A dictionary; empty where nothing is said. Raises CheckpointError for anything else."""
         self._asked.add(key)
-        inside = members(self.stored.values.get(key)) or {}
+        value = self.stored.values.get(key)
+        inside = {} if value is None else members(value)
+        if inside is None:
+            raise self.stored.wrong(key, "a dictionary", value)
         return {str(name): value for name, value in inside.items()}
 
     def kinds(self, marks: Mapping[str, str], words: Mapping[str, str], *keys: str) -> tuple[str, ...]:

@@ -46,13 +46,27 @@ class _Delta(ctypes.Structure):
     )
 
 
+class _Ssd(ctypes.Structure):
+    """`Ssd` of ssd.c."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("batch", "length", "heads", "width", "states", "groups")),
+        *((name, c_void_p) for name in ("x", "dt", "A2", "B", "C", "D", "dt_bias")),
+        *((name, c_int64) for name in ("ld_x", "ld_dt", "ld_B", "ld_C")),
+        *((name, c_float) for name in ("low", "high")),
+        *((name, c_void_p) for name in ("before", "state", "y", "steps", "scratch")),
+    )
+
+
 _ARGUMENTS = {
     "selective_scan": (POINTER(_Scan), c_int),
     "delta_rule": (POINTER(_Delta), c_int),
     "shared_step_recurrence": (c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    "ssd_scan": (POINTER(_Ssd), c_int),
     "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "convolve": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
+    "gated_norm": (*[c_int64] * 3, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_int, c_void_p, c_int),
     "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
@@ -70,6 +84,7 @@ def _kernels() -> ctypes.CDLL | None:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(found, name)
             function.argtypes, function.restype = arguments, None
+        found.ssd_scratch.argtypes, found.ssd_scratch.restype = (c_int64,), c_int64
     return found
 
 
@@ -141,6 +156,36 @@ def delta_rule(
     return y, last
 
 
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, dt_bias: Tensor,  # noqa: N803
+    limits: tuple[float, float | None], state: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssm_mp.kernels.ssd.ssd_scan_reference` on a CPU.
+
+    The state lies `[b, H, N, P]` in memory, and is copied only if it comes in another order.
+    """
+    b, length, heads, width = x.shape
+    groups, n = B.shape[2:]
+    x, dt, B, C = _rows(x.flatten(2)), _rows(dt), _rows(B.flatten(2)), _rows(C.flatten(2))  # noqa: N806
+    A2, D, dt_bias = A * _LOG2_E, D.contiguous(), dt_bias.contiguous()  # noqa: N806
+    before = None if state is None else state.transpose(2, 3).contiguous()
+    last, y, steps = (
+        x.new_empty(b, heads, n, width),
+        x.new_empty(b, length, heads, width),
+        x.new_empty(b, length, heads),
+    )
+    found = _library()
+    scratch = x.new_empty(groups * found.ssd_scratch(n))
+    low, high = limits
+    scan = _Ssd(
+        b, length, heads, width, n, groups, *(t.data_ptr() for t in (x, dt, A2, B, C, D, dt_bias)),
+        x.stride(1), dt.stride(1), B.stride(1), C.stride(1), low, math.inf if high is None else high,
+        _pointer(before), last.data_ptr(), y.data_ptr(), steps.data_ptr(), scratch.data_ptr(),
+    )  # fmt: skip
+    found.ssd_scan(byref(scan), torch.get_num_threads())
+    return y, last.transpose(2, 3)
+
+
 def conv_silu(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor) -> Tensor:
     """SiLU of the causal depthwise convolution of `x [b, l, I]` by `weight [I, K]`; `before [b, K − 1, I]`."""
     return _convolved("conv_silu", x, weight, bias, before)
@@ -172,6 +217,18 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Ten
     return y
 
 
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor | None, groups: int, eps: float, norm_first: bool) -> Tensor:
+    """`ssm_mp.kernels.gated_norm.gated_norm_reference` on a CPU; without a weight there is no norm."""
+    y, z = y.contiguous(), _rows(z)
+    weight = None if weight is None else weight.contiguous()
+    out, inner = torch.empty_like(y), y.shape[-1]
+    _library().gated_norm(
+        y.numel() // inner, inner, groups, y.data_ptr(), z.data_ptr(), z.stride(-2), _pointer(weight), eps, norm_first,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
 def quantize_static(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`x [m, k]` with one scale: int8 `[m, k]`, and the scale of each row `[m, 1]`, NaN where one is not finite."""
     return _quantized("quantize_static", x, scale)
@@ -194,6 +251,7 @@ def _quantized(kernel: str, x: Tensor, number: float) -> tuple[Tensor, Tensor]:
 
 def rescale(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """int32 `sums [m, n]` · `columns [n]` · `rows [m, 1]` + `bias [n]`: float32 `[m, n]` in the memory of `sums`."""
+    sums, columns, rows = sums.contiguous(), columns.contiguous(), rows.contiguous()  # a precision's own may not be
     m, n = sums.shape
     _library().rescale(
         m, n, sums.data_ptr(), columns.data_ptr(), rows.data_ptr(), _pointer(bias), torch.get_num_threads()
@@ -214,7 +272,7 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 def scaled_nll(sums: Tensor, columns: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
     """`negative_log_likelihood` under logits int32 `sums [m, V]` · `columns [V]` · `rows [m, 1]`; `sums` is spoilt."""
-    targets = targets.contiguous()
+    sums, columns, rows, targets = (tensor.contiguous() for tensor in (sums, columns, rows, targets))
     m, vocabulary = sums.shape
     nll = torch.empty(m, dtype=torch.float64)
     _library().scaled_nll(

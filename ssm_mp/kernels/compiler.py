@@ -26,8 +26,18 @@ from ssm_mp.kernels import library_cache
 SWITCH = "SSM_MP_KERNELS"
 """Environment variable: `off` leaves the kernels out."""
 
-_SOURCES = ("scan.c", "delta.c", "elementwise.c", "matrix.c", "many.c", "layer.c", "decode.c")
-_HEADERS = ("vector.h", "scan_block.h", "matrix.h", "quantize.h", "tiles.h", "log_sum.h", "scan.h", "layer.h")
+_SOURCES = ("scan.c", "ssd.c", "delta.c", "elementwise.c", "matrix.c", "many.c", "layer.c", "decode.c")
+_HEADERS = (
+    "vector.h",
+    "scan_block.h",
+    "matrix.h",
+    "quantize.h",
+    "tiles.h",
+    "log_sum.h",
+    "register.h",
+    "scan.h",
+    "layer.h",
+)
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _OPENMP = "-fopenmp"
 _TIMEOUT_SECONDS = 120

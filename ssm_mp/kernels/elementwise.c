@@ -5,6 +5,7 @@
 #include <math.h>
 
 #include "quantize.h"
+#include "register.h"
 
 /* Causal depthwise convolution. x [b, l, I] with `ld` between tokens; weight [K, I], the newest tap last; before
  * [b, K − 1, I]: the inputs before the first; y [b, l, I]. */
@@ -14,15 +15,15 @@ INLINE void convolve_rows(int64_t batch, int64_t length, int64_t inner, int64_t 
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < batch * length; row++) {
         const int64_t b = row / length, t = row % length;
-        for (int64_t c = 0; c < inner; c += LANES) {
-            const int count = inner - c < LANES ? (int)(inner - c) : LANES;
-            v16 sum = bias ? load_part(bias + c, count) : splat(0.0f);
+        for (int64_t c = 0; c < inner; c += WIDTH) {
+            Register sum = {0};
+            if (bias) sum = get_part(bias + c, inner - c);
             for (int64_t k = 0; k < K; k++) {
                 const int64_t from = t - (K - 1) + k;
                 const float *in = from >= 0 ? x + (b * length + from) * ld : before + (b * (K - 1) + K - 1 + from) * inner;
-                sum = sum + load_part(in + c, count) * load_part(weight + k * inner + c, count);
+                sum = sum + get_part(in + c, inner - c) * get_part(weight + k * inner + c, inner - c);
             }
-            store_part(y + row * inner + c, silu ? silu16(sum) : sum, count);
+            put_part(y + row * inner + c, silu ? silu_of(sum) : sum, inner - c);
         }
     }
 }
@@ -64,6 +65,37 @@ void normalise_rows(int64_t m, int64_t d, const float *x, const float *weight, c
             v16 value = (load_part(row + c, count) - splat(mean)) * splat(factor) * load_part(weight + c, count);
             if (bias) value = value + load_part(bias + c, count);
             store_part(y + i * d + c, value, count);
+        }
+    }
+}
+
+/* Σ y² of a group of `size` channels, each times silu(z) where there is z; that product also goes to `out`. */
+INLINE float gated_squares(int64_t size, const float *y, const float *z, float *out) {
+    Register sum = {0};
+    for (int64_t c = 0; c < size; c += WIDTH) {
+        Register value = get_part(y + c, size - c);
+        if (z) put_part(out + c, value = value * silu_of(get_part(z + c, size - c)), size - c);
+        sum += value * value;
+    }
+    return total_of(sum);
+}
+
+/* y [m, I] gated by SiLU of z (`ld_z` between rows), before an RMSNorm of each of G groups of channels or after it;
+ * no norm without a weight [I]. */
+void gated_norm(int64_t m, int64_t inner, int64_t groups, const float *y, const float *z, int64_t ld_z,
+                const float *weight, float eps, int norm_first, float *out, int threads) {
+    const int64_t size = inner / groups;
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < m * groups; row++) {
+        const int64_t i = row / groups, from = row % groups * size, at = i * inner + from;
+        const float *gate = z + i * ld_z + from;
+        const float squares = gated_squares(size, y + at, norm_first ? NULL : gate, out + at);
+        const float factor = 1.0f / sqrtf(squares / size + eps);
+        for (int64_t c = 0; c < size && weight; c += WIDTH) {
+            Register value = get_part((norm_first ? y : out) + at + c, size - c);
+            value = value * factor * get_part(weight + from + c, size - c);
+            if (norm_first) value = value * silu_of(get_part(gate + c, size - c));
+            put_part(out + at + c, value, size - c);
         }
     }
 }

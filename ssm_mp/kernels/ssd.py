@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
+from ssm_mp.kernels import calls
+
 CHUNK = 64
 """Tokens of a chunk of `ssd_scan_chunked`."""
 
@@ -56,6 +58,9 @@ def ssd_scan(
     limits: Limits = (0.0, None), state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same scan by the fastest way there is; arguments as in `ssd_scan_reference`."""
+    wanted = (x, dt, A, B, C, D, dt_bias) if state is None else (x, dt, A, B, C, D, dt_bias, state)
+    if calls.usable(*wanted):
+        return calls.ssd_scan(x, dt, A, B, C, D, dt_bias, limits, state)
     scan = ssd_scan_reference if x.shape[1] == 1 else ssd_scan_chunked
     return scan(x, dt, A, B, C, D, dt_bias, limits, state)
 

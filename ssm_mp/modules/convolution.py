@@ -20,7 +20,7 @@ from ssm_mp.precisions.stored import Stored
 
 
 class DepthwiseConv(nn.Module):
-    """Causal depthwise convolution along the length, then SiLU, if at all; weight-only in every precision."""
+    """Causal depthwise convolution along the length, then SiLU if so told; weight-only in every precision."""
 
     def __init__(self, weight: Stored, bias: Stored | None, *, activation: bool = True) -> None:
         super().__init__()

@@ -7,18 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import gcd
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.linear import Linear
-from ssm_mp.precisions.groups import GROUP, group_count
-from ssm_mp.precisions.grouped import GroupedTensor
-from ssm_mp.precisions.int8 import Int8Tensor
-from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.precisions.stored import Stored
 
 
 class EachExpert(nn.Module):
@@ -47,17 +44,26 @@ class ExpertsLinear(nn.Module):
         self.count = count
         self.inputs = inputs
         self._parts: tuple[object, dict[int, tuple[Linear, int]], object] | None = None
+        self._trained: tuple[object, tuple[Tensor, ...]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parts": None}  # they are views, which a copy would make matrices of their own
+        # views of the weight, and those of one that is trained cannot be copied
+        return {**self.__dict__, "_parts": None, "_trained": None}
 
     def forward(self, x: Tensor, expert: int) -> Tensor:
         """`x [m, k]`, the tokens of one expert → `[m, n]`: the product that a component of its own would give."""
         if self.weight.is_trained:
-            return F.linear(x, self.weight.tensor().unflatten(0, (self.count, -1))[expert])
+            return F.linear(x, self._rows_to_train()[expert])
         part, above = self._part(expert)
         out: Tensor = part(x)
         return out[:, above:] if above else out
+
+    def _rows_to_train(self) -> tuple[Tensor, ...]:
+        """Each expert's rows `[n, k]`, cut at one stroke: of single slices, each would have a gradient `[X · n, k]`."""
+        stamp = (self.weight.stamp, torch.is_grad_enabled())
+        if self._trained is None or self._trained[0] != stamp:
+            self._trained = (stamp, self.weight.tensor().unflatten(0, (self.count, -1)).unbind(0))
+        return self._trained[1]
 
     def _part(self, expert: int) -> tuple[Linear, int]:
         """One expert's rows as a linear layer, made once, and how many rows of another expert come before them."""
@@ -69,37 +75,10 @@ class ExpertsLinear(nn.Module):
             self._parts = current
         parts = current[1]
         if expert not in parts:
-            rows, above = rows_of(self.weight, expert, self.count)
+            size = self.weight.shape[0] // self.count
+            rows, above = self.weight.part(slice(expert * size, (expert + 1) * size))
             parts[expert] = (Linear(rows, None, self.inputs), above)
         return parts[expert]
-
-
-def rows_of(weight: Stored, expert: int, count: int) -> tuple[Stored, int]:
-    """The rows of one expert of a matrix `[X · n, k]` as they are stored, not copied, and how many rows come before.
-
-    Rows of another expert come before them where groups of packed values do not begin where the expert's rows do: then
-    these begin at the last row before that a group begins with, at most 63 rows earlier.
-    """
-    match weight:
-        case FloatTensor():
-            rows = _share(weight.value.shape[0], expert, count)
-            return FloatTensor(weight.value.data[rows]), 0
-        case Int8Tensor():
-            rows = _share(weight.q.shape[0], expert, count)
-            return Int8Tensor(weight.q[rows], weight.scale[rows]), 0
-        case GroupedTensor():
-            width = weight.shape[1]
-            rows = _share(weight.shape[0], expert, count)
-            first = rows.start - rows.start % (GROUP // gcd(GROUP, width))
-            groups = slice(first * width // GROUP, group_count(rows.stop * width))
-            shape = (rows.stop - first, width)
-            return GroupedTensor(weight.q[groups], weight.scale[groups], shape, weight.book), rows.start - first
-    raise AssertionError(f"{type(weight).__name__} holds no projection")
-
-
-def _share(rows: int, expert: int, count: int) -> slice:
-    size = rows // count
-    return slice(expert * size, (expert + 1) * size)
 
 
 @dataclass(frozen=True)

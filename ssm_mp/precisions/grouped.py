@@ -6,7 +6,7 @@ Dimensions: `n` values in a row, `g` groups of 64 values.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
+from math import gcd, prod
 
 import torch
 from torch import Tensor
@@ -49,8 +49,21 @@ class GroupedTensor(Stored):
         super().__init__()
         self.register_buffer("q", q)
         self.register_buffer("scale", scale)
-        self.shape = shape
+        self._shape = shape
         self.book = book
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    def part(self, rows: slice) -> tuple[Stored, int]:
+        """As `Stored.part`. Where groups do not begin where the rows do, it begins at the last row before that a group
+        begins with, at most 63 rows earlier."""
+        width = self.shape[1]
+        first = rows.start - rows.start % (GROUP // gcd(GROUP, width))
+        groups = slice(first * width // GROUP, group_count(rows.stop * width))
+        cut = type(self)(self.q[groups], self.scale[groups], (rows.stop - first, width), self.book)
+        return cut, rows.start - first
 
     def tensor(self) -> Tensor:
         return unpack_values(self.q, self.scale, self.book).flatten()[: prod(self.shape)].reshape(self.shape)

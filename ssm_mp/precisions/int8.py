@@ -51,6 +51,13 @@ class Int8Tensor(IntegerTensor):
             self._padded = padded_weight(q)
         return integer_product(a, self._padded)[:, : q.shape[0]]
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.q.shape)
+
+    def part(self, rows: slice) -> tuple[Stored, int]:
+        return type(self)(self.q[rows], self.scale[rows]), 0
+
     def tensor(self) -> Tensor:
         rows = self.q.reshape(self.scale.shape[0], -1)
         return dequantize_rows(rows, self.scale).reshape(self.q.shape)

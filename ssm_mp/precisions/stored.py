@@ -49,6 +49,16 @@ class Stored(nn.Module, ABC):
         held = (*self._parameters.values(), *self._buffers.values())
         return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in held if t is not None)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor. A way to store that knows it without unpacking says so itself."""
+        return tuple(self.tensor().shape)
+
+    def part(self, rows: slice) -> tuple[Stored, int]:
+        """Some rows of a matrix, from `start` to `stop`, and how many others it holds before them: whatever cannot be
+        cut off. A way to store whose arrays can be cut gives views of them."""
+        return RowsOf(self, rows), 0
+
     @abstractmethod
     def tensor(self) -> Tensor:
         """The whole tensor, float32, to compute with."""
@@ -68,9 +78,52 @@ class IntegerTensor(Stored):
     scale: Tensor
     """Of each row, float16 `[r]`."""
 
+    def part(self, rows: slice) -> tuple[Stored, int]:
+        return IntegerRowsOf(self, rows), 0
+
     @abstractmethod
     def product(self, a: Tensor) -> Tensor:
         """`a [m, n]`, int8, times the integers of this matrix transposed: int32 `[m, r]`."""
+
+
+class RowsOf(Stored):
+    """Rows of a matrix that is stored in any way."""
+
+    def __init__(self, whole: Stored, rows: slice) -> None:
+        super().__init__()
+        self.whole = whole
+        self.span = rows
+
+    @property
+    def is_trained(self) -> bool:
+        return self.whole.is_trained
+
+    @property
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        return self.whole.stamp
+
+    def tensor(self) -> Tensor:
+        return self.whole.rows(torch.arange(self.span.start, self.span.stop, device=self.device))
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.whole.rows(index + self.span.start)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Those of the whole matrix."""
+        return self.whole.arrays()
+
+
+class IntegerRowsOf(RowsOf, IntegerTensor):
+    """Rows of a matrix of integers; their product is computed with all others, which is right and no more."""
+
+    whole: IntegerTensor
+
+    def __init__(self, whole: IntegerTensor, rows: slice) -> None:
+        super().__init__(whole, rows)
+        self.scale = whole.scale[rows]
+
+    def product(self, a: Tensor) -> Tensor:
+        return self.whole.product(a)[:, self.span]
 
 
 class FloatTensor(Stored):
@@ -83,6 +136,13 @@ class FloatTensor(Stored):
     @property
     def is_trained(self) -> bool:
         return self.value.requires_grad
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def part(self, rows: slice) -> tuple[Stored, int]:
+        return type(self)(self.value.data[rows]), 0
 
     def tensor(self) -> Tensor:
         return self.value.float()

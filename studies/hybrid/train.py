@@ -41,6 +41,8 @@ BALANCE = 0.01
 """Weight of the load-balancing loss (Fedus et al. 2021, equation 4) in the training loss."""
 
 
+FEW = 32
+"""Windows whose perplexity is written down apart, for a quick check of the checkpoint."""
 DECAY = 0.3
 """The share of the steps, at the end, over which the rate falls to 0: until then `--steps` has no influence."""
 
@@ -286,6 +288,7 @@ def main() -> None:
     read = GraniteMoeHybridForCausalLM.from_pretrained(given.out)
     result = {
         "perplexity": {part: perplexity(read, tokens[part]) for part in ("search", "certify")},
+        "first_windows": {"count": FEW, "certify": perplexity(read, tokens["certify"][: FEW * LENGTH])},
         "parameters": sizes(model),
         "tokens": {part: len(found) for part, found in tokens.items()},
         "files": {part: len(stdlib_documents(part)) for part in parts},

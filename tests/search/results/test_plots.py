@@ -22,11 +22,13 @@ from search.measure.probe import LOWEST, WIDEST, Probe
 from search.results.plots.components import allocation_png, plot_allocation, plot_sensitivities
 from search.results.plots.files import save
 from search.results.plots.front import plot_front
+from search.results.plots.style import precision_colours
 from search.results.report import component_rows, front_json
 from search.run.finish import describe
 from ssm_mp.components import Component, find_components
 from ssm_mp.evaluation.latency import Check, LatencyTable
 from ssm_mp.precision_map import PrecisionMap, pinned_names
+from tests.ssm_mp.precisions.outside import OUTSIDE, register
 from tests.tiny import ITERA, MAMBA, random_model
 
 COMPONENTS = find_components(random_model(MAMBA))
@@ -277,3 +279,18 @@ def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere() -> None:
         assert "best 2.00×" in stream.text
         assert ("\r" in stream.text) is live
         assert stream.text.count("\n") == (1 if live else 2)
+
+
+def test_precisions_from_outside_have_colours_of_their_own_and_take_nobodys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = precision_colours()
+    register(monkeypatch)
+    colours = precision_colours()
+    assert {name: colours[name] for name in before} == before
+    assert len(set(colours.values())) == len(colours)
+    names = list(OUTSIDE)
+    held = {c.name: names[i % len(names)] for i, c in enumerate(COMPONENTS) if c.pin is None}
+    precision_map = PrecisionMap.from_rules({"*": "fp16", **held}, COMPONENTS)
+    _, svg = save(plot_allocation(COMPONENTS, precision_map, "none"), tmp_path, "allocation")
+    assert all(name in texts(svg) for name in names)

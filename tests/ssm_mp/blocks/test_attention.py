@@ -33,22 +33,23 @@ from transformers.models.qwen3_5 import modeling_qwen3_5 as qwen3_5
 from transformers.models.qwen3_next import modeling_qwen3_next as qwen3_next
 
 from ssm_mp.blocks.attention import Attention, attention, attention_reference
+from ssm_mp.blocks.block import State
 from ssm_mp.blocks.rotary import LinearStretch, Llama3Stretch, Rotary, Stretch, YarnStretch, turned
 from ssm_mp.modules.norm import NormForm
 from tests.ssm_mp.blocks.making import AT, mixing_of, tensors_of
 
 D, HEADS, KV_HEADS, HEAD = 48, 6, 3, 12
-SIZES: dict[str, int] = {"hidden_size": D, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
+SIZES: dict[str, Any] = {"hidden_size": D, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS}
 BLOCK = Attention(d_model=D, n_heads=HEADS, n_kv_heads=KV_HEADS, head_dim=HEAD)
 PLAIN = replace(BLOCK, head_dim=D // HEADS)
 
 
-def rope(theta: float, share: float = 1.0, **more: object) -> dict[str, dict[str, object]]:
+def rope(theta: float, share: float = 1.0, **more: Any) -> dict[str, Any]:
     """What a config says of its rotary embeddings; `share` of a head is turned."""
     return {"rope_parameters": {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": share, **more}}
 
 
-STRETCHES: dict[str, tuple[dict[str, object], Stretch]] = {
+STRETCHES: dict[str, tuple[dict[str, Any], Stretch]] = {
     "linear": ({"rope_type": "linear", "factor": 3.0}, LinearStretch(3.0)),
     "llama3": (
         {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -187,7 +188,8 @@ def test_parts_of_a_window_are_the_whole(block: Attention, cuts: tuple[int, ...]
     u = torch.randn(2, cuts[-1], block.d_model)
     with torch.no_grad():
         whole, last = mixing(u)
-        parts, state = [], None
+        parts: list[Tensor] = []
+        state: State | None = None
         for start, end in pairwise(cuts):
             given_state = None if state is None else tuple(x.clone() for x in state)
             part, after = mixing(u[:, start:end], state)

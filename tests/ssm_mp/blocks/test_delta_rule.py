@@ -11,6 +11,7 @@ from transformers import Qwen3_5TextConfig, Qwen3NextConfig
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
 
+from ssm_mp.blocks.block import State
 from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.kernels.delta import delta_rule_chunked, delta_rule_reference
 from tests.ssm_mp.blocks.making import AT, mixing_of, tensors_of
@@ -63,13 +64,13 @@ def test_it_computes_what_transformers_does(b: int, length: int, shape: str, fus
 def test_parts_one_after_another_equal_the_whole(cuts: list[int], fused: bool) -> None:
     block = replace(SHAPES["odd sizes, three value heads a key head"], fused=fused)
     mixing = mixing_of(block, tensors_of(block, seed=0))
-    u, state, outputs = torch.randn(2, 9, block.d_model), None, []
+    state: State | None = None
+    u, outputs = torch.randn(2, 9, block.d_model), []
     whole, end = mixing(u)
     for part in u.split(cuts, dim=1):
-        given = None if state is None else tuple(tensor.clone() for tensor in state)
+        held = [] if state is None else [tensor.clone() for tensor in state]
         y, after = mixing(part, state)
-        if state is not None and given is not None:
-            assert all(torch.equal(tensor, before) for tensor, before in zip(state, given, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(held, state or (), strict=True)), "the state before was changed"
         state = after
         outputs.append(y)
     require_near(torch.cat(outputs, dim=1), whole)

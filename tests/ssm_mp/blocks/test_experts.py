@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GraniteMoeHybridConfig, JambaConfig, Lfm2MoeConfig, NemotronHConfig, Qwen3NextConfig
+from transformers import (
+    GraniteMoeHybridConfig,
+    JambaConfig,
+    Lfm2MoeConfig,
+    NemotronHConfig,
+    PreTrainedConfig,
+    Qwen3NextConfig,
+)
 from transformers.models.granitemoehybrid.modeling_granitemoehybrid import GraniteMoeHybridMoE
 from transformers.models.jamba.modeling_jamba import JambaSparseMoeBlock
 from transformers.models.lfm2_moe.modeling_lfm2_moe import Lfm2MoeSparseMoeBlock
@@ -27,51 +34,54 @@ D, HIDDEN, EXPERTS, TOP = 24, 19, 8, 3
 BLOCK = Experts(d_model=D, d_hidden=HIDDEN, experts=EXPERTS, top_k=TOP)
 GATED = replace(BLOCK, gated=True, activation="silu")
 SIGMOID = Routing(scores="sigmoid", corrected=True)
-GRANITE = {"hidden_size": D, "intermediate_size": HIDDEN, "num_local_experts": EXPERTS, "num_experts_per_tok": TOP}
-JAMBA = {"hidden_size": D, "intermediate_size": HIDDEN, "num_experts": EXPERTS, "num_experts_per_tok": TOP}
-MOE = {"hidden_size": D, "moe_intermediate_size": HIDDEN, "num_experts": EXPERTS, "num_experts_per_tok": TOP}
-NEMOTRON = {
-    "hidden_size": D, "moe_intermediate_size": HIDDEN, "n_routed_experts": EXPERTS, "num_experts_per_tok": TOP,
+SIZES: dict[str, Any] = {"hidden_size": D, "num_experts_per_tok": TOP}
+GRANITE: dict[str, Any] = {**SIZES, "intermediate_size": HIDDEN, "num_local_experts": EXPERTS}
+JAMBA: dict[str, Any] = {**SIZES, "intermediate_size": HIDDEN, "num_experts": EXPERTS}
+MOE: dict[str, Any] = {**SIZES, "moe_intermediate_size": HIDDEN, "num_experts": EXPERTS}
+NEMOTRON: dict[str, Any] = {
+    **SIZES,
+    "moe_intermediate_size": HIDDEN,
+    "n_routed_experts": EXPERTS,
     "moe_shared_expert_intermediate_size": 11,
-}  # fmt: skip
+}
+
+Case = tuple[Experts, type[nn.Module], PreTrainedConfig]
+"""A block, and transformers' module and config that it has to equal."""
 
 
-def nemotron(*, latent: int | None = None, **routing: Any) -> tuple[Experts, Callable[[], nn.Module]]:
-    """A block of Nemotron-H, and transformers' module."""
-    said = {"n_group": routing.get("groups", 1), "topk_group": routing.get("chosen_groups", 1)}
+def nemotron(*, latent: int | None = None, **routing: Any) -> Case:
+    """Of Nemotron-H; `routing`: other fields than the default ones."""
+    said: dict[str, Any] = {"n_group": routing.get("groups", 1), "topk_group": routing.get("chosen_groups", 1)}
     said |= {"norm_topk_prob": routing["normalised"], "routed_scaling_factor": routing.get("scaling", 1.0)}
     block = replace(
         BLOCK, activation="relu2", latent=latent, latent_bias=latent is not None,
         routing=replace(SIGMOID, eps=1e-20, **routing),
     )  # fmt: skip
-    return block, lambda: NemotronHMoE(
-        NemotronHConfig(**NEMOTRON, **said, moe_latent_size=latent, mlp_bias=latent is not None)
-    )
+    config = NemotronHConfig(**NEMOTRON, **said, moe_latent_size=latent, mlp_bias=latent is not None)
+    return block, NemotronHMoE, config
 
 
-def lfm2_moe(routing: Routing, **said: Any) -> tuple[Experts, Callable[[], nn.Module]]:
-    """A block of LFM2's, and transformers' module."""
-    return replace(GATED, routing=routing), lambda: Lfm2MoeSparseMoeBlock(Lfm2MoeConfig(**MOE, **said))
+def lfm2_moe(routing: Routing, **said: Any) -> Case:
+    """Of LFM2's."""
+    return replace(GATED, routing=routing), Lfm2MoeSparseMoeBlock, Lfm2MoeConfig(**MOE, **said)
 
 
-CASES: dict[str, tuple[Experts, Callable[[], nn.Module]]] = {
+def qwen3_next(*, normalised: bool) -> Case:
+    """Of Qwen3-Next."""
+    config = Qwen3NextConfig(**MOE, shared_expert_intermediate_size=11, norm_topk_prob=normalised)
+    routing = Routing(scores="softmax", normalised=normalised)
+    return replace(GATED, routing=routing), Qwen3NextSparseMoeBlock, config
+
+
+CASES: dict[str, Case] = {
     "granite": (
         replace(GATED, gated=False, fused=True),
-        lambda: GraniteMoeHybridMoE(GraniteMoeHybridConfig(**GRANITE, mamba_n_heads=1)),
+        GraniteMoeHybridMoE,
+        GraniteMoeHybridConfig(**GRANITE, mamba_n_heads=1),
     ),
-    "jamba": (replace(GATED, routing=Routing(scores="softmax")), lambda: JambaSparseMoeBlock(JambaConfig(**JAMBA))),
-    "qwen3_next": (
-        replace(GATED, routing=Routing(scores="softmax", normalised=True)),
-        lambda: Qwen3NextSparseMoeBlock(
-            Qwen3NextConfig(**MOE, shared_expert_intermediate_size=11, norm_topk_prob=True)
-        ),
-    ),
-    "qwen3_next, not normalised": (
-        replace(GATED, routing=Routing(scores="softmax")),
-        lambda: Qwen3NextSparseMoeBlock(
-            Qwen3NextConfig(**MOE, shared_expert_intermediate_size=11, norm_topk_prob=False)
-        ),
-    ),
+    "jamba": (replace(GATED, routing=Routing(scores="softmax")), JambaSparseMoeBlock, JambaConfig(**JAMBA)),
+    "qwen3_next": qwen3_next(normalised=True),
+    "qwen3_next, not normalised": qwen3_next(normalised=False),
     "nemotron_h": nemotron(normalised=True, scaling=2.5),
     "nemotron_h in groups": nemotron(normalised=True, groups=4, chosen_groups=2),
     "nemotron_h of plain scores": nemotron(normalised=False),
@@ -79,11 +89,9 @@ CASES: dict[str, tuple[Experts, Callable[[], nn.Module]]] = {
     "lfm2_moe": lfm2_moe(
         replace(SIGMOID, normalised=True, eps=1e-6, scaling=1.5), use_expert_bias=True, routed_scaling_factor=1.5
     ),
-    "lfm2_moe without bias": lfm2_moe(
-        Routing(scores="sigmoid", normalised=True, eps=1e-6), use_expert_bias=False
-    ),
+    "lfm2_moe without bias": lfm2_moe(Routing(scores="sigmoid", normalised=True, eps=1e-6), use_expert_bias=False),
     "lfm2_moe, not normalised": lfm2_moe(SIGMOID, use_expert_bias=True, norm_topk_prob=False),
-}  # fmt: skip
+}
 
 WORDS = {
     "router.weight": ("gate.weight", "router.weight"),
@@ -98,12 +106,14 @@ WORDS = {
 
 def output(block: Experts, tensors: Mapping[str, Tensor], u: Tensor) -> Tensor:
     with torch.no_grad():
-        return mixing_of(block, tensors)(u)[0]
+        found: Tensor = mixing_of(block, tensors)(u)[0]
+    return found
 
 
-def loaded(make: Callable[[], nn.Module], block: Experts, tensors: Mapping[str, Tensor]) -> nn.Module:
+def loaded(case: Case, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Transformers' module with these tensors, and zeros for the shared expert."""
-    module = make()
+    block, kind, config = case
+    module = kind(config)
     held = dict(module.named_parameters()) | dict(module.named_buffers())
     with torch.no_grad():
         for tensor in held.values():
@@ -126,15 +136,15 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_transformers_module(name: str) -> None:
-    block, make = CASES[name]
+    block = CASES[name][0]
     tensors = tensors_of(block, 1)
-    module, u = loaded(make, block, tensors), torch.randn(2, 31, D)
+    module, u = loaded(CASES[name], tensors), torch.randn(2, 31, D)
     with torch.no_grad():
         assert_near(output(block, tensors, u), module(u))
 
 
 def test_the_shared_expert_beside_them_is_a_feed_forward_with_a_token_gate() -> None:
-    routed, make = CASES["qwen3_next"]
+    routed = CASES["qwen3_next"][0]
     shared = FeedForward(
         d_model=D, d_hidden=11, activation="silu", gated=True, token_gate=True,
         names=(
@@ -143,7 +153,7 @@ def test_the_shared_expert_beside_them_is_a_feed_forward_with_a_token_gate() -> 
         ),
     )  # fmt: skip
     tensors, beside = tensors_of(routed, 1), tensors_of(shared, 2)
-    module, u = loaded(make, routed, tensors), torch.randn(2, 31, D)
+    module, u = loaded(CASES["qwen3_next"], tensors), torch.randn(2, 31, D)
     module.load_state_dict({name.removeprefix(f"{AT}."): t for name, t in beside.items()}, strict=False)
     with torch.no_grad():
         assert_near(output(routed, tensors, u) + mixing_of(shared, beside)(u)[0], module(u))
@@ -212,7 +222,8 @@ def test_more_chosen_than_there_are_is_all() -> None:
 
 @pytest.mark.parametrize("together", [False, True])
 def test_gradients_are_differences_of_the_output(together: bool) -> None:
-    block, tensors = CASES["nemotron_h with latents"][0], tensors_of(CASES["nemotron_h with latents"][0], 1)
+    block = CASES["nemotron_h with latents"][0]
+    tensors = tensors_of(block, 1)
     if together:
         block, tensors = joined(block, tensors)
     mixing, u = mixing_of(block, tensors), torch.randn(2, 31, D)
@@ -220,7 +231,7 @@ def test_gradients_are_differences_of_the_output(together: bool) -> None:
     for weight in weights:
         weight.requires_grad_()
     mixing(u)[0].square().mean().backward()
-    slope, ends = 0.0, []
+    ends = []
     starts, towards = [w.detach().clone() for w in weights], [torch.randn_like(w) / w.shape[1] for w in weights]
     slope = sum(float((w.grad.double() * t).sum()) for w, t in zip(weights, towards, strict=True) if w.grad is not None)
     for step in (3e-4, -3e-4):  # so little that no token changes its experts

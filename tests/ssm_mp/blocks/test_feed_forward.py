@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from transformers import (
     JambaConfig,
     Lfm2Config,
     NemotronHConfig,
+    PreTrainedConfig,
     Qwen3NextConfig,
 )
 from transformers.models.bamba.modeling_bamba import BambaMLP
@@ -35,41 +35,40 @@ SIZES: dict[str, Any] = {"hidden_size": D, "intermediate_size": HIDDEN}
 GATED = FeedForward(d_model=D, d_hidden=HIDDEN, activation="silu", gated=True)
 LFM2_NAMES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 
-CASES: dict[str, tuple[FeedForward, Callable[[], nn.Module]]] = {
+CASES: dict[str, tuple[FeedForward, type[nn.Module], PreTrainedConfig]] = {
     "bamba": (
-        replace(GATED, projection_bias=True),
-        lambda: BambaMLP(BambaConfig(**SIZES, mlp_bias=True, mamba_n_heads=1)),
+        replace(GATED, projection_bias=True), BambaMLP, BambaConfig(**SIZES, mlp_bias=True, mamba_n_heads=1)
     ),
-    "jamba": (GATED, lambda: JambaMLP(JambaConfig(**SIZES))),
+    "jamba": (GATED, JambaMLP, JambaConfig(**SIZES)),
     "granite": (
         replace(GATED, gated=False, fused=True),
-        lambda: GraniteMoeHybridMLP(
-            GraniteMoeHybridConfig(hidden_size=D, shared_intermediate_size=HIDDEN, mamba_n_heads=1)
-        ),
+        GraniteMoeHybridMLP,
+        GraniteMoeHybridConfig(hidden_size=D, shared_intermediate_size=HIDDEN, mamba_n_heads=1),
     ),
     "falcon_h1": (
         replace(GATED, projection_bias=True, gate_multiplier=0.6, down_multiplier=1.7),
-        lambda: FalconH1MLP(FalconH1Config(**SIZES, mlp_bias=True, mlp_multipliers=[0.6, 1.7])),
+        FalconH1MLP,
+        FalconH1Config(**SIZES, mlp_bias=True, mlp_multipliers=[0.6, 1.7]),
     ),
     "nemotron_h": (
         replace(GATED, activation="relu2", gated=False, projection_bias=True),
-        lambda: NemotronHMLP(NemotronHConfig(**SIZES, mlp_bias=True)),
+        NemotronHMLP,
+        NemotronHConfig(**SIZES, mlp_bias=True),
     ),
     "nemotron_h of tanh": (
         replace(GATED, activation="gelu_tanh", gated=False),
-        lambda: NemotronHMLP(NemotronHConfig(**SIZES, mlp_hidden_act="gelu_pytorch_tanh")),
+        NemotronHMLP,
+        NemotronHConfig(**SIZES, mlp_hidden_act="gelu_pytorch_tanh"),
     ),
-    "lfm2": (
-        replace(GATED, names=LFM2_NAMES),
-        lambda: Lfm2MLP(Lfm2Config(**SIZES, block_auto_adjust_ff_dim=False)),
-    ),
-    "qwen3_next": (replace(GATED, activation="silu"), lambda: Qwen3NextMLP(Qwen3NextConfig(**SIZES))),
+    "lfm2": (replace(GATED, names=LFM2_NAMES), Lfm2MLP, Lfm2Config(**SIZES, block_auto_adjust_ff_dim=False)),
+    "qwen3_next": (GATED, Qwen3NextMLP, Qwen3NextConfig(**SIZES)),
 }  # fmt: skip
 
 
 def output(block: FeedForward, tensors: dict[str, Tensor], u: Tensor) -> Tensor:
     with torch.no_grad():
-        return mixing_of(block, tensors)(u)[0]
+        found: Tensor = mixing_of(block, tensors)(u)[0]
+    return found
 
 
 def assert_near(found: Tensor, expected: Tensor) -> None:
@@ -78,9 +77,9 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_transformers_module(name: str) -> None:
-    block, make = CASES[name]
+    block, kind, config = CASES[name]
     tensors = tensors_of(block, 1)
-    module = make()
+    module = kind(config)
     module.load_state_dict({name.removeprefix(f"{AT}."): tensor for name, tensor in tensors.items()})
     u = torch.randn(2, 5, D)
     with torch.no_grad():

@@ -22,7 +22,8 @@ from ssm_mp.blocks.mamba2 import PIECES, Mamba2, Mamba2Mixing
 from ssm_mp.kernels.ssd import ssd_scan_reference
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer
 from ssm_mp.modules.norm import NormForm
-from ssm_mp.precisions.stored import FloatTensor, Int8Tensor, Stored
+from ssm_mp.precisions.int8 import Int8Tensor
+from ssm_mp.precisions.stored import FloatTensor, Stored
 from tests.ssm_mp.blocks.making import AT, mixing_of, tensors_of
 
 TOLERANCE = 1e-5
@@ -36,6 +37,7 @@ BLOCKS = {
     ),
     "with biases, without one of the convolution": replace(SMALL, projection_bias=True, out_bias=True, conv_bias=False),
     "limits that matter": replace(SMALL, dt_limits=(0.02, 0.05)),
+    "a lower limit that matters": replace(SMALL, dt_limits=(0.02, None)),
     "norm first": replace(SMALL, gate="norm_first", norm_form=NormForm(1e-3)),
     "no norm": replace(SMALL, gate="no_norm"),
     "multipliers": replace(SMALL, multipliers=(0.5, 1.5, 0.75, 2.0, 3.0)),
@@ -46,7 +48,7 @@ BLOCKS = {
 
 def transformers_mixer(family: str, block: Mamba2, tensors: Mapping[str, Tensor]) -> nn.Module:
     """The family's mixer with these tensors."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": block.d_model, "mamba_n_heads": block.n_heads, "mamba_d_head": block.head_dim,
         "mamba_d_state": block.d_state, "mamba_n_groups": block.n_groups, "mamba_d_conv": block.d_conv,
         "mamba_expand": block.d_inner // block.d_model, "mamba_proj_bias": block.projection_bias,
@@ -64,12 +66,13 @@ def transformers_mixer(family: str, block: Mamba2, tensors: Mapping[str, Tensor]
             time_step_limit=limits, num_hidden_layers=1,
         ), 0)  # fmt: skip
     elif family == "nemotron_h":
-        mixer = NemotronHMamba2Mixer(NemotronHConfig(
-            hidden_size=block.d_model, mamba_num_heads=block.n_heads, mamba_head_dim=block.head_dim,
-            ssm_state_size=block.d_state, n_groups=block.n_groups, conv_kernel=block.d_conv, chunk_size=8,
-            use_bias=block.projection_bias, use_conv_bias=block.conv_bias, layer_norm_epsilon=block.norm_form.eps,
-            time_step_min=low, hybrid_override_pattern="M", num_hidden_layers=1,
-        ), 0)  # fmt: skip
+        nemotron: dict[str, Any] = {
+            "hidden_size": block.d_model, "mamba_num_heads": block.n_heads, "mamba_head_dim": block.head_dim,
+            "ssm_state_size": block.d_state, "n_groups": block.n_groups, "conv_kernel": block.d_conv, "chunk_size": 8,
+            "use_bias": block.projection_bias, "use_conv_bias": block.conv_bias, "time_step_min": low,
+            "layer_norm_epsilon": block.norm_form.eps, "hybrid_override_pattern": "M", "num_hidden_layers": 1,
+        }  # fmt: skip
+        mixer = NemotronHMamba2Mixer(NemotronHConfig(**nemotron), 0)
     elif family == "falcon_h1":
         config = FalconH1Config(
             **sizes, mamba_d_ssm=block.d_inner, projectors_bias=block.out_bias, ssm_in_multiplier=1.0,
@@ -77,12 +80,13 @@ def transformers_mixer(family: str, block: Mamba2, tensors: Mapping[str, Tensor]
             ssm_multipliers=list(block.multipliers or (1.0,) * 5), time_step_limit=limits,
         )  # fmt: skip
         mixer = FalconH1Mixer(config, 0)
-        mixer.register_buffer("mup_vector", compute_mup_vector(config), persistent=False)
+        multipliers: Any = compute_mup_vector(config)  # type: ignore[no-untyped-call]
+        mixer.register_buffer("mup_vector", multipliers, persistent=False)
     elif family == "bamba":
         mixer = BambaMixer(BambaConfig(**sizes, time_step_limit=limits), 0)
     else:
-        config = GraniteMoeHybridConfig(**sizes, time_step_limit=limits, layer_types=["linear_attention"])
-        mixer = GraniteMoeHybridMambaLayer(config, 0)
+        granite = GraniteMoeHybridConfig(**sizes, time_step_limit=limits, layer_types=["linear_attention"])
+        mixer = GraniteMoeHybridMambaLayer(granite, 0)
     mixer.load_state_dict({name.removeprefix(f"{AT}."): value for name, value in whole(block, tensors).items()})
     return mixer.eval()
 
@@ -202,7 +206,7 @@ def test_its_values_survive_json() -> None:
     ("wrong", "message"),
     [({"d_inner": 40}, "d_inner 40"), ({"n_groups": 4}, "n_groups 4"), ({"norm_groups": 4}, "norm_groups 4")],
 )
-def test_sizes_that_do_not_fit_are_named(wrong: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_fit_are_named(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **wrong)
 

@@ -11,7 +11,7 @@ from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.errors import CheckpointError
 from ssm_mp.families.hybrid import HybridConfig
 from tests.families.tiny_models import written
-from tests.ssm_mp.families.folders import BY_NAME, Tensors, changed, held, same
+from tests.ssm_mp.families.changed_folders import BY_NAME, Tensors, changed, held, same
 
 PLAIN, EXPERTS = "lfm2/plain", "lfm2_moe/plain"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.errors import CheckpointError
 from tests.families.tiny_models import written
-from tests.ssm_mp.families.folders import BY_NAME, Tensors, changed, held, same
+from tests.ssm_mp.families.changed_folders import BY_NAME, Tensors, changed, held, same
 
 NEXT, TEXT, BOTH, MOE = "qwen3_next/plain", "qwen3_5_text/plain", "qwen3_5/text-and-vision", "qwen3_5_moe_text/plain"
 MANY = "qwen3_next/many-experts"

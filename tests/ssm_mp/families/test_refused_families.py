@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.errors import CheckpointError
 from ssm_mp.families.registry import FAMILIES, NOT_SUPPORTED
-from tests.ssm_mp.families.folders import changed
+from tests.ssm_mp.families.changed_folders import changed
 from tests.tiny import HUGGING_FACE, in_layout, random_tensors
 
 WIDTH = {"vocab_size": 64, "hidden_size": 32}

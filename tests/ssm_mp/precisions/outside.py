@@ -54,7 +54,7 @@ class Offset(IntegerTensor):
         return (self.q.short() - 32).to(torch.int8)
 
     def product(self, a: Tensor) -> Tensor:
-        return integer_product(a, self._integers)
+        return integer_product(self._integers, a).t()  # as it happens to lie in memory
 
     def tensor(self) -> Tensor:
         return dequantize_rows(self._integers.reshape(self.scale.shape[0], -1), self.scale).reshape(self.q.shape)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.modules.convolution import DepthwiseConv
 from ssm_mp.modules.embedding import BlockedEmbedding, Embedding
+from ssm_mp.modules.experts import ExpertsLinear
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.modules.likelihood import token_divergence, token_nll
 from ssm_mp.modules.linear import Linear
@@ -68,7 +69,7 @@ def test_what_is_stored_is_what_is_promised_and_comes_back(
     assert {suffix: ArraySpec(tuple(a.shape), a.dtype) for suffix, a in arrays.items()} == precision.arrays(shape, role)
     assert sum(a.numel() * a.element_size() for a in arrays.values()) == precision.bytes(shape, role)
     assert stored.tensor().dtype == torch.float32
-    assert stored.tensor().shape == shape
+    assert stored.tensor().shape == stored.shape == shape
     restored = precision.restore({suffix: a.clone() for suffix, a in arrays.items()}, shape, role)
     assert torch.equal(restored.tensor(), stored.tensor())
     assert all(same(a, arrays[suffix]) for suffix, a in restored.arrays().items())
@@ -80,6 +81,18 @@ def test_rows_are_those_of_the_whole(precision: Precision, r: int, n: int, data:
     index = torch.tensor(data.draw(st.lists(st.integers(0, r - 1), min_size=1, max_size=6)))
     for of in (index, index[None, :, None], index[:0]):
         assert torch.equal(stored.rows(of), stored.tensor()[of])
+
+
+@given(precisions, st.integers(1, 4), st.integers(1, 9), st.integers(1, 140))
+def test_experts_in_one_matrix_multiply_with_their_own_rows(precision: Precision, count: int, n: int, k: int) -> None:
+    weight, x = matrix_of(precision, count * n, k), normal(1, 5, k)
+    for inputs in quantizers(precision):
+        experts, whole = ExpertsLinear(weight, count, inputs), Linear(weight, None, inputs)(x)
+        for e in range(count):
+            torch.testing.assert_close(experts(x, e), whole[:, e * n : (e + 1) * n], rtol=1e-5, atol=1e-4)
+            rows, above = weight.part(slice(e * n, (e + 1) * n))
+            assert torch.equal(rows.tensor()[above:], weight.tensor()[e * n : (e + 1) * n])
+            assert torch.equal(rows.rows(torch.tensor([above])), weight.tensor()[e * n : e * n + 1])
 
 
 @given(precisions, st.lists(st.floats(-44, 4), min_size=1, max_size=6), st.sampled_from(["weight", "vector"]))

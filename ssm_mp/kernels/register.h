@@ -1,0 +1,101 @@
+/* As many floats at a time as one register holds.
+ *
+ * vector.h's sixteen are two or four registers where there is no AVX-512, and gcc then keeps every intermediate result
+ * in memory, which makes a loop of products several times slower. What is here stays in registers.
+ */
+#ifndef SSM_MP_REGISTER_H
+#define SSM_MP_REGISTER_H
+
+#include "vector.h"
+
+#if defined(__AVX512F__)
+enum { WIDTH = 16 };
+#elif defined(__AVX__)
+enum { WIDTH = 8 };
+#else
+enum { WIDTH = 4 };
+#endif
+enum { PIECES = LANES / WIDTH };
+
+typedef float Register __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
+
+/* Before a loop of a constant number of turns over arrays of registers, which are no arrays afterwards. */
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+INLINE Register get(const float *p) { return *(const Register *)p; }
+INLINE void put(float *p, Register x) { *(Register *)p = x; }
+
+/* Some of sixteen numbers, nearly always all of them. */
+INLINE void copy_part(float *to, const float *from, int count) {
+    if (count == LANES) memcpy(to, from, LANES * sizeof(float));
+    else memcpy(to, from, count * sizeof(float));
+}
+
+/* The first `count`; the others are zero. */
+INLINE Register get_part(const float *p, int64_t count) {
+    if (count >= WIDTH) return get(p);
+    float held[WIDTH] = {0};
+    memcpy(held, p, count * sizeof(float));
+    return get(held);
+}
+
+INLINE void put_part(float *p, Register x, int64_t count) {
+    if (count >= WIDTH) {
+        put(p, x);
+        return;
+    }
+    float held[WIDTH];
+    put(held, x);
+    memcpy(p, held, count * sizeof(float));
+}
+
+INLINE Register choose(Integers where, Register yes, Register no) {
+    return (Register)((where & (Integers)yes) | (~where & (Integers)no));
+}
+
+INLINE float total_of(Register x) {
+    float total = 0;
+    for (int i = 0; i < WIDTH; i++) total += x[i];
+    return total;
+}
+
+/* 2^x, clamped to [2^−126, 2^127]; NaN stays NaN. The polynomial is that of `exp2_16`. */
+INLINE Register exp2_of(Register x) {
+    const Register zero = {0}, lowest = zero - 126.0f, highest = zero + 127.0f;
+    x = choose(x < lowest, lowest, x);
+    x = choose(x > highest, highest, x);
+    const Register shifted = x + ROUNDING, f = x - (shifted - ROUNDING);
+    Register p = f * 1.32646524e-3f + 9.67151132e-3f;
+    p = p * f + 5.55073396e-2f;
+    p = p * f + 2.40222421e-1f;
+    p = p * f + 6.93146978e-1f;
+    p = p * f + 1.0f;
+    return (Register)((Integers)p + ((Integers)shifted << 23));
+}
+
+/* e^x, clamped to what float32 holds, as in `exp16`. */
+INLINE Register exp_of(Register x) {
+    const Register zero = {0}, lowest = zero - 87.3f, highest = zero + 88.0f;
+    x = choose(x < lowest, lowest, x);
+    x = choose(x > highest, highest, x);
+    const Register n = (x * LOG2_E + ROUNDING) - ROUNDING;
+    Register r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Register p = zero + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return (Register)((Integers)p + (__builtin_convertvector(n, Integers) << 23));
+}
+
+INLINE Register silu_of(Register x) { return x / (exp_of(-x) + 1.0f); }
+
+#endif
