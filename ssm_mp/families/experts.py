@@ -105,3 +105,7 @@ def _require_equal(apart: Mapping[tuple[str, str], Mapping[int, str]]) -> None:
         if len(set(by_leaf.values())) > 1:
             said = ", ".join(f"{leaf} of {count}" for leaf, count in sorted(by_leaf.items()))
             raise CheckpointError(f"{at}: expected as many experts for every projection, found {said}")
+    by_layer = {at: max(by_leaf.values()) for at, by_leaf in counts.items()}
+    if len(set(by_layer.values())) > 1:
+        said = listed(f"{count} of {at}" for at, count in by_layer.items())
+        raise CheckpointError(f"expected as many experts in every layer that has any, found {said}")

@@ -104,7 +104,7 @@ def test_a_folder_without_a_config_asks_for_it(tmp_path: Path) -> None:
 
 
 def test_words_of_configs_on_the_hub_are_known(tmp_path: Path) -> None:
-    hub = {
+    hub: dict[str, Any] = {
         "layer_types": None, "full_attention_interval": 4, "rope_parameters": None, "rope_theta": 1e4,
         "partial_rotary_factor": 0.25, "rope_scaling": None, "use_sliding_window": False, "max_window_layers": 3,
         "attn_output_gate": True, "mamba_ssm_dtype": "float32", "mtp_num_hidden_layers": 1, "mlp_only_layers": [],
@@ -139,6 +139,19 @@ def test_experts_of_unequal_number_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"experts: expected as many experts .*up_proj\.weight of 4"):
         load_checkpoint(changed(NEXT, tmp_path, tensors=fewer))
+
+
+@pytest.mark.parametrize("case", [NEXT, MANY])
+def test_layers_with_unequal_numbers_of_experts_are_refused(tmp_path: Path, case: str) -> None:
+    def fewer(tensors: Tensors) -> Tensors:
+        last = held(case)[0]["num_experts"] - 1
+        return {name: tensor for name, tensor in tensors.items() if f".1.mlp.experts.{last}." not in name}
+
+    expected = (
+        r"as many experts in every layer that has any, found (5|18) of layers\.0\.mlp\.experts, (4|17) of layers\.1"
+    )
+    with pytest.raises(CheckpointError, match=expected):
+        load_checkpoint(changed(case, tmp_path, tensors=fewer))
 
 
 @pytest.mark.parametrize("case", [NEXT, MANY, MOE])

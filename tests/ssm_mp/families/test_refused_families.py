@@ -52,7 +52,8 @@ SUPPORTED = "supported are mamba, mamba2, "
 def folder_of(kind: str, options: dict[str, Any], folder: Path) -> Path:
     """What transformers writes of a tiny model."""
     config = getattr(transformers, f"{kind}Config")(**WIDTH, **options)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM
+    model.from_config(config).save_pretrained(folder)
     return folder
 
 
