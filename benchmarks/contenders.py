@@ -16,7 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.study import StudyDirection
 
-from benchmarks.oracle import GRADIENT_WINDOWS, WINDOWS, Oracle
+from benchmarks.oracle import GRADIENT_WINDOWS, SUBSPACES, Oracle
 from search.sampling.catalogue import Catalogue
 from search.sampling.gain import area, staircase
 from search.sampling.knowledge import Knowledge, before_any_trial
@@ -46,7 +46,7 @@ def increase_percent(oracle: Oracle, chosen: Map) -> float:
 
 def gradient_cost(name: str) -> int:
     """Evaluations that the gradient probe costs: as long as 14 forward passes a window (`benchmarks/gradient.py`)."""
-    return -(-14 * GRADIENT_WINDOWS // WINDOWS[name])
+    return -(-14 * GRADIENT_WINDOWS // SUBSPACES[name].windows)
 
 
 def _probes(oracle: Oracle, ends: tuple[str, ...]) -> Iterator[Map]:

@@ -1,7 +1,8 @@
-"""Exhaustive oracles: every map of a subspace of the reference model, really converted and really evaluated.
+"""Exhaustive oracles: every map of a subspace of a reference model, really converted and really evaluated.
 
     OMP_NUM_THREADS=1 python -m benchmarks.oracle two --workers 2      # 12 components, 2 precisions, 4096 maps
     OMP_NUM_THREADS=1 python -m benchmarks.oracle three --workers 2    # 8 components, 3 precisions, 6561 maps
+    OMP_NUM_THREADS=1 python -m benchmarks.oracle hybrid --workers 2   # 12 components of the hybrid, 4096 maps
 
 Each writes `benchmarks/oracles/NAME.npz`. Maps are walked as a tree in the order of the data flow, so that two
 maps share the activations before the first layer in which they differ. An interrupted run continues.
@@ -30,21 +31,37 @@ from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, evaluate, finish, paired_increase, start
 from ssm_mp.precision_map import PrecisionMap
 
-STUDY = Path("studies/reference-cumulative.toml")
+REFERENCE, HYBRID = Path("studies/reference-cumulative.toml"), Path("studies/hybrid-cumulative.toml")
 FOLDER = Path("benchmarks/oracles")
-WINDOWS = {"two": 32, "three": 16}
-"""Search windows that each oracle measures its increases on: its truth."""
 GRADIENT_WINDOWS = 16
 """Calibration windows that the gradient probe makes its one pass over."""
 
 _BLOCKS = tuple(f"embedding.blocks.{b}" for b in range(4))
 _IN = tuple(f"layers.{i}.ssm.in_proj" for i in range(4))
 _OUT = tuple(f"layers.{i}.ssm.out_proj" for i in range(4))
-SUBSPACES: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "two": ((*_BLOCKS, *_IN, *_OUT), ("int8", "int3")),
-    "three": ((*_BLOCKS, *_IN), ("int8", "nf4", "int3")),
+_MIXERS = tuple(f"layers.{i}.mamba.{leaf}" for i in (0, 1, 3) for leaf in ("in_proj", "out_proj"))
+_OTHERS = ("layers.2.self_attn.o_proj", "layers.2.shared_mlp.output_linear")
+
+
+@dataclass(frozen=True)
+class Subspace:
+    """Free components and their precisions, the widest first; every other component that is not pinned stays int8.
+
+    windows: search windows of the study that the increases are measured on: the oracle's truth.
+    """
+
+    study: Path
+    components: tuple[str, ...]
+    precisions: tuple[str, ...]
+    windows: int
+
+
+SUBSPACES: Mapping[str, Subspace] = {
+    "two": Subspace(REFERENCE, (*_BLOCKS, *_IN, *_OUT), ("int8", "int3"), 32),
+    "three": Subspace(REFERENCE, (*_BLOCKS, *_IN), ("int8", "nf4", "int3"), 16),
+    "hybrid": Subspace(HYBRID, (*_BLOCKS, *_MIXERS, *_OTHERS), ("int8", "int3"), 32),
 }
-"""Free components and their precisions, the widest first; every other component that is not pinned stays int8."""
+"""Of the first two, the sampler's prior was chosen; the third was made afterwards, and judges it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +119,8 @@ class _Task:
 
 @cache
 def _task(name: str) -> _Task:
-    workspace = open_workspace(load_spec(STUDY))
-    windows = Windows(workspace.splits.search.ids[: WINDOWS[name]])
+    workspace = open_workspace(load_spec(SUBSPACES[name].study))
+    windows = Windows(workspace.splits.search.ids[: SUBSPACES[name].windows])
     space = workspace.space
     base = space.map({c.name: "int8" for c in space.free})
     return _Task(workspace, windows, evaluate(workspace.model, windows), base)
@@ -114,7 +131,7 @@ def _walk(prefix: Prefix, held: PrecisionMap, name: str) -> Iterator[tuple[float
 
     The layers' components are the slowest axes where they come first in the network.
     """
-    task, (components, precisions) = _task(name), SUBSPACES[name]
+    task, components, precisions = _task(name), SUBSPACES[name].components, SUBSPACES[name].precisions
     model = task.workspace.converter.convert(held)
     if prefix.layer == len(model.layers):
         increase = paired_increase(finish(model, prefix, task.windows), task.baseline)
@@ -136,7 +153,7 @@ def _branch(name: str, chosen: tuple[str, ...]) -> np.ndarray:
 
 def make(name: str, workers: int, parts: Path) -> Oracle:
     """Evaluate a subspace, keeping each branch in `parts` as it is done."""
-    components, precisions = SUBSPACES[name]
+    components, precisions = SUBSPACES[name].components, SUBSPACES[name].precisions
     parts.mkdir(parents=True, exist_ok=True)
     branches = list(itertools.product(precisions, repeat=len(_BLOCKS)))
     paths = {chosen: parts / f"{name}-{'-'.join(chosen)}.npy" for chosen in branches}
@@ -146,7 +163,16 @@ def make(name: str, workers: int, parts: Path) -> Oracle:
             np.save(paths[chosen], found)
             print(f"{name} {'-'.join(chosen)}: {len(found)} maps", file=sys.stderr, flush=True)
     values = np.stack([np.load(paths[chosen]) for chosen in branches])  # [branches, maps, 2]
-    in_walk = [*_BLOCKS, *(c for i in range(4) for c in components if c.startswith(f"layers.{i}."))]
+    layers = range(len(_task(name).workspace.model.layers))
+    in_walk = [*_BLOCKS, *(c for i in layers for c in components if c.startswith(f"layers.{i}."))]
+        *_BLOCKS,
+        *(
+            c
+            for i in range(len(_task(name).workspace.model.layers))
+            for c in components
+            if c.startswith(f"layers.{i}.")
+        ),
+    ]
     cube = values.reshape(*[len(precisions)] * len(components), 2)
     cube = cube.transpose([*(in_walk.index(c) for c in components), len(components)])
     space = _task(name).workspace.space
@@ -173,7 +199,7 @@ def save(name: str, oracle: Oracle) -> None:
     """Write an oracle as a small file."""
     said = {
         "components": oracle.components, "precisions": oracle.precisions, "fixed": oracle.fixed,
-        "fp32_bytes": oracle.fp32_bytes, "windows": WINDOWS[name], "study": STUDY.name,
+        "fp32_bytes": oracle.fp32_bytes, "windows": SUBSPACES[name].windows, "study": SUBSPACES[name].study.name,
         "windows_digest": oracle.windows_digest,
     }  # fmt: skip
     FOLDER.mkdir(exist_ok=True)
