@@ -165,14 +165,6 @@ def make(name: str, workers: int, parts: Path) -> Oracle:
     values = np.stack([np.load(paths[chosen]) for chosen in branches])  # [branches, maps, 2]
     layers = range(len(_task(name).workspace.model.layers))
     in_walk = [*_BLOCKS, *(c for i in layers for c in components if c.startswith(f"layers.{i}."))]
-        *_BLOCKS,
-        *(
-            c
-            for i in range(len(_task(name).workspace.model.layers))
-            for c in components
-            if c.startswith(f"layers.{i}.")
-        ),
-    ]
     cube = values.reshape(*[len(precisions)] * len(components), 2)
     cube = cube.transpose([*(in_walk.index(c) for c in components), len(components)])
     space = _task(name).workspace.space
