@@ -164,7 +164,7 @@ def attention_block(said: Said, at: str, d_model: int, rotary: Rotary | None, he
     heads = said.size("num_attention_heads")
     kv_heads = said.size("num_key_value_heads", default=heads)
     keys, inner = said.shown(inside + r"k_proj\.weight", 0), said.shown(inside + r"(?:o|out)_proj\.weight", 1)
-    width = head_dim or _width(said, heads, kv_heads, keys, inner) or d_model // heads
+    width = _width(said, (heads, kv_heads), keys, inner, head_dim) or d_model // heads
     said.require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of the {heads} heads", kv_heads)
     with_bias = said.flag("attention_bias", False)
     return Attention(
@@ -173,16 +173,19 @@ def attention_block(said: Said, at: str, d_model: int, rotary: Rotary | None, he
     )  # fmt: skip
 
 
-def _width(said: Said, heads: int, kv_heads: int, keys: int | None, inner: int | None) -> int | None:
+def _width(
+    said: Said, both_heads: tuple[int, int], keys: int | None, inner: int | None, known: int | None
+) -> int | None:
     """Dimensions of a head, by the rows of k_proj and the inputs of o_proj; None where neither shapes nor config tell.
 
-    Raises CheckpointError for the key that does not fit.
+    both_heads: of queries and of keys. known: what else shows it. Raises CheckpointError for the key that does not fit.
     """
-    stated = said.count("head_dim")
+    heads, kv_heads = both_heads
+    stated = known or said.count("head_dim")
     if keys is None or inner is None:
         return stated
-    if inner % heads == 0 and inner // heads * kv_heads == keys:
-        return said.size("head_dim", inner // heads)
+    if inner % heads == 0 and inner // heads * kv_heads == keys and known in (None, inner // heads):
+        return known or said.size("head_dim", inner // heads)
     if said.count("num_key_value_heads") is None:
         raise said.missing("num_key_value_heads", "a whole number above 0")
     made = f"the {inner} inputs of o_proj and the {keys} rows of k_proj"

@@ -118,7 +118,7 @@ def hugging_face_folder(folder: Path, config: dict[str, Any], without: str = "no
 @pytest.mark.parametrize(
     ("config", "without", "message"),
     [
-        ({"model_type": "falcon_mamba"}, "nothing", "model_type = 'falcon_mamba'"),
+        ({"model_type": "jamba"}, "nothing", "model_type = 'jamba'"),
         ({"model_type": "mamba", "hidden_act": "relu"}, "nothing", "hidden_act = 'relu'"),
         ({"model_type": "mamba", "tie_word_embeddings": False}, "nothing", r"missing: lm_head\.weight"),
         ({"model_type": "mamba"}, "conv1d.bias", r"missing: layers\.0\.ssm\.conv1d\.bias"),

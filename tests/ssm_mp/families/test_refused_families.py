@@ -46,7 +46,7 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {**HEADS, "num_hidden_layers": 1}),
     "gpt2": ("GPT2", {**SPECIAL, "num_hidden_layers": 1, "num_attention_heads": 4}),
 }
-SUPPORTED = "supported are mamba, mamba2, "
+SUPPORTED = "supported are mamba, .*mamba2, "
 
 
 def folder_of(kind: str, options: dict[str, Any], folder: Path) -> Path:

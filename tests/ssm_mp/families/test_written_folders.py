@@ -16,7 +16,7 @@ READ = {word for family in FAMILIES.values() for word in family.model_types}
 FIRST = {case.family: case.name for case in reversed(CASES) if case.family in READ}
 
 
-@pytest.mark.parametrize("name", [case.name for case in CASES if case.family in READ])
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.family in READ and "vision" not in case.name])
 def test_what_transformers_wrote_gives_no_note(name: str, tmp_path: Path) -> None:
     folder = written(BY_NAME[name], tmp_path)
     assert (folder / "generation_config.json").exists()
