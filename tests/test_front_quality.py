@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.contenders import BUDGET, catalogue_of, contenders
 from benchmarks.front_quality import exact, run_one, summarise
-from benchmarks.oracle import STUDY, SUBSPACES, WINDOWS, load_oracle
+from benchmarks.oracle import SUBSPACES, load_oracle
 from search.base.front import Point, hypervolume
 from search.problem.spec import load_spec
 from search.problem.workspace import open_workspace
@@ -23,8 +23,12 @@ NAMES = sorted(SUBSPACES)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_increases_and_bytes_are_those_of_real_maps(name: str) -> None:
-    workspace, oracle, rng = open_workspace(load_spec(STUDY)), load_oracle(name), np.random.default_rng(0)
-    space, windows = workspace.space, Windows(workspace.splits.search.ids[: WINDOWS[name]])
+    workspace, oracle, rng = (
+        open_workspace(load_spec(SUBSPACES[name].study)),
+        load_oracle(name),
+        np.random.default_rng(0),
+    )
+    space, windows = workspace.space, Windows(workspace.splits.search.ids[: SUBSPACES[name].windows])
     base = {component.name: "int8" for component in space.free}
     increases = []
     for _ in range(2):
