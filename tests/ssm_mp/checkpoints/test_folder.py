@@ -121,6 +121,20 @@ def test_an_index_and_its_shards_must_agree(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
+def test_an_index_that_names_a_tensor_twice_is_refused(tmp_path: Path) -> None:
+    placed = write_shards(tmp_path, hugging_face())
+    first, second = sorted(set(placed.values()))
+    index = tmp_path / "model.safetensors.index.json"
+    name = "backbone.norm_f.weight"
+    index.write_text(
+        index.read_text().replace(f'"{name}": "{placed[name]}"', f'"{name}": "{first}", "{name}": "{second}"')
+    )
+    with pytest.raises(
+        CheckpointError, match=rf"{index.name}: .*{name} is there twice, as '{first}' and as '{second}'"
+    ):
+        load_checkpoint(tmp_path)
+
+
 def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
     placed = write_shards(tmp_path, hugging_face())
     shard = tmp_path / max(placed.values())
