@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Mixing, Observer, Parts, Scan, State
@@ -200,9 +201,14 @@ class LanguageModel(nn.Module):
         return self.head(self.hidden(ids))
 
     @property
+    def device(self) -> torch.device:
+        """Where it is held. Not that of a torch parameter: where everything is int8 there is none."""
+        return next(module.device for module in self.norm.modules() if isinstance(module, Stored))
+
+    @property
     def head_tokens(self) -> int:
         """How many tokens' logits may be held at once; at least one."""
-        device = next(self.parameters()).device.type
+        device = self.device.type
         return max(1, _LOGIT_BYTES[device] // (4 * self.config.vocabulary))
 
 

@@ -81,7 +81,7 @@ def gradient_effects(
     model = _differentiable(workspace, scores)
     keys = [(c.name, precision) for c in workspace.space.free for precision in workspace.space.choices[c.name]]
     weights, inputs = (np.zeros((len(windows), len(keys))) for _ in range(2))
-    device = next(workspace.model.parameters()).device
+    device = workspace.model.device
     for w, ids in enumerate(windows.ids.to(device).split(1)):
         window_nll(model, ids).backward()
         weights[w] = [scores.weights.pop(key, 0.0) for key in keys]

@@ -150,7 +150,7 @@ def observed(
 
 
 def _run(model: LanguageModel, windows: Windows) -> None:
-    device = next(model.parameters()).device
+    device = model.device
     with torch.inference_mode():
         for ids in windows.ids.split(_BATCH):
             for part in model.hidden(ids.to(device)).flatten(0, 1).split(model.head_tokens):

@@ -94,7 +94,7 @@ def prefill(model: LanguageModel, ids: Tensor) -> Decoding:
     3
     """
     _require_ids(model, ids)
-    hidden, states = model.carry(ids.to(_device(model), torch.int64))
+    hidden, states = model.carry(ids.to(model.device, torch.int64))
     return Decoding(model.head(hidden[:, -1:])[:, 0], states, ids.shape[1])
 
 
@@ -105,7 +105,7 @@ def step(model: LanguageModel, decoding: Decoding, tokens: Tensor) -> Decoding:
     if tokens.shape != (sequences,):
         raise DataError(f"expected one token for each of {sequences} sequences, found shape {list(tokens.shape)}")
     _require_ids(model, tokens[:, None])
-    hidden, states = model.carry(tokens[:, None].to(_device(model), torch.int64), decoding.states, decoding.position)
+    hidden, states = model.carry(tokens[:, None].to(model.device, torch.int64), decoding.states, decoding.position)
     return Decoding(model.head(hidden)[:, 0], states, decoding.position + 1)
 
 
@@ -151,7 +151,7 @@ def generate_timed(
     if new_tokens > 1:
         decoder = open_decoder(model, read)
         for _ in range(new_tokens - 1):
-            made.append(_chosen(decoder.step(made[-1].to(_device(model))), temperature, generator))
+            made.append(_chosen(decoder.step(made[-1].to(model.device)), temperature, generator))
     ended = time.perf_counter()
     return Generation(
         torch.cat([ids, *(tokens[:, None].to(ids) for tokens in made)], dim=1),
@@ -200,7 +200,3 @@ def _require_ids(model: LanguageModel, ids: Tensor) -> None:
     wrong = ids[(ids < 0) | (ids >= vocabulary)]
     if wrong.numel():
         raise DataError(f"token id {int(wrong[0])} is outside the model's vocabulary of {vocabulary}")
-
-
-def _device(model: LanguageModel) -> torch.device:
-    return next(model.parameters()).device

@@ -144,7 +144,7 @@ def decode_seconds(models: Sequence[LanguageModel], ids: Tensor, prompt: int, ro
     read = [prefill(model, ids[:, :prompt]) for model in models]
 
     def decoded(model: LanguageModel, after: Decoding) -> float:
-        tokens = ids[:, prompt:].to(_device(model)).unbind(dim=1)
+        tokens = ids[:, prompt:].to(model.device).unbind(dim=1)
         decoder = open_decoder(model, after)
         _synchronize(model)
         began = time.perf_counter()
@@ -190,7 +190,7 @@ def _in_turn(timed: Sequence[Callable[[], float]], rounds: int) -> list[list[flo
 
 
 def _read(model: LanguageModel, ids: Tensor) -> float:
-    ids = ids.to(_device(model))
+    ids = ids.to(model.device)
     _synchronize(model)
     began = time.perf_counter()
     model.head(model.hidden(ids)[:, -1:])
@@ -198,11 +198,7 @@ def _read(model: LanguageModel, ids: Tensor) -> float:
     return time.perf_counter() - began
 
 
-def _device(model: LanguageModel) -> torch.device:
-    return next(model.parameters()).device
-
-
 def _synchronize(model: LanguageModel) -> None:
     """Wait for what a GPU still has to do."""
-    if _device(model).type == "cuda":
+    if model.device.type == "cuda":
         torch.cuda.synchronize()

@@ -131,7 +131,7 @@ def token_losses(model: LanguageModel, windows: Windows) -> Losses:
         found: Losses = nll.reshape(ids.shape[0], -1).cpu().numpy()
         return found
 
-    ids = windows.ids.to(next(model.parameters()).device)
+    ids = windows.ids.to(model.device)
     found = np.concatenate(in_parallel(losses, shards(ids)))
     bad = np.argwhere(~np.isfinite(found))
     if bad.size:

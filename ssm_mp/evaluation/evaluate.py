@@ -110,7 +110,7 @@ def evaluate(
         hidden = model.hidden(ids, before_layer) if prefixes is None else _continued(model, ids, before_layer, prefixes)
         return window_nll(model, score, hidden, ids)
 
-    parts = in_parallel(nll, shards(windows.ids.to(_device(model))))
+    parts = in_parallel(nll, shards(windows.ids.to(model.device)))
     return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
 
 
@@ -134,7 +134,7 @@ def _continued(
 
 def start(model: LanguageModel, windows: Windows) -> Prefix:
     """The embedded windows: the prefix of layer 0."""
-    return Prefix(0, torch.cat(in_parallel(model.embed, shards(windows.ids.to(_device(model))))))
+    return Prefix(0, torch.cat(in_parallel(model.embed, shards(windows.ids.to(model.device)))))
 
 
 def advance(
@@ -230,10 +230,6 @@ def skewness(values: FloatArray) -> float:
     if n < 3 or variance < 1e-200:  # whose power of 1.5 would be 0
         return 0.0
     return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
-
-
-def _device(model: LanguageModel) -> torch.device:
-    return next(model.parameters()).device
 
 
 def shards(values: Tensor) -> Sequence[Tensor]:

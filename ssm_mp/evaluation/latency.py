@@ -212,7 +212,7 @@ def measure_latency(
     disturbs all alike; on a machine that is busy with other things the times are still worth little, which the checks
     then show. before_round: called before each round; what it raises ends the measurement.
     """
-    device = next(converter.model.parameters()).device
+    device = converter.model.device
     rng, ids = np.random.default_rng(seed), ids.to(device)
     maps = [_extreme(choices, end) for end in (0, -1)] + _mixed(choices, _FITTED, rng) + _mixed(choices, checks, rng)
     runs = _timed_runs(converter, choices, ids) + _plain_runs(converter, maps, ids)

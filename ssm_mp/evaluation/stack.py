@@ -163,7 +163,7 @@ def make_stack(converter: Converter, maps: Sequence[PrecisionMap]) -> Stack:
     """
     models = tuple(converter.convert(precision_map) for precision_map in maps)
     held = [precision_map.to_json() for precision_map in maps]
-    device = next(models[0].parameters()).device
+    device = models[0].device
     acting = [[c for c in converter.components if c.stage == i] for i in range(models[0].config.n_layers + 1)]
     row_of, rows = numbered(_precisions(one, acting[0]) for one in held)  # of each map, so far
     embeds = tuple(models[row_of.index(r)] for r in range(len(rows)))
@@ -315,7 +315,7 @@ def evaluate_stacked(
             feasible.append(one)
         except InfeasibleError as error:
             found[one] = error
-    ids = windows.ids.to(_device(converter.model))
+    ids = windows.ids.to(converter.model.device)
     for first in range(0, len(feasible), most):
         together = feasible[first : first + most]
         for one, nll in zip(together, _nll(converter, together, ids, before_layer), strict=True):
@@ -348,7 +348,7 @@ def windows_at_once(device: torch.device, length: int, maps: int) -> int:
 
 def at_once(model: LanguageModel, length: int) -> int:
     """As many maps as memory allows in one pass over windows of so many tokens; at least one."""
-    device = _device(model)
+    device = model.device
     one = windows_at_once(device, length, 1) * length * token_bytes(model.config)
     return max(1, free_bytes(device) // one)
 
@@ -366,7 +366,3 @@ def token_bytes(config: Config) -> int:
     """Upper bound of the bytes of activations that one token of one map takes at the widest point of a forward pass."""
     branches = (branch for layer in config.branches for branch in layer)
     return 4 * max(sum(part.block.token_floats for part in branch.parts) for branch in branches)
-
-
-def _device(model: LanguageModel) -> torch.device:
-    return next(model.parameters()).device

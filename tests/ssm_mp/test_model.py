@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_mp import load_model
+from ssm_mp import PrecisionMap, Scheme, convert, find_components, load_model
 from ssm_mp.errors import DataError
 from tests.tiny import HUGGING_FACE, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors
 
@@ -123,3 +123,11 @@ def test_later_tokens_do_not_change_earlier_logits(config: object) -> None:
 def test_a_sequence_beyond_the_positions_is_refused() -> None:
     with pytest.raises(DataError, match=f"positions for {LENGTH}"):
         random_model(MAMBA)(torch.zeros(1, LENGTH + 1, dtype=torch.long))
+
+
+def test_a_model_without_a_float_knows_where_it_is() -> None:
+    model = random_model(MAMBA)
+    components = find_components(model)
+    pins = frozenset(c.name for c in components if c.pin == "always")
+    everywhere = PrecisionMap.from_rules({"*": "int8"}, components, pins)
+    assert convert(model, everywhere, Scheme(activations="none")).device == torch.device("cpu")
