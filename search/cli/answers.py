@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from search.base.clock import clock
@@ -37,8 +37,49 @@ def inspected(answer: Mapping[str, Any]) -> str:
     types = answer["file_types"]
     said = next(iter(types)) if len(types) == 1 else ", ".join(f"{n:,} {name}" for name, n in types.items())
     head += f", {answer['file_bytes']:,} in the file ({said})"
-    config = ", ".join(f"{key} {value}" for key, value in answer["config"].items() if key not in ("family", "layers"))
-    return f"{head}\n{config}\n\n" + table(("component", "kind", "layer", "parameters", "share", ""), rows, left=2)
+    config = ", ".join(
+        f"{key} {_short(value)}" for key, value in answer["config"].items() if key not in ("family", "layers")
+    )
+    layers = "".join(f"{line}\n" for line in _layers(answer["config"].get("layers", ())))
+    return f"{head}\n{config}\n{layers}\n" + table(
+        ("component", "kind", "layer", "parameters", "share", ""), rows, left=2
+    )
+
+
+_NOT_SHOWN = ("word", "d_model", "names")
+
+
+def _layers(layers: Sequence[Any]) -> Iterator[str]:
+    """A line for each different layer of a model that is spelt out block by block: which they are, and its blocks."""
+    alike: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        if isinstance(layer, list):
+            alike.setdefault("; ".join(_block(part) for branch in layer for part in branch["parts"]), []).append(i)
+    for said, numbers in alike.items():
+        yield f"layer{'s' if len(numbers) > 1 else ''} {_few_numbers(numbers)}: {said}"
+
+
+def _block(part: Mapping[str, Any]) -> str:
+    """One block: its name, its kind, and whatever is not left at nothing."""
+    block = part["block"]
+    said = [f"{key} {_short(value)}" for key, value in block.items() if key not in _NOT_SHOWN and _is_something(value)]
+    return f"{part['name']} ({block['word']}: {', '.join(said)})"
+
+
+def _is_something(value: object) -> bool:
+    return value is not None and value is not False and not (isinstance(value, float) and value == 1.0)
+
+
+def _short(value: object) -> object:
+    """A value on its own, or of a dictionary what is not left at nothing."""
+    if not isinstance(value, Mapping):
+        return value
+    return "/".join(f"{_short(inside)}" for inside in value.values() if _is_something(inside))
+
+
+def _few_numbers(numbers: Sequence[int], most: int = 12) -> str:
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return ", ".join(map(str, numbers[:most])) + more
 
 
 def probed(answer: Mapping[str, Any]) -> str:

@@ -123,12 +123,14 @@ FEW_TOKENS = 64
 def hardly_reached(statistics: Statistics) -> list[str]:
     """Experts that calibration hardly reached, with how many tokens did: one line each, the fewest first."""
     most = max((sum(one.tokens) for one in statistics.values()), default=0)
-    found = []
+    found: dict[str, int] = {}
     for name, one in statistics.items():
+        at = name.rsplit(".", 1)[0]  # an expert's projections see the same tokens
         for e, count in enumerate(one.tokens):
             if count < min(FEW_TOKENS, most):
-                found.append((count, name if len(one.tokens) == 1 else f"{name} (expert {e})"))
-    return [f"{name}: {count} tokens" for count, name in sorted(found)]
+                expert = at if len(one.tokens) == 1 else f"{at}.{e}"
+                found[expert] = min(count, found.get(expert, count))
+    return [f"{expert}: {count} tokens" for expert, count in sorted(found.items(), key=lambda pair: pair[1])]
 
 
 def observed(
