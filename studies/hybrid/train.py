@@ -8,7 +8,8 @@
 Three Mamba-2 layers and one attention layer without positions, each followed by a gated feed-forward and
 by four small experts of which two are chosen. Granite's format knows experts in every layer or in none
 (`num_local_experts` holds for the whole model), so it is every layer, with few and narrow experts. The text
-and the tokenizer are the first reference's. Needs a C++ compiler (torch.compile).
+and the tokenizer are the first reference's. The checkpoint beside this file saw 4.1 million tokens in 51 minutes on
+one thread of a busy machine. Needs a C++ compiler (torch.compile).
 """
 
 from __future__ import annotations
