@@ -38,6 +38,11 @@ def test_the_hybrid_is_the_one_that_was_trained() -> None:
     assert sum(t.numel() for t in load_file(FOLDER / "model.safetensors").values()) == TRAINING["parameters"]["total"]
 
 
+def test_the_hybrid_is_good_enough() -> None:
+    assert TRAINING["perplexity"]["search"] <= 23
+    assert TRAINING["perplexity"]["certify"] <= 32
+
+
 def test_the_hybrid_has_every_kind_of_block() -> None:
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["model_type"] == "granitemoehybrid"
@@ -53,6 +58,7 @@ def test_its_tokenizer_is_the_first_references() -> None:
     assert AutoTokenizer.from_pretrained(FOLDER)(text)["input_ids"] == first.encode(text).ids
 
 
+@pytest.mark.slow
 def test_transformers_finds_the_perplexity_that_training_wrote_down(script: ModuleType) -> None:
     model = AutoModelForCausalLM.from_pretrained(FOLDER)
     written = TRAINING["first_windows"]

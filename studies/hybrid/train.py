@@ -8,7 +8,8 @@
 Three Mamba-2 layers and one attention layer without positions, each followed by a gated feed-forward and
 by four small experts of which two are chosen. Granite's format knows experts in every layer or in none
 (`num_local_experts` holds for the whole model), so it is every layer, with few and narrow experts. The text
-and the tokenizer are the first reference's. Needs a C++ compiler (torch.compile).
+and the tokenizer are the first reference's. The checkpoint beside this file saw 4.1 million tokens in 51 minutes on
+one thread of a busy machine. Needs a C++ compiler (torch.compile).
 """
 
 from __future__ import annotations
@@ -258,7 +259,7 @@ def sizes(model: nn.Module) -> dict[str, int]:
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=5600)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=2.5e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
