@@ -40,16 +40,19 @@ void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const fl
 }
 
 /* Σ (x − mean)^power of x [d], power 1 or 2. */
-INLINE float moment(const float *x, int64_t d, float mean, int power) {
-    v16 sum[2] = {splat(0.0f), splat(0.0f)};
-    for (int64_t c = 0; c < d; c += LANES) {
-        const int count = d - c < LANES ? (int)(d - c) : LANES;
-        v16 value = load_part(x + c, count) - splat(mean);
-        for (int j = count; j < LANES; j++) value[j] = 0;
-        if (power == 2) value = value * value;
-        sum[c / LANES % 2] = sum[c / LANES % 2] + value;
-    }
-    return sum16(sum[0] + sum[1]);
+INLINE float moment(const float *x, int64_t d, float mean, const int power) {
+    Register sum[4] = {{0}};
+    int64_t c = 0;
+    for (; c + 4 * WIDTH <= d; c += 4 * WIDTH)
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            const Register value = get(x + c + i * WIDTH) - mean;
+            if (power == 2) sum[i] += value * value;
+            else sum[i] += value;
+        }
+    float rest = 0;
+    for (; c < d; c++) rest += power == 2 ? (x[c] - mean) * (x[c] - mean) : x[c] - mean;
+    return total_of((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
 /* LayerNorm of rows x [m, d], or RMSNorm where there is no bias. */
@@ -60,11 +63,10 @@ void normalise_rows(int64_t m, int64_t d, const float *x, const float *weight, c
         const float *row = x + i * d;
         const float mean = bias ? moment(row, d, 0.0f, 1) / d : 0.0f;
         const float factor = 1.0f / sqrtf(moment(row, d, mean, 2) / d + eps);
-        for (int64_t c = 0; c < d; c += LANES) {
-            const int count = d - c < LANES ? (int)(d - c) : LANES;
-            v16 value = (load_part(row + c, count) - splat(mean)) * splat(factor) * load_part(weight + c, count);
-            if (bias) value = value + load_part(bias + c, count);
-            store_part(y + i * d + c, value, count);
+        for (int64_t c = 0; c < d; c += WIDTH) {
+            Register value = (get_part(row + c, d - c) - mean) * factor * get_part(weight + c, d - c);
+            if (bias) value = value + get_part(bias + c, d - c);
+            put_part(y + i * d + c, value, d - c);
         }
     }
 }
