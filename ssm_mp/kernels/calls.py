@@ -70,8 +70,9 @@ _ARGUMENTS = {
     "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
-    "negative_log_likelihood": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int),
-    "scaled_nll": (c_int64, c_int64, *[c_void_p] * 5, c_int),
+    "add_logits": (*[c_int64] * 3, *[c_void_p] * 3, c_int),
+    "add_scaled_logits": (*[c_int64] * 3, *[c_void_p] * 5, c_int),
+    "likelihoods": (c_int64, c_void_p, c_void_p),
     "divergence": (c_int64, c_int64, *[c_void_p] * 3, c_int),
 }
 
@@ -259,27 +260,42 @@ def rescale(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) ->
     return sums.view(torch.float32)
 
 
+class LogSums:
+    """Likelihoods of `targets [m]`, int64, under logits `[m, V]` that come as blocks of neighbouring columns."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self._targets = targets.contiguous()
+        self._sums = torch.tensor((-math.inf, 0.0, 0.0), dtype=torch.float64).repeat(targets.shape[0], 1)
+
+    def add(self, logits: Tensor, first: int) -> None:
+        """The logits `[m, n]` of the columns from `first` on."""
+        logits = logits.contiguous()
+        m, n = logits.shape
+        _library().add_logits(
+            m, n, first, logits.data_ptr(), self._targets.data_ptr(), self._sums.data_ptr(), torch.get_num_threads()
+        )
+
+    def add_scaled(self, sums: Tensor, columns: Tensor, rows: Tensor, first: int) -> None:
+        """The same of logits int32 `sums [m, n]` · `columns [n]` · `rows [m, 1]`; `sums` is spoilt."""
+        sums, columns, rows = (tensor.contiguous() for tensor in (sums, columns, rows))
+        m, n = sums.shape
+        _library().add_scaled_logits(
+            m, n, first, sums.data_ptr(), columns.data_ptr(), rows.data_ptr(), self._targets.data_ptr(),
+            self._sums.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def nll(self) -> Tensor:
+        """Of every target, once all columns are there: float64 `[m]`."""
+        nll = torch.empty(self._sums.shape[0], dtype=torch.float64)
+        _library().likelihoods(nll.numel(), self._sums.data_ptr(), nll.data_ptr())
+        return nll
+
+
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Of `targets [m]`, int64, under `logits [m, V]`: float64 `[m]`."""
-    logits, targets = logits.contiguous(), targets.contiguous()
-    m, vocabulary = logits.shape
-    nll = torch.empty(m, dtype=torch.float64)
-    _library().negative_log_likelihood(
-        m, vocabulary, logits.data_ptr(), targets.data_ptr(), nll.data_ptr(), torch.get_num_threads()
-    )
-    return nll
-
-
-def scaled_nll(sums: Tensor, columns: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """`negative_log_likelihood` under logits int32 `sums [m, V]` · `columns [V]` · `rows [m, 1]`; `sums` is spoilt."""
-    sums, columns, rows, targets = (tensor.contiguous() for tensor in (sums, columns, rows, targets))
-    m, vocabulary = sums.shape
-    nll = torch.empty(m, dtype=torch.float64)
-    _library().scaled_nll(
-        m, vocabulary, sums.data_ptr(), columns.data_ptr(), rows.data_ptr(), targets.data_ptr(), nll.data_ptr(),
-        torch.get_num_threads(),
-    )  # fmt: skip
-    return nll
+    sums = LogSums(targets)
+    sums.add(logits, 0)
+    return sums.nll()
 
 
 def divergence(logits: Tensor, expected: Tensor) -> Tensor:

@@ -26,12 +26,23 @@ from ssm_mp.kernels import library_cache
 SWITCH = "SSM_MP_KERNELS"
 """Environment variable: `off` leaves the kernels out."""
 
-_SOURCES = ("scan.c", "ssd.c", "delta.c", "elementwise.c", "matrix.c", "many.c", "layer.c", "decode.c")
+_SOURCES = (
+    "scan.c",
+    "ssd.c",
+    "delta.c",
+    "elementwise.c",
+    "likelihood.c",
+    "matrix.c",
+    "many.c",
+    "layer.c",
+    "decode.c",
+)
 _HEADERS = (
     "vector.h",
     "scan_block.h",
     "matrix.h",
     "quantize.h",
+    "rescale.h",
     "tiles.h",
     "log_sum.h",
     "register.h",

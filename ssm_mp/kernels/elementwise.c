@@ -1,11 +1,12 @@
 /* Convolution and the passes around a product, each over memory once.
  *
- * Dimensions: b batch, l length, I inner, K kernel, m tokens, k inputs and n outputs of a product, V vocabulary.
+ * Dimensions: b batch, l length, I inner, K kernel, m tokens, k inputs and n outputs of a product.
  */
 #include <math.h>
 
 #include "quantize.h"
 #include "register.h"
+#include "rescale.h"
 
 /* Causal depthwise convolution. x [b, l, I] with `ld` between tokens; weight [K, I], the newest tap last; before
  * [b, K − 1, I]: the inputs before the first; y [b, l, I]. */
@@ -40,16 +41,19 @@ void conv_silu(int64_t batch, int64_t length, int64_t inner, int64_t K, const fl
 }
 
 /* Σ (x − mean)^power of x [d], power 1 or 2. */
-INLINE float moment(const float *x, int64_t d, float mean, int power) {
-    v16 sum[2] = {splat(0.0f), splat(0.0f)};
-    for (int64_t c = 0; c < d; c += LANES) {
-        const int count = d - c < LANES ? (int)(d - c) : LANES;
-        v16 value = load_part(x + c, count) - splat(mean);
-        for (int j = count; j < LANES; j++) value[j] = 0;
-        if (power == 2) value = value * value;
-        sum[c / LANES % 2] = sum[c / LANES % 2] + value;
-    }
-    return sum16(sum[0] + sum[1]);
+INLINE float moment(const float *x, int64_t d, float mean, const int power) {
+    Register sum[4] = {{0}};
+    int64_t c = 0;
+    for (; c + 4 * WIDTH <= d; c += 4 * WIDTH)
+        UNROLL
+        for (int i = 0; i < 4; i++) {
+            const Register value = get(x + c + i * WIDTH) - mean;
+            if (power == 2) sum[i] += value * value;
+            else sum[i] += value;
+        }
+    float rest = 0;
+    for (; c < d; c++) rest += power == 2 ? (x[c] - mean) * (x[c] - mean) : x[c] - mean;
+    return total_of((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
 /* LayerNorm of rows x [m, d], or RMSNorm where there is no bias. */
@@ -60,11 +64,10 @@ void normalise_rows(int64_t m, int64_t d, const float *x, const float *weight, c
         const float *row = x + i * d;
         const float mean = bias ? moment(row, d, 0.0f, 1) / d : 0.0f;
         const float factor = 1.0f / sqrtf(moment(row, d, mean, 2) / d + eps);
-        for (int64_t c = 0; c < d; c += LANES) {
-            const int count = d - c < LANES ? (int)(d - c) : LANES;
-            v16 value = (load_part(row + c, count) - splat(mean)) * splat(factor) * load_part(weight + c, count);
-            if (bias) value = value + load_part(bias + c, count);
-            store_part(y + i * d + c, value, count);
+        for (int64_t c = 0; c < d; c += WIDTH) {
+            Register value = (get_part(row + c, d - c) - mean) * factor * get_part(weight + c, d - c);
+            if (bias) value = value + get_part(bias + c, d - c);
+            put_part(y + i * d + c, value, d - c);
         }
     }
 }
@@ -123,96 +126,8 @@ void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float sm
     }
 }
 
-/* One row of int32 sums → float32 in their place: sum · column scale [n] · scale + bias [n] (or none). */
-INLINE void rescale_row(int64_t n, int32_t *sums, const float *column, float scale, const float *bias) {
-    for (int64_t c = 0; c < n; c += LANES) {
-        const int count = n - c < LANES ? (int)(n - c) : LANES;
-        float *at = (float *)(sums + c);
-        const v16i sum = (v16i)load_part(at, count);
-        v16 value = __builtin_convertvector(sum, v16) * load_part(column + c, count) * splat(scale);
-        if (bias) value = value + load_part(bias + c, count);
-        store_part(at, value, count);
-    }
-}
-
 /* The same of sums [m, n], each row with its own scale [m]. */
 void rescale(int64_t m, int64_t n, int32_t *sums, const float *column, const float *row, const float *bias, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) rescale_row(n, sums + i * n, column, row[i], bias);
-}
-
-#define FEW_TERMS (64 * LANES) /* so many that float32 adds them well; their sums are added in float64 */
-
-/* The largest of x [V]; NaN or infinity anywhere makes `poison` NaN. */
-INLINE float largest_of(const float *x, int64_t V, double *poison) {
-    v16 largest = splat(-INFINITY), spoilt = splat(0.0f);
-    for (int64_t c = 0; c < V; c += LANES) {
-        const int count = V - c < LANES ? (int)(V - c) : LANES;
-        v16 value = load_part(x + c, count);
-        spoilt = spoilt + value * splat(0.0f);
-        for (int j = count; j < LANES; j++) value[j] = -INFINITY;
-        largest = select16(value > largest, value, largest);
-    }
-    *poison += sum16(spoilt);
-    return max16(largest);
-}
-
-/* Σ e^(x − top), and Σ e^(x − top) (x − other) where there is another [V]. */
-INLINE double exponential_sum(const float *x, float top, const float *other, int64_t V, double *weighted) {
-    double total = 0, difference = 0;
-    for (int64_t begin = 0; begin < V; begin += FEW_TERMS) {
-        const int64_t end = begin + FEW_TERMS < V ? begin + FEW_TERMS : V;
-        v16 sum = splat(0.0f), mixed = splat(0.0f);
-        for (int64_t c = begin; c < end; c += LANES) {
-            const int count = end - c < LANES ? (int)(end - c) : LANES;
-            const v16 value = load_part(x + c, count);
-            v16 term = exp2_16((value - splat(top)) * splat(LOG2_E));
-            for (int j = count; j < LANES; j++) term[j] = 0;
-            sum = sum + term;
-            if (other) mixed = mixed + term * (value - load_part(other + c, count));
-        }
-        for (int j = 0; j < LANES; j++) total += sum[j];
-        if (other)
-            for (int j = 0; j < LANES; j++) difference += mixed[j];
-    }
-    if (other) *weighted = difference;
-    return total;
-}
-
-/* Negative log-likelihood of one target under logits [V], summed in float64. */
-INLINE double row_nll(int64_t V, const float *x, int64_t target) {
-    double poison = 0;
-    const float top = largest_of(x, V, &poison);
-    return log(exponential_sum(x, top, NULL, V, NULL)) + (double)top - (double)x[target] + poison;
-}
-
-/* That of targets [m] under logits [m, V]. */
-void negative_log_likelihood(int64_t m, int64_t V, const float *logits, const int64_t *targets, double *nll,
-                             int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < m; i++) nll[i] = row_nll(V, logits + i * V, targets[i]);
-}
-
-/* The same under logits that are int32 sums still to be scaled: done row by row, while a row is near. */
-void scaled_nll(int64_t m, int64_t V, int32_t *sums, const float *column, const float *row, const int64_t *targets,
-                double *nll, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < m; i++) {
-        rescale_row(V, sums + i * V, column, row[i], NULL);
-        nll[i] = row_nll(V, (const float *)(sums + i * V), targets[i]);
-    }
-}
-
-/* Kullback–Leibler divergence of logits [m, V] from the expected ones:
- * Σ p (log p − log q) = Σ p (x − y) − log Σ e^x + log Σ e^y, with p and x expected. */
-void divergence(int64_t m, int64_t V, const float *logits, const float *expected, double *kl, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t i = 0; i < m; i++) {
-        const float *y = logits + i * V, *x = expected + i * V;
-        double poison = 0, weighted = 0;
-        const float top_y = largest_of(y, V, &poison), top_x = largest_of(x, V, &poison);
-        const double log_y = log(exponential_sum(y, top_y, NULL, V, NULL)) + (double)top_y;
-        const double sum_x = exponential_sum(x, top_x, y, V, &weighted);
-        kl[i] = weighted / sum_x - (log(sum_x) + (double)top_x) + log_y + poison;
-    }
 }

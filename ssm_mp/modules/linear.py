@@ -5,7 +5,7 @@ Dimensions: `b` batch, `l` length, `m` tokens (`b·l`), `n` outputs, `k` inputs 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from ssm_mp.kernels import calls
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.modules.inputs import InputQuantizer, StaticInput
-from ssm_mp.modules.likelihood import token_divergence, token_nll
+from ssm_mp.modules.likelihood import likelihood_of, token_divergence, token_nll
 from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
-from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, Stored
+from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, RowsOf, Stored
+
+_TOKENS = 1024
+"""Tokens at least of a product with parts of a head, where there are so many: fewer wait for the weights to be read."""
 
 
 def linear(
@@ -72,10 +75,19 @@ class Projection:
     def nll(self, x: Tensor, columns: Tensor, held: int) -> Tensor:
         """Negative log-likelihood of `columns [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
 
-        held: for how many tokens at most there may be logits in memory.
+        held: for how many tokens at most there may be logits in memory, or as many logits of parts of more tokens.
         """
         if self.matrix is not None and calls.usable(x):
             return self.matrix.nll(x, columns)
+        tokens = min(_TOKENS, x.shape[0])
+        if (
+            held < tokens
+            and x.device.type == "cpu"
+            and all(_is_cut_by_rows(weight, bias) for weight, bias, _ in self.parts)
+        ):
+            width = max(1, held * sum(_outputs(weight) for weight, *_ in self.parts) // tokens)
+            chunks = zip(x.split(tokens), columns.split(tokens), strict=True)
+            return torch.cat([self._nll_by_outputs(*chunk, width) for chunk in chunks])
         return torch.cat([self._nll(*part) for part in zip(x.split(held), columns.split(held), strict=True)])
 
     def divergence(
@@ -93,11 +105,42 @@ class Projection:
 
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]
-        if len(self.parts) == 1 and inputs is not None and bias is None and calls.usable(x):
-            assert isinstance(weight, IntegerTensor)
-            quantized, rows = inputs(x)
-            return calls.scaled_nll(weight.product(quantized), weight.scale.float(), rows, columns)
+        if len(self.parts) == 1 and inputs is not None and bias is None:
+            return self._nll_by_outputs(x, columns, _outputs(weight))
         return token_nll(self(x), columns)
+
+    def _nll_by_outputs(self, x: Tensor, columns: Tensor, width: int) -> Tensor:
+        """`nll` from the logits of `width` outputs at a time, so that weights are read once for many tokens."""
+        likelihood, first = likelihood_of(columns, x), 0
+        for weight, _, inputs in self.parts:
+            integers, scales = (x, None) if inputs is None else inputs(x)
+            for rows in _cut_by_rows(weight, width):
+                if scales is None:
+                    likelihood.add(F.linear(x, rows.tensor()), first)
+                else:
+                    assert isinstance(rows, IntegerTensor)
+                    likelihood.add_scaled(rows.product(integers), rows.scale.float(), scales, first)
+                first += _outputs(rows)
+        return likelihood.nll()
+
+
+def _outputs(weight: Stored) -> int:
+    return weight.scale.shape[0] if isinstance(weight, IntegerTensor) else weight.shape[0]
+
+
+def _is_cut_by_rows(weight: Stored, bias: Stored | None) -> bool:
+    """Whether rows of a weight cost no more than their share of it."""
+    return bias is None and not isinstance(weight.part(slice(0, 1))[0], RowsOf)
+
+
+def _cut_by_rows(weight: Stored, count: int) -> Iterator[Stored]:
+    """A weight in parts of so many rows."""
+    size = _outputs(weight)
+    if count >= size:
+        yield weight
+        return
+    for start in range(0, size, count):
+        yield weight.part(slice(start, min(start + count, size)))[0]
 
 
 class Multiplier(nn.Module):

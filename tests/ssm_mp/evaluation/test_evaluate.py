@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,11 +23,14 @@ from ssm_mp.evaluation.evaluate import (
     require_better_than_guessing,
     start,
 )
+from ssm_mp.kernels import calls
 from ssm_mp.model import build
-from ssm_mp.modules.likelihood import token_divergence, token_nll
+from ssm_mp.modules.likelihood import Likelihood, token_divergence, token_nll
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
+
+ADDS: list[Any] = [Likelihood, *([calls.LogSums] if calls.compiled() else [])]
 
 
 @pytest.mark.parametrize("family", CONFIGS)
@@ -62,6 +66,32 @@ def test_token_likelihoods_are_those_of_float64(vocabulary: int, spread: float) 
     logits, targets = torch.randn(5, vocabulary) * spread, torch.randint(vocabulary, (5,))
     expected = F.cross_entropy(logits.double(), targets, reduction="none")
     torch.testing.assert_close(token_nll(logits, targets), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("adds", ADDS)
+@pytest.mark.parametrize("width", [1, 7, 1500, 4000])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 300.0])
+def test_likelihoods_grow_by_blocks_of_columns(adds: Any, width: int, spread: float) -> None:
+    logits, targets = torch.randn(5, 4000) * spread, torch.tensor([0, 6, 7, 1499, 3999])
+    if width == 1:
+        logits = logits[:, :4].contiguous()
+        targets = targets % 4
+    likelihood = adds(targets)
+    for first in range(0, logits.shape[1], width):
+        likelihood.add(logits[:, first : first + width], first)
+    expected = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(likelihood.nll(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("adds", ADDS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("column", [0, 30, 34])
+def test_a_block_that_is_not_finite_leaves_no_finite_likelihood(adds: Any, value: float, column: int) -> None:
+    logits, likelihood = torch.zeros(2, 35), adds(torch.tensor([3, 3]))
+    logits[1, column] = value
+    for first in range(0, 35, 10):
+        likelihood.add(logits[:, first : first + 10], first)
+    assert torch.isfinite(likelihood.nll()).tolist() == [True, False]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

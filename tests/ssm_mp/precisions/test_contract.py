@@ -180,6 +180,11 @@ def test_a_tied_head_in_blocks_scores_beside_one_of_another_precision(precision:
     x = normal(2, 12, 30)
     found = embedding.projection()(x)[:, embedding.column_of]
     torch.testing.assert_close(found, x @ whole.t(), rtol=1e-4, atol=1e-4)
+    targets = torch.arange(12)
+    expected = token_nll(found, targets)
+    for held in (1, 7, 12):
+        columns = embedding.column_of[targets]
+        torch.testing.assert_close(embedding.projection().nll(x, columns, held), expected, rtol=1e-5, atol=1e-5)
 
 
 @every
