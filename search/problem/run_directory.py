@@ -30,6 +30,8 @@ WINNER = "winner"
 
 LOCKS = "locks"
 """Folder of the locks; they mean nothing while no process works on the run."""
+GROUPING = "grouping"
+"""Part of a fingerprint: how components are grouped, where that is not one a projection."""
 _RESTORE = "restore it, or give --run-dir another directory"
 
 
@@ -187,6 +189,8 @@ def with_all(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str,
 def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: str) -> None:
     """Raise StudyError, saying what changed, where two fingerprints differ."""
     changed = _changed(stored, current)
+    if GROUPING in changed:  # a checkpoint's digest and its space follow from that
+        changed = [key for key in changed if key not in ("checkpoint", "space")]
     if changed:
         details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
         rule = " (a space may get more choices, never lose any)" if changed == ["space"] else ""
@@ -210,6 +214,7 @@ def _changed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]
 
 def _difference(key: str, stored: object, current: object) -> str:
     """What changed, in a few words."""
+    stored, current = ({} if key == GROUPING and one is None else one for one in (stored, current))
     if isinstance(stored, dict) and isinstance(current, dict):
         names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]
         shown = [f"{name}: {stored.get(name)!r} → {current.get(name)!r}" for name in names[:3]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from search.base.errors import StudyError
-from search.problem.run_directory import mark_of
+from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
@@ -20,7 +20,7 @@ from ssm_mp.config import Config
 from ssm_mp.conversion.calibrate import calibrate, hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
-from ssm_mp.conversion.regroup import regrouped
+from ssm_mp.conversion.regroup import grouping_of, regrouped
 from ssm_mp.data import (
     BYTES,
     Pool,
@@ -76,6 +76,7 @@ class Workspace:
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
         latency = {"latency": shape} if search.asks_latency else {}
+        grouping = grouping_of(self.checkpoint.config)
         return {
             "checkpoint": self.checkpoint.digest,
             "search windows": self.splits.search.digest,
@@ -85,6 +86,7 @@ class Workspace:
             "compute": _compute_type(self.spec.search.device),
             **blocks,
             **latency,
+            **({GROUPING: grouping} if grouping else {}),
         }
 
     @property

@@ -12,7 +12,7 @@ from optuna.study import Study
 from search.base.errors import StudyError
 from search.base.front import Point, pareto_front
 from search.measure.probe import GRADIENT, Probe, probe_from_stored
-from search.problem.run_directory import BASELINE, CERTIFICATE, PROBES, RunDirectory, require_same
+from search.problem.run_directory import BASELINE, CERTIFICATE, GROUPING, PROBES, RunDirectory, require_same
 from search.problem.spec import StudySpec
 from search.problem.workspace import study_checkpoint
 from search.results.certify import Certificate, standing_certificate
@@ -20,6 +20,7 @@ from search.run.finish import draw
 from search.trials.read_back import points
 from ssm_mp.components import find_components
 from ssm_mp.conversion.embedding_blocks import with_blocks
+from ssm_mp.conversion.regroup import grouping_of
 
 
 def stored_baseline(run: RunDirectory) -> dict[str, Any]:
@@ -47,7 +48,8 @@ def stored_probes(run: RunDirectory, gradient: bool) -> list[Probe]:
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     """Draw the pictures again. Raises StudyError where the checkpoint is not the one that was searched."""
     checkpoint = study_checkpoint(spec)
-    require_same(run.fingerprint(), {"checkpoint": checkpoint.digest}, str(run.path))
+    asked = {"checkpoint": checkpoint.digest, GROUPING: grouping_of(checkpoint.config) or None}
+    require_same(run.fingerprint(), asked, str(run.path))
     blocked = replace(checkpoint, config=with_blocks(checkpoint.config, spec.precision.embedding_blocks))
     found = points(study, run.space())
     certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))

@@ -46,6 +46,15 @@ def regrouped(checkpoint: Checkpoint, experts: Grouping | None = None, split: Se
     return replace(checkpoint, config=new, tensors={p.name: tensors[p.name] for p in new.parameters()})
 
 
+def grouping_of(config: Config) -> dict[str, str]:
+    """How the components of a model are grouped, such as `{"experts": "together"}`; empty where each expert is a
+    component and no projection is split."""
+    blocks = _blocks(config)
+    together = any(isinstance(block, Experts) and block.together for block in blocks)
+    split = any(isinstance(block, Mamba2) and block.split for block in blocks)
+    return {**({"experts": "together"} if together else {}), **({"in_proj": "split"} if split else {})}
+
+
 def same_model(one: Config, other: Config) -> bool:
     """Whether two configurations are of the same model, however its components are grouped and its embedding split."""
     return _plain(one) == _plain(other)
@@ -61,7 +70,7 @@ def _plain(config: Config) -> Config:
 
 
 def _require(config: Config, experts: Grouping | None, split: Sequence[str]) -> None:
-    blocks = {part.block for branches in config.branches for branch in branches for part in branch.parts}
+    blocks = _blocks(config)
     if experts is not None and not any(isinstance(block, Experts) for block in blocks):
         raise PrecisionMapError(f"experts = {experts!r}, but no layer of this model has experts; leave the key out")
     for name in split:
@@ -71,6 +80,10 @@ def _require(config: Config, experts: Grouping | None, split: Sequence[str]) -> 
         raise PrecisionMapError(
             f"split = {list(split)}, but no layer of this model has a Mamba-2 mixer, whose in_proj can be split"
         )
+
+
+def _blocks(config: Config) -> set[Block]:
+    return {part.block for branches in config.branches for branch in branches for part in branch.parts}
 
 
 def _tensors(old: Config, new: Config, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
