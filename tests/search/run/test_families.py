@@ -149,9 +149,7 @@ def part_of_the_way(workspace: Workspace, name: str, step: float) -> float:
         if isinstance(held, FloatTensor):
             value = held.tensor() + step * (stored(target, parameter.leaf).tensor() - held.tensor())
             setattr(moved, parameter.leaf, FloatTensor(value))
-    evaluation = evaluate(
-        assemble(workspace.model.config, modules | {name: moved}), gradient_windows(workspace)
-    )
+    evaluation = evaluate(assemble(workspace.model.config, modules | {name: moved}), gradient_windows(workspace))
     return float(evaluation.nll.sum() / evaluation.tokens)
 
 
@@ -200,7 +198,9 @@ def test_latencies_of_a_hybrid_are_measured_and_named(source: str, tmp_path: Pat
 def test_measured_probes_from_both_ends(name: str, tmp_path: Path) -> None:
     study, asked = study_of(tmp_path, MODELS[name])
     result = run_search(
-        load_spec(study, [*asked, "search.probe=measured", "search.sampler=front"]), RunDirectory(tmp_path / "run"), quiet
+        load_spec(study, [*asked, "search.probe=measured", "search.sampler=front"]),
+        RunDirectory(tmp_path / "run"),
+        quiet,
     )
     assert result.counts.finished == 4
     assert result.winner is not None
