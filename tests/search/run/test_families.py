@@ -20,7 +20,6 @@ from search.problem.run_directory import FINGERPRINT, REPORT, WINNER, RunDirecto
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace, study_checkpoint
 from search.run.one_process import run_search
-from search.run.stored import redraw
 from ssm_mp.artifact import read_artifact
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import Converter
@@ -28,7 +27,7 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.model import assemble
 from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import Scheme
-from tests.families.models import GROUPED, MODELS, PLAIN, Model, checkpoint_of, sources, write_family_study
+from tests.families.models import GROUPED, MODELS, PLAIN, Model, checkpoint_of, write_family_study
 from tests.tiny import LENGTH as TINY_LENGTH
 
 QUICK = ("granitemoehybrid/experts", "mamba2/groups-2", "lfm2/plain")
@@ -270,8 +269,5 @@ def test_plots_are_drawn_again_of_grouped_components(tmp_path: Path) -> None:
     options = [option for one in asked for option in ("--set", one)]
     drawn = answer("plot", study, "--run-dir", directory.path, *options)
     assert {Path(path).name for path in drawn.values()} >= {"front.png", "sensitivities.png"}
-    assert redraw.__doc__
 
 
-def test_models_of_one_source_are_the_same_file() -> None:
-    assert set(sources(list(MODELS))) <= {model.source for model in MODELS.values()}
