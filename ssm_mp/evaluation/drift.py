@@ -92,8 +92,8 @@ class Drift:
 def drift(model: LanguageModel, fp32: LanguageModel, windows: Windows, buckets: int = 8) -> Drift:
     """Increase of `model` over `fp32` on the same windows, in at most `buckets` buckets of neighbouring positions.
 
-    Raises DataError where the windows are longer than a model's positions or training, or where there are fewer than two of them;
-    EvaluationError where a likelihood is NaN or infinite.
+    Raises DataError where the windows are longer than a model's positions or training, or where there are fewer than
+    two of them; EvaluationError where a likelihood is NaN or infinite.
 
     >>> import torch
     >>> from ssm_mp import Windows, drift, load_model

@@ -42,7 +42,7 @@ def test_a_folder_is_inspected_evaluated_converted_and_continued(source: str, tm
     folder = tmp_path / "model"
     components = find_components(checkpoint_of(source))
     seen = answer("inspect", folder)
-    assert seen["family"] == source.split("/")[0]
+    assert seen["family"] == source.split("/", maxsplit=1)[0]
     assert [row["name"] for row in seen["components"]] == [c.name for c in components]
     assert seen["fp32_bytes"] == sum(c.fp32_bytes for c in components)
     shown = run("inspect", folder).stdout
@@ -74,7 +74,9 @@ def test_a_split_of_the_study_is_converted_by_its_pieces(source: str, tmp_path: 
     ]  # fmt: skip
     assert answer("drift", out, "--study", study)["windows"] == 6
     words = characters(tmp_path)
-    found = answer("generate", out, "--study", study, "--tokenizer", words, "--prompt", "ab", "--tokens", 3, "--compare")
+    found = answer(
+        "generate", out, "--study", study, "--tokenizer", words, "--prompt", "ab", "--tokens", 3, "--compare"
+    )
     assert found["compare"].keys() == {"fp32", "fp16", "artifact"}
 
 
@@ -85,7 +87,12 @@ def test_tokens_beyond_those_of_training_are_refused_where_there_is_attention(tm
     asked = run("generate", folder, "--prompt", "abc", "--tokenizer", characters(tmp_path), "--tokens", 127)
     assert isinstance(asked.exception, SsmMpError)
     assert f"127 new tokens after a prompt of 3, but {said}: at most 126 new ones" in str(asked.exception)
-    assert answer("generate", folder, "--prompt", "abc", "--tokenizer", characters(tmp_path), "--tokens", 126)["new_tokens"] == 126
+    assert (
+        answer("generate", folder, "--prompt", "abc", "--tokenizer", characters(tmp_path), "--tokens", 126)[
+            "new_tokens"
+        ]
+        == 126
+    )
     text = study.read_text()
     study.write_text(text.replace("window = 24", "window = 129"))
     wide = run("evaluate", folder, "--study", study)

@@ -102,7 +102,9 @@ def test_a_study_names_them_and_leaves_out_what_they_cannot_be(experts: str, tmp
     save_file(tensors, file, {"format": "pt"})
     told: list[str] = []
     workspace = open_workspace(load_spec(study, [f"precision.experts={experts}"]), told.append)
-    assert len([line for line in told if "experts that calibration hardly reaches" in line and ": 0 tokens" in line]) == 1
+    assert (
+        len([line for line in told if "experts that calibration hardly reaches" in line and ": 0 tokens" in line]) == 1
+    )
     choices = {name: held for name, held in workspace.space.choices.items() if name.startswith(f"{AT}.experts")}
     narrow = {name for name, held in choices.items() if held == ("fp16",)}
     shunned = {f"{AT}.experts.{SHUNNED}.{leaf}" for leaf in ("w1", "w2", "w3")}
