@@ -86,6 +86,13 @@ class Config(ABC):
         return None
 
     @property
+    def limit(self) -> str:
+        """What `max_tokens` is, in words: "the model has positions for 128 tokens"."""
+        if self.position_table is not None:
+            return f"the model has positions for {self.max_tokens} tokens"
+        return f"the model was trained with at most {self.max_tokens} tokens at once"
+
+    @property
     def position_table(self) -> int | None:
         """Rows of the learned positions; None where there are none."""
         return None

@@ -132,11 +132,11 @@ class LanguageModel(nn.Module):
     def embed(self, ids: Tensor, start: int = 0) -> Tensor:
         """Token ids `[b, l]`, the first at position `start` → `[b, l, d]`, positions added.
 
-        Raises DataError where there are too few positions.
+        Raises DataError beyond `max_tokens` of the configuration.
         """
         end, most = start + ids.shape[1], self.config.max_tokens
         if most is not None and end > most:
-            raise DataError(f"a sequence of {end} tokens, but the model has positions for {most}")
+            raise DataError(f"a sequence of {end} tokens, but {self.config.limit}")
         x: Tensor = self.embedding(ids)
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier

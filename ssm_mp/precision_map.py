@@ -21,7 +21,9 @@ EIGHT_BIT, FOUR_BIT = "int8", "nf4"
 """What a preset holds in 8 and in 4 bits, unless told otherwise."""
 
 _TABLES = frozenset({"embedding", "position_embedding", "lm_head"})
-_PROJECTIONS = frozenset({"in_proj", "out_proj", *(f"in_proj_{piece}" for piece in ("z", "x", "B", "C"))})
+_PROJECTIONS = frozenset(
+    {"in_proj", "out_proj", *(f"in_proj_{piece}" for piece in ("z", "x", "B", "C", "qkv", "qkvz"))}
+)
 _PRESETS = {
     "conservative": dict.fromkeys(_TABLES, EIGHT_BIT),
     "aggressive": dict.fromkeys(_TABLES | _PROJECTIONS, EIGHT_BIT),

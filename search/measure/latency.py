@@ -63,11 +63,11 @@ def stored_latency(run: RunDirectory, mark: str | None = None) -> LatencyTable |
 def prompts(windows: Windows, batch: int, length: int, config: Config) -> Tensor:
     """Prompts of one shape from the text of windows, `[batch, length]`; it begins again where it is too short.
 
-    Raises StudyError where the model has positions for fewer tokens.
+    Raises StudyError beyond the model's `max_tokens`.
     """
     if config.max_tokens is not None and length > config.max_tokens:
         raise StudyError(
-            f"[search] latency_length = {length}, but the model has positions for {config.max_tokens} tokens"
+            f"[search] latency_length = {length}, but {config.limit}; expected at most {config.max_tokens}"
         )
     text = windows.ids.flatten()
     return text.repeat(-(-batch * length // text.numel()))[: batch * length].reshape(batch, length)

@@ -173,12 +173,12 @@ def _compute_type(device: str) -> str:
 
 
 def window_length(spec: StudySpec, config: Config) -> int:
-    """The study's window, else the model's positions, else a default. Raises StudyError beyond the positions."""
+    """The study's window, else the model's positions, else a default. Raises StudyError beyond them."""
     if spec.data.window is None:
         return min(config.max_tokens or _DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
     if config.max_tokens is not None and spec.data.window > config.max_tokens:
         raise StudyError(
-            f"[data] window = {spec.data.window}, but the model has positions for {config.max_tokens} tokens"
+            f"[data] window = {spec.data.window}, but {config.limit}; expected at most {config.max_tokens}"
         )
     return spec.data.window
 

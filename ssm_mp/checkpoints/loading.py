@@ -155,7 +155,7 @@ def _with_kernels_last(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor]
     turned: Counter[str] = Counter()
     result = dict(tensors)
     for name, tensor in tensors.items():
-        if not re.fullmatch(r"layers\.[0-9]+\.ssm\.conv1d\.weight", name):
+        if not re.fullmatch(r"layers\.[0-9]+\..*\bconv(?:1d)?\.weight", name):
             continue
         if tensor.dim() == 2:
             result[name] = tensor.unsqueeze(1)

@@ -169,7 +169,7 @@ def require_room(model: LanguageModel, prompt: int, new_tokens: int) -> None:
     possible = max(0, most - prompt + 1)  # the last token made is not read, so it needs no position
     if new_tokens > possible or prompt > most:
         raise DataError(
-            f"{new_tokens} new tokens after a prompt of {prompt}, but the model has positions for {most} tokens: "
+            f"{new_tokens} new tokens after a prompt of {prompt}, but {model.config.limit}: "
             + (
                 f"at most {possible} new ones are possible"
                 if prompt <= most

@@ -92,8 +92,8 @@ class Drift:
 def drift(model: LanguageModel, fp32: LanguageModel, windows: Windows, buckets: int = 8) -> Drift:
     """Increase of `model` over `fp32` on the same windows, in at most `buckets` buckets of neighbouring positions.
 
-    Raises DataError where the windows are longer than a model's positions, or where there are fewer than two of them;
-    EvaluationError where a likelihood is NaN or infinite.
+    Raises DataError where the windows are longer than a model's positions or training, or where there are fewer than
+    two of them; EvaluationError where a likelihood is NaN or infinite.
 
     >>> import torch
     >>> from ssm_mp import Windows, drift, load_model
@@ -114,9 +114,11 @@ def drift(model: LanguageModel, fp32: LanguageModel, windows: Windows, buckets: 
 
 
 def too_long(config: Config, length: int) -> str | None:
-    """Why a model cannot read windows of `length` tokens; None where it can."""
+    """Why a model cannot, or should not, read windows of `length` tokens; None where it can."""
     if config.max_tokens is None or length <= config.max_tokens:
         return None
+    if config.position_table is None:
+        return f"{config.limit}, so windows of {length} would measure that and not its state"
     return f"the model's positions end at {config.max_tokens} tokens, so it cannot read windows of {length}"
 
 

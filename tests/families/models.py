@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
@@ -66,6 +66,16 @@ GROUPED: dict[str, Model] = dict(
 )
 """Experts that are one component or one each, against what is the default; in_proj by its rows."""
 MODELS = {**PLAIN, **GROUPED}
+_SLOW = frozenset(
+    {
+        "jamba/dense", "qwen3_5/text-and-vision", "qwen3_5_moe/text-and-vision", "granitemoehybrid/many-experts-each",
+        "qwen3_next/many-experts",
+    }
+)  # fmt: skip
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in MODELS]
+)
+"""A test of each of them; those that add least to the others are slow tests."""
 
 
 @cache
@@ -139,8 +149,3 @@ probe = "gradient"
 def off(found: Tensor, expected: Tensor) -> float:
     """The largest error relative to the largest value."""
     return float((found - expected).abs().max() / expected.abs().max())
-
-
-def sources(names: Sequence[str]) -> list[str]:
-    """Checkpoints that some of `MODELS` are read from."""
-    return list(dict.fromkeys(MODELS[name].source for name in names))

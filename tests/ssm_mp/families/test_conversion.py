@@ -26,9 +26,8 @@ from ssm_mp.evaluation.stack import evaluate_stacked
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.scheme import ActivationScheme, Scheme
-from tests.families.models import MODELS, PLAIN, checkpoint_of, fp32_of, off, windows_of
+from tests.families.models import PLAIN, checkpoint_of, every_model, fp32_of, off, windows_of
 
-every_model = pytest.mark.parametrize("name", MODELS)
 CHOICES = ("fp16", "int8", "nf4", "int3")
 SCHEMES: tuple[ActivationScheme, ...] = ("static", "dynamic", "none")
 PINNED_KINDS = {"A_log", "D", "dt_bias", "router", "correction_bias", "norm", "token_gate", "B", "C"}

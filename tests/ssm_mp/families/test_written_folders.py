@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.families.registry import FAMILIES
 from tests.families.tiny_models import CASES, written
+from tests.ssm_mp.families.changed_folders import Tensors, changed, held
 from tests.ssm_mp.families.folders import BY_NAME, require_equal
 
 READ = {word for family in FAMILIES.values() for word in family.model_types}
@@ -48,3 +50,18 @@ def test_an_unknown_key_is_named(name: str, tmp_path: Path) -> None:
     config = folder / "config.json"
     config.write_text(config.read_text().replace("{", '{"strange_option": 3,', 1))
     assert any("not used: strange_option" in note for note in load_checkpoint(folder).notes)
+
+
+def is_kernel(tensor: Tensor) -> bool:
+    return tensor.dim() == 3 and tensor.shape[1] == 1
+
+
+@pytest.mark.parametrize("name", [name for name in FIRST.values() if any(map(is_kernel, held(name)[1].values()))])
+def test_convolutions_as_mlx_keeps_them_are_turned(name: str, tmp_path: Path) -> None:
+    def turned(tensors: Tensors) -> Tensors:
+        return {key: t.transpose(1, 2).contiguous() if is_kernel(t) else t for key, t in tensors.items()}
+
+    folder = changed(name, tmp_path, tensors=turned)
+    found = load_checkpoint(folder)
+    require_equal(found, load_checkpoint(written(BY_NAME[name], tmp_path / "whole")))
+    assert any("stored as [I, K, 1]" in note for note in found.notes)
