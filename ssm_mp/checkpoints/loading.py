@@ -105,7 +105,10 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
     tensors = {canonical: weights.tensors[name] for canonical, name in found.names.items()}
     arranged = found.family.arranged(tensors, stored)
     found = replace(found, names={name: found.names[under] for name, (under, _) in arranged.items()})
-    tensors, notes = _with_kernels_last({name: tensor for name, (_, tensor) in arranged.items()})
+    tensors = {name: tensor for name, (_, tensor) in arranged.items()}
+    notes: list[str] = []
+    if found.family.plain_in_mlx:
+        tensors, notes = _with_kernels_last(tensors)
     if _HEAD in found.names.values() and _HEAD not in found.names:
         notes.append("no embedding in the file; the head is used for both, as the two are tied")
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -42,6 +42,7 @@ class FalconH1Family(Family):
     mark = r"layers\.[0-9]+\.mamba\.(?:dt_bias|A_log)$"
     example = "model.layers.0.mamba.dt_bias"
     aliases = OUTER
+    plain_in_mlx = False
 
     def recognises(self, names: Iterable[str]) -> bool:
         held = list(names)

@@ -49,6 +49,10 @@ class Family(ABC):
             name = re.sub(pattern, replacement, name)
         return name
 
+    plain_in_mlx: bool = True
+    """Whether MLX keeps its weights as they are but for the convolutions; where it changes others too (norms with one
+    added, multipliers folded in), its convolutions stay as misshapen as they are."""
+
     @abstractmethod
     def recognises(self, names: Iterable[str]) -> bool:
         """Whether tensors of these names in a file, less what wraps them, are of this family, as far as names tell."""

@@ -57,6 +57,7 @@ class QwenNextFamily(Family):
     mark = r"layers\.[0-9]+\.linear_attn\.(?:dt_bias|A_log)$"
     example = "model.layers.0.linear_attn.dt_bias"
     aliases = ((r"^embed_tokens\.", "embedding."),)
+    plain_in_mlx = False
 
     def recognises(self, names: Iterable[str]) -> bool:
         return any(re.match(LAYER + r"linear_attn\.in_proj_qkvz\.", name) for name in names)
