@@ -36,7 +36,8 @@ WITH_MAMBA2 = (
 
 def logits(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
     with torch.inference_mode():
-        return build(checkpoint.config, checkpoint.tensors)(ids)
+        found: Tensor = build(checkpoint.config, checkpoint.tensors)(ids)
+    return found
 
 
 def rows_of(component: Component) -> int:
