@@ -215,7 +215,8 @@ def test_measured_probes_from_both_ends(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_second_run_goes_on_where_the_first_one_stopped(tmp_path: Path) -> None:
     study, _ = study_of(tmp_path, MODELS["granitemoehybrid/experts"])
-    directory, told = RunDirectory(tmp_path / "run"), list[str]()
+    directory = RunDirectory(tmp_path / "run")
+    told: list[str] = []
     first = run_search(load_spec(study, ["search.trials=3"]), directory, quiet)
     again = run_search(load_spec(study, ["search.trials=5"]), directory, told.append)
     assert [p.map for p in again.points[:3]] == [p.map for p in first.points]
