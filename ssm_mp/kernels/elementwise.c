@@ -107,9 +107,9 @@ void gated_norm(int64_t m, int64_t inner, int64_t groups, const float *y, const 
 void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
-        v16 poison = splat(0.0f);
+        float poison = 0;
         quantize_row(x + i * ld, k, scale, 0, q + i * k, &poison);
-        scales[i] = scale + sum16(poison);
+        scales[i] = scale + poison;
     }
 }
 
@@ -120,9 +120,9 @@ void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float sm
     for (int64_t i = 0; i < m; i++) {
         const float *row = x + i * ld;
         const float scale = scale_of_row(row, k, smallest);
-        v16 poison = splat(0.0f);
+        float poison = 0;
         quantize_row(row, k, scale, 0, q + i * k, &poison);
-        scales[i] = scale + sum16(poison);
+        scales[i] = scale + poison;
     }
 }
 

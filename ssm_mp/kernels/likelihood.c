@@ -63,7 +63,7 @@ INLINE void add_row(Sums *sums, const float *x, const float *other, int64_t n) {
         add_few(sums, x + c, other ? other + c : NULL, n - c < FEW_TERMS ? n - c : FEW_TERMS);
 }
 
-INLINE double log_of(const Sums *sums) { return log(sums->total) + sums->top; }
+INLINE double log_sum(const Sums *sums) { return log(sums->total) + sums->top; }
 
 /* The columns from `first` on: logits [m, n], or int32 sums still to be scaled, which is done row by row, while a row is
  * near. sums [m, 3]: top and total as above, and the logit of the target; −∞, 0 and 0 before the first block. */
@@ -94,7 +94,7 @@ void add_scaled_logits(int64_t m, int64_t n, int64_t first, float *logits, const
 void likelihoods(int64_t m, const double *sums, double *nll) {
     for (int64_t i = 0; i < m; i++) {
         const Sums all = {sums[3 * i], sums[3 * i + 1], 0};
-        nll[i] = log_of(&all) - sums[3 * i + 2];
+        nll[i] = log_sum(&all) - sums[3 * i + 2];
     }
 }
 
@@ -106,6 +106,6 @@ void divergence(int64_t m, int64_t n, const float *logits, const float *expected
         Sums x = {-INFINITY, 0, 0}, y = {-INFINITY, 0, 0};
         add_row(&x, expected + i * n, logits + i * n, n);
         add_row(&y, logits + i * n, NULL, n);
-        kl[i] = x.weighted / x.total - log_of(&x) + log_of(&y);
+        kl[i] = x.weighted / x.total - log_sum(&x) + log_sum(&y);
     }
 }

@@ -78,6 +78,23 @@ INLINE Register exp2_of(Register x) {
     return (Register)((Integers)p + ((Integers)shifted << 23));
 }
 
+/* 2^x for x ≤ 0; below −126 it is 2^−126 or less. What `exp2_16` gives. */
+INLINE Register decay_of(Register x) {
+#if defined(__AVX512F__)
+    return (Register)exp2_16((v16)x);
+#else
+    const Register zero = {0}, lowest = zero - 126.0f;
+    x = choose(x < lowest, lowest, x);
+    const Register shifted = x + ROUNDING, f = x - (shifted - ROUNDING);
+    Register p = f * 1.32646524e-3f + 9.67151132e-3f;
+    p = p * f + 5.55073396e-2f;
+    p = p * f + 2.40222421e-1f;
+    p = p * f + 6.93146978e-1f;
+    p = p * f + 1.0f;
+    return (Register)((Integers)p + ((Integers)shifted << 23));
+#endif
+}
+
 /* e^x, clamped to what float32 holds, as in `exp16`. */
 INLINE Register exp_of(Register x) {
     const Register zero = {0}, lowest = zero - 87.3f, highest = zero + 88.0f;
@@ -94,6 +111,35 @@ INLINE Register exp_of(Register x) {
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
     return (Register)((Integers)p + (__builtin_convertvector(n, Integers) << 23));
+}
+
+/* log x for positive normal x, as in `log16`. */
+INLINE Register log_of(Register x) {
+    const Integers bits = (Integers)x, exponent = ((bits >> 23) & 0xff) - 126;
+    const Register zero = {0};
+    Register m = (Register)((bits & 0x007fffff) | 0x3f000000); /* [½, 1) */
+    const Integers small = m < 0.707106781186547524f;
+    const Register e = __builtin_convertvector(exponent, Register) + __builtin_convertvector(small, Register);
+    m = m + choose(small, m, zero) - 1.0f;
+    const Register square = m * m;
+    Register p = m * 7.0376836292e-2f + -1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m + -1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m + -1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m + -2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    return m + (m * square * p + e * -2.12194440e-4f - square * 0.5f) + e * 0.693359375f;
+}
+
+/* log(1 + e^x), as in `softplus16`. */
+INLINE Register softplus_of(Register x) {
+    const Register zero = {0}, y = exp_of((Register)((Integers)x | INT32_MIN)); /* (0, 1] */
+    const Register u = y + 1.0f, rest = u - 1.0f;
+    const Integers lost = rest == zero;
+    const Register log1p = choose(lost, y, log_of(u) * (y / choose(lost, zero + 1.0f, rest)));
+    return choose(x > zero, x, x - x) + log1p;
 }
 
 INLINE Register silu_of(Register x) { return x / (exp_of(-x) + 1.0f); }

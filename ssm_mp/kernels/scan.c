@@ -3,6 +3,7 @@
  * Dimensions: b batch, l length, I inner, N state. Arrays are float32, row-major; `ld` arguments are the distance
  * between neighbouring tokens of an array that is part of a wider one.
  */
+#include "register.h"
 #include "scan.h"
 
 #define AHEAD 8 /* tokens that are asked of memory before their turn: rows are further apart than hardware looks */
@@ -17,11 +18,11 @@
 #include "scan_block.h"
 
 void selective_scan(const Scan *s, int threads) {
-    const int64_t blocks = (s->inner + LANES - 1) / LANES, work = s->batch * blocks;
+    const int64_t blocks = (s->inner + WIDTH - 1) / WIDTH, work = s->batch * blocks;
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t w = 0; w < work; w++) {
-        const int64_t b = w / blocks, from = w % blocks * LANES;
-        const int count = s->inner - from < LANES ? (int)(s->inner - from) : LANES;
+        const int64_t b = w / blocks, from = w % blocks * WIDTH;
+        const int count = s->inner - from < WIDTH ? (int)(s->inner - from) : WIDTH;
         if (s->states == 16) scan_sixteen(s, b, from, count);
         else scan_any(s, b, from, count);
     }

@@ -1,15 +1,16 @@
-/* One sequence, up to sixteen channels. Included with NAME and STATES: a constant keeps the states in registers. */
+/* One sequence, as many channels as a register holds, or fewer. Included with NAME and STATES: a constant keeps the
+ * states in registers. */
 
 static void NAME(const Scan *s, int64_t b, int64_t from, int count) {
-    v16 h[STATES], A2[STATES];
+    Register h[STATES], A2[STATES];
     float *state = s->state + (b * s->inner + from) * STATES;
     for (int n = 0; n < STATES; n++) {
-        A2[n] = load_part(s->A2t + n * s->inner + from, count);
-        float held[LANES] = {0};
+        A2[n] = get_part(s->A2t + n * s->inner + from, count);
+        float held[WIDTH] = {0};
         for (int i = 0; i < count; i++) held[i] = state[i * STATES + n];
-        h[n] = load(held);
+        h[n] = get(held);
     }
-    const v16 D = load_part(s->D + from, count);
+    const Register D = get_part(s->D + from, count);
     const float *a = s->a + b * s->length * s->inner + from;
     float *y = s->y + b * s->length * s->inner + from;
     const float *dt = s->dt + b * s->length * s->ld_dt + from;
@@ -19,21 +20,19 @@ static void NAME(const Scan *s, int64_t b, int64_t from, int count) {
         __builtin_prefetch(a + AHEAD * s->inner);
         __builtin_prefetch(dt + AHEAD * s->ld_dt);
         __builtin_prefetch(z + AHEAD * s->ld_z);
-        const v16 x = load_part(a, count);
-        const v16 delta = softplus16(load_part(dt, count));
-        const v16 driven = delta * x;
-        v16 sum = D * x;
+        const Register x = get_part(a, count), delta = softplus_of(get_part(dt, count)), driven = delta * x;
+        Register sum = D * x;
 #pragma GCC unroll 16
         for (int n = 0; n < STATES; n++) {
-            h[n] = h[n] * exp2_16(delta * A2[n]) + driven * splat(B[n]);
-            sum = sum + h[n] * splat(C[n]);
+            h[n] = h[n] * decay_of(delta * A2[n]) + driven * B[n];
+            sum = sum + h[n] * C[n];
         }
-        store_part(y, sum * silu16(load_part(z, count)), count);
+        put_part(y, sum * silu_of(get_part(z, count)), count);
         a += s->inner, y += s->inner, dt += s->ld_dt, z += s->ld_z, B += s->ld_B, C += s->ld_C;
     }
     for (int n = 0; n < STATES; n++) {
-        float held[LANES];
-        store(held, h[n]);
+        float held[WIDTH];
+        put(held, h[n]);
         for (int i = 0; i < count; i++) state[i * STATES + n] = held[i];
     }
 }

@@ -127,10 +127,10 @@ static void lay_inputs(const Plan *plan, const float *x, int64_t ld, int64_t row
             split_input(plan, x, to, room * input_bytes(plan));
             continue;
         }
-        v16 poison = splat(0.0f);
+        float poison = 0;
         const float scale = w->inputs == DYNAMIC_INPUTS ? scale_of_row(x, w->k, w->input_scale) : w->input_scale;
         quantize_row(x, w->k, scale, plan->amx ? 0 : 128, to, &poison);
-        scales[i] = scale + sum16(poison);
+        scales[i] = scale + poison;
     }
 }
 
