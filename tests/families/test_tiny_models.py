@@ -10,6 +10,7 @@ from transformers import AutoConfig
 
 from tests.families.tiny_models import CASES, Case, expected_decoding, expected_logits, random_ids, written
 
+pytestmark = pytest.mark.slow
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 

@@ -43,6 +43,7 @@ def test_logits_of_windows_are_those_of_transformers(name: str) -> None:
     assert off(found, expected_logits(theirs, ids)) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_NAME)
 def test_decoded_tokens_are_those_of_transformers(name: str) -> None:
     theirs, checkpoint = both(name)
