@@ -49,8 +49,8 @@ INLINE void add_scores(LogSum *sum, v16 above[4], int first) {
 }
 
 /* The whole sum, measured from its top, once nothing is recent; and its natural logarithm, top included. */
-INLINE double total_of(const __m512d total[2]) { return _mm512_reduce_add_pd(_mm512_add_pd(total[0], total[1])); }
-INLINE double log_of(const LogSum *sum) { return log(total_of(sum->total)) + sum->top * M_LN2; }
+INLINE double whole_of(const __m512d total[2]) { return _mm512_reduce_add_pd(_mm512_add_pd(total[0], total[1])); }
+INLINE double log_of(const LogSum *sum) { return log(whole_of(sum->total)) + sum->top * M_LN2; }
 
 #endif
 #endif

@@ -265,7 +265,7 @@ static void divergence_block(const Work work[2], const float *const inputs[2], c
         const Divergence *sum = &of_row[i];
         const int8_t *a = y.a + i * input_bytes(&work[0].plan);
         nll[i] = nll_of(&sum->y, &work[0].plan, a, inputs[0] + i * ld[0], y.scales[i], targets[i]);
-        kl[i] = total_of(sum->total) / total_of(sum->x.total) * M_LN2 - log_of(&sum->x) + log_of(&sum->y);
+        kl[i] = whole_of(sum->total) / whole_of(sum->x.total) * M_LN2 - log_of(&sum->x) + log_of(&sum->y);
     }
 }
 

@@ -114,7 +114,7 @@ INLINE Register exp_of(Register x) {
 }
 
 /* log x for positive normal x, as in `log16`. */
-INLINE Register log_of(Register x) {
+INLINE Register ln_of(Register x) {
     const Integers bits = (Integers)x, exponent = ((bits >> 23) & 0xff) - 126;
     const Register zero = {0};
     Register m = (Register)((bits & 0x007fffff) | 0x3f000000); /* [½, 1) */
@@ -138,7 +138,7 @@ INLINE Register softplus_of(Register x) {
     const Register zero = {0}, y = exp_of((Register)((Integers)x | INT32_MIN)); /* (0, 1] */
     const Register u = y + 1.0f, rest = u - 1.0f;
     const Integers lost = rest == zero;
-    const Register log1p = choose(lost, y, log_of(u) * (y / choose(lost, zero + 1.0f, rest)));
+    const Register log1p = choose(lost, y, ln_of(u) * (y / choose(lost, zero + 1.0f, rest)));
     return choose(x > zero, x, x - x) + log1p;
 }
 

@@ -105,7 +105,7 @@ class Projection:
 
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]
-        if len(self.parts) == 1 and inputs is not None and bias is None:
+        if len(self.parts) == 1 and inputs is not None and bias is None and x.device.type == "cpu":
             return self._nll_by_outputs(x, columns, _outputs(weight))
         return token_nll(self(x), columns)
 
