@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ssm_mp.precisions.stored import Stored
@@ -23,6 +24,9 @@ class Unpacked:
             return self._make(stored.tensor())
         stamp = stored.stamp
         if self._held is None or self._held[0] != stamp:
+            # gradients of others may pass by it later, which they cannot by a tensor of inference mode
+            with torch.inference_mode(mode=False):
+                made = self._make(stored.tensor())
             # what was unpacked is held too: another tensor in its place would have its stamp
-            self._held = (stamp, self._make(stored.tensor()), stored.arrays())
+            self._held = (stamp, made, stored.arrays())
         return self._held[1]
