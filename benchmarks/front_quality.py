@@ -84,9 +84,9 @@ def _run(name: str, contender: str, seed: int) -> Curve:
     return Curve(fraction, excess)
 
 
-def run_all(name: str, workers: int, cache: Path) -> dict[str, list[Curve]]:
-    """All contenders, all seeds."""
-    names = list(contenders(name, load_oracle(name)))
+def run_all(name: str, workers: int, cache: Path, only: Sequence[str] = ()) -> dict[str, list[Curve]]:
+    """All contenders, or only some, with all seeds."""
+    names = [contender for contender in contenders(name, load_oracle(name)) if not only or contender in only]
     jobs = [(name, contender, seed, cache) for contender in names for seed in range(SEEDS)]
     found: dict[str, list[Curve]] = {contender: [] for contender in names}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -154,6 +154,7 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true")
     arguments.add_argument("--workers", type=int, default=2)
     arguments.add_argument("--oracle", choices=sorted(SUBSPACES), action="append", help="default: all")
+    arguments.add_argument("--only", nargs="+", default=(), metavar="CONTENDER", help="default: all of them")
     arguments.add_argument("--plot", type=Path, help="where to draw the curves (.png)")
     arguments.add_argument("--cache", type=Path, help="folder that keeps finished runs; default: none")
     arguments.add_argument("--study", type=Path, default=Path("studies/reference-cumulative.toml"), help="for peers")
@@ -161,7 +162,9 @@ def main() -> None:
     given = arguments.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cache = given.cache or Path(folder)
-        results = {name: run_all(name, given.workers, cache) for name in given.oracle or ("two", "three", "hybrid")}
+        results = {
+            name: run_all(name, given.workers, cache, given.only) for name in given.oracle or ("two", "three", "hybrid")
+        }
     if given.plot is not None:
         plot(results).savefig(given.plot, dpi=130)
     tables = {name: {who: summarise(curves) for who, curves in found.items()} for name, found in results.items()}
