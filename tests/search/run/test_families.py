@@ -137,10 +137,12 @@ def test_gradients_are_the_slopes_of_the_log_perplexity(name: str, tmp_path: Pat
         low, high = (part_of_the_way(workspace, component.name, step) for step in (-STEP, STEP))
         found.append(effects[component.name]["int3"].first)
         expected.append((high - low) / (2 * STEP))
-    assert np.max(np.abs(expected)) > 0
-    # where a router's choice turns, the log-perplexity jumps
-    close = np.isclose(found, expected, rtol=5e-2, atol=2e-2 * float(np.max(np.abs(expected))))
-    assert close.mean() > (0.9 if any("router" in c.name for c in workspace.space.components) else 0.999), [
+    largest = float(np.max(np.abs(found)))
+    assert largest > 0
+    close = np.isclose(found, expected, rtol=5e-2, atol=2e-2 * largest)
+    # where a router's choice turns, the log-perplexity jumps, which no slope shows
+    turns = any(c.kind == "router" for c in workspace.space.components)
+    assert close.mean() >= (0.9 if turns else 1.0), [
         (c.name, f, e) for c, f, e, ok in zip(workspace.space.free, found, expected, close, strict=True) if not ok
     ]
 
