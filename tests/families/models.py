@@ -66,16 +66,11 @@ GROUPED: dict[str, Model] = dict(
 )
 """Experts that are one component or one each, against what is the default; in_proj by its rows."""
 MODELS = {**PLAIN, **GROUPED}
-_SLOW = frozenset(
-    {
-        "jamba/dense", "qwen3_5/text-and-vision", "qwen3_5_moe/text-and-vision", "granitemoehybrid/many-experts-each",
-        "qwen3_next/many-experts",
-    }
-)  # fmt: skip
+QUICK = ("itera", "mamba2/groups-2", "granitemoehybrid/experts", "lfm2/plain", "qwen3_5_text/plain")
 every_model = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in _SLOW else name for name in MODELS]
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
 )
-"""A test of each of them; those that add least to the others are slow tests."""
+"""A test of each of them; a developer's loop has those that have every block between them."""
 
 
 @cache

@@ -30,17 +30,36 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.model import assemble
 from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import Scheme
-from tests.families.models import GROUPED, MODELS, PLAIN, Model, checkpoint_of, write_family_study
+from tests.families.models import GROUPED, MODELS, PLAIN, QUICK, Model, checkpoint_of, write_family_study
 from tests.tiny import LENGTH as TINY_LENGTH
 
-QUICK = ("granitemoehybrid/experts", "mamba2/groups-2", "lfm2/plain")
 STEP = 0.001
 """Part of the way to a quantised value, so small that hardly a token goes to another expert."""
 FOUR = 'precision.choices=["fp16","int8","nf4"]'
-SEARCHED = (*PLAIN, "itera-together", "granitemoehybrid/many-experts", "nemotron_h/experts-latent-together")
-every_model = pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+ALIKE = frozenset({"granitemoehybrid/dense", "nemotron_h/dense", "jamba/dense", "qwen3_5_moe/text-and-vision"})
+"""What adds nothing to a whole search: another model has all of its blocks."""
+SEARCHED = (
+    *(name for name in PLAIN if name not in ALIKE),
+    "itera-together", "granitemoehybrid/many-experts", "nemotron_h/experts-latent-together",
+)  # fmt: skip
+SLOPES = (
+    *QUICK,
+    "falcon_mamba/plain",
+    "nemotron_h/dense",
+    "falcon_h1/norm-then-gate",
+    "jamba/dense",
+    "qwen3_next/plain",
 )
+"""Between them every block; two evaluations for each component."""
+
+
+def named(*names: str) -> pytest.MarkDecorator:
+    """A test of these models, of which a developer's loop has two."""
+    return pytest.mark.parametrize(
+        "name", [name if name in QUICK[1:3] else pytest.param(name, marks=pytest.mark.slow) for name in names]
+    )
+
+
 KNOWN_AS = {
     "mamba": "layers.0.ssm.in_proj",
     "itera": "layers.1.moe.layer.experts.2.w1",
@@ -123,7 +142,7 @@ def test_components_are_named_as_the_files_of_the_family_name_them(name: str) ->
     assert KNOWN_AS[name] in names
 
 
-@every_model
+@named(*SLOPES)
 def test_gradients_are_the_slopes_of_the_log_perplexity(name: str, tmp_path: Path) -> None:
     """A component's weights a little towards their int3 values: the change is the linear term."""
     study, asked = study_of(tmp_path, MODELS[name])
@@ -168,7 +187,7 @@ def stored(module: torch.nn.Module, leaf: str) -> Stored:
     return held
 
 
-@every_model
+@named(*PLAIN)
 def test_gradients_of_inputs_and_of_unpinned_values_are_finite(name: str, tmp_path: Path) -> None:
     study, asked = study_of(tmp_path, MODELS[name])
     kinds = {c.kind for c in find_components(checkpoint_of(name)) if c.pin == "default"}
