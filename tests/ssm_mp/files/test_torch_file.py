@@ -251,7 +251,7 @@ def test_objects_of_classes_that_are_not_there_are_records(tmp_path: Path, proto
     assert fields[0] == {"d_model": 16, "layers": [1, 2]}
     assert fields[1] == {"d_model": 16, "frozen": True}
     assert fields[2] == {"0": 1, "1": "b"} or fields[2] == {"0": (1, "b")}
-    assert fields[3] == {"0": "fast"}
+    assert fields[3] in ({"0": "fast"}, {})  # the first releases of Python 3.11 pickle a member by its name
     assert fields[4] == {"items": [1, 2]}
     assert (fields[5]["d_model"], fields[5]["inner"].fields) == (16, {"d_model": 8, "inner": None})
     assert fields[6] == fields[7] == {"d_model": 16}
