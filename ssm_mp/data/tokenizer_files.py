@@ -58,7 +58,9 @@ def prompt_ids(tokenizer: Tokenizer, text: str, vocabulary: int) -> list[int]:
     """Token ids of a prompt. Raises DataError where the tokenizer or the model's vocabulary has none for a word."""
     try:
         ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    except Exception as error:  # the library raises bare Exception for words without an id
+    except Exception as error:
+        if type(error) is not Exception:  # a bare one is the library's, for words without an id
+            raise
         raise DataError(f"the prompt: {no_id(tokenizer, error)}") from None
     import numpy as np
 
