@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_mp import PrecisionMap, Scheme, convert, find_components, load_model
+from ssm_mp import PrecisionMap, Scheme, convert, evaluate, find_components, load_model
 from ssm_mp.errors import DataError
+from tests.families.models import fp32_of, windows_of
 from tests.tiny import HUGGING_FACE, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors
 
 
@@ -126,8 +127,9 @@ def test_a_sequence_beyond_the_positions_is_refused() -> None:
 
 
 def test_a_model_without_a_float_knows_where_it_is() -> None:
-    model = random_model(MAMBA)
-    components = find_components(model)
-    pins = frozenset(c.name for c in components if c.pin == "always")
-    everywhere = PrecisionMap.from_rules({"*": "int8"}, components, pins)
-    assert convert(model, everywhere, Scheme(activations="none")).device == torch.device("cpu")
+    model = fp32_of("lfm2/plain")  # it has nothing that is always fp16
+    everywhere = PrecisionMap.uniform("int8", find_components(model), frozenset())
+    converted = convert(model, everywhere, Scheme(activations="none"))
+    assert not list(converted.parameters())
+    assert converted.device == torch.device("cpu")
+    assert evaluate(converted, windows_of("lfm2/plain", 2)).windows == 2
