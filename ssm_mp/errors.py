@@ -36,6 +36,16 @@ class ArtifactError(SsmMpError):
     """An artifact folder that cannot be written, or that is not what it says."""
 
 
+class ExportError(SsmMpError):
+    """A model that a format of another runtime does not hold, or a file for it that cannot be written."""
+
+
+class DisagreementError(ExportError):
+    """A runtime that does not say what it must of a file written for it."""
+
+    exit_code = 1
+
+
 class MachineError(SsmMpError):
     """Something that this machine lacks or refuses; nothing is wrong with the input."""
 

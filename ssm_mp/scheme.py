@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-ActivationScheme = Literal["static", "dynamic", "none"]
-"""How the inputs of a quantised linear layer are: one scale from calibration, one a token, not quantised."""
+ActivationScheme = Literal["static", "dynamic", "none", "blocks"]
+"""How the inputs of a quantised linear layer are: one scale from calibration, one a token, not quantised; or as
+llama.cpp rounds them, to 8 bits in blocks of 32 (to float16 for a float16 weight)."""
 
 ScaleMethod = Literal["minmax", "percentile", "mse"]
 

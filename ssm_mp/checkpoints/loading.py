@@ -36,7 +36,7 @@ class Checkpoint:
 
     `digest` is the SHA-256 of config, names, shapes and values; `notes` are remarks for the user, e.g. where a
     stored config disagrees with the shapes. `file_types` are the types in the file → how many parameters have them,
-    `file_bytes` what these take there; a tied head counts once.
+    `file_bytes` what these take there; a tied head counts once. `source` is the `config.json` that it came with.
     """
 
     path: Path
@@ -46,6 +46,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     file_types: Mapping[str, int] = field(default_factory=dict)
     file_bytes: int = 0
+    source: Mapping[str, object] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
@@ -131,7 +132,9 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
     for tensor in held.values():
         types[type_name(tensor)] += tensor.numel()
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in held.values())
-    return Checkpoint(path, found.layout, config, kept, tuple(notes), dict(types.most_common()), size)
+    return Checkpoint(
+        path, found.layout, config, kept, tuple(notes), dict(types.most_common()), size, dict(stored.values)
+    )
 
 
 def _without_other_parts(family: Family, weights: Weights) -> tuple[Weights, list[str]]:

@@ -1,0 +1,112 @@
+"""What is written for another runtime: a converted model, with what its user needs beside the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssm_mp.components import Component, find_components
+from ssm_mp.config import Config
+from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.modules.parameter import Parameter
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precisions.registry import get_precision
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
+from ssm_mp.scheme import ScaleRule
+
+
+@dataclass(frozen=True, eq=False)
+class Exportable:
+    """A converted model and what goes with it.
+
+    precision_map: None where every tensor is float32 (`twin`). source: the checkpoint's own `config.json`, as far as it
+    had one. tokenizer: a `tokenizer.json`. files: further files that belong to it, such as `tokenizer_config.json`.
+    """
+
+    name: str
+    model: LanguageModel
+    precision_map: PrecisionMap | None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: bytes | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def config(self) -> Config:
+        return self.model.config
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        return find_components(self.model)
+
+    def precision(self, component: str) -> str:
+        """The precision of a component; `fp32` in a twin."""
+        return "fp32" if self.precision_map is None else self.precision_map[component]
+
+    def stored(self) -> dict[str, tuple[Parameter, Stored]]:
+        """Every tensor as it is stored, by its canonical name, in the order of the data flow."""
+        found: dict[str, tuple[Parameter, Stored]] = {}
+        for component in self.components:
+            module = self.model.component(component.name)
+            for parameter in component.parameters:
+                found[parameter.name] = (parameter, held_by(module, parameter))
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """One dequantised tensor, float32, by its canonical name."""
+        return self.stored()[name][1].tensor()
+
+
+def held_by(module: nn.Module, parameter: Parameter) -> Stored:
+    """How a component's module stores one of its parameters."""
+    held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
+    assert isinstance(held, Stored)
+    return held
+
+
+def twin(item: Exportable) -> Exportable:
+    """The same model with every dequantised tensor as float32: what tells an error of names from one of arithmetic."""
+    return replace(item, model=_restored(item, {}), precision_map=None)
+
+
+def weights_only(item: Exportable) -> Exportable:
+    """The same model without its input quantisers, which travel into no file."""
+    modules: dict[str, nn.Module] = {}
+    for component in item.components:
+        module = item.model.component(component.name)
+        tensors = {parameter.leaf: held_by(module, parameter) for parameter in component.parameters}
+        modules[component.name] = component.form.module(tensors, None)
+    return replace(item, model=assemble(item.config, modules))
+
+
+def at_precisions(item: Exportable, changes: Mapping[str, str], rule: ScaleRule | None = None) -> Exportable:
+    """The same model with some components stored anew, from their dequantised values, at other precisions.
+
+    Raises InfeasibleError where one does not fit.
+    """
+    assert item.precision_map is not None
+    return replace(item, model=_restored(item, changes, rule), precision_map=item.precision_map.changed(changes))
+
+
+def _restored(item: Exportable, changes: Mapping[str, str], rule: ScaleRule | None = None) -> LanguageModel:
+    """The model with the components of `changes` at those precisions; with no changes, every tensor float32."""
+    modules: dict[str, nn.Module] = {}
+    for component in item.components:
+        module = item.model.component(component.name)
+        if changes and component.name not in changes:
+            modules[component.name] = module
+            continue
+        tensors: dict[str, Stored] = {}
+        for parameter in component.parameters:
+            held = held_by(module, parameter)
+            if isinstance(held, ByteTensor):
+                tensors[parameter.leaf] = held
+            elif changes:
+                precision = get_precision(changes[component.name])
+                tensors[parameter.leaf] = precision.store(held.tensor(), parameter.role, rule or ScaleRule())
+            else:
+                tensors[parameter.leaf] = FloatTensor(held.tensor().clone())
+        modules[component.name] = component.form.module(tensors, None)
+    return assemble(item.config, modules)
