@@ -69,7 +69,9 @@ class Format(ABC):
 
     def refusal_of(self, item: Exportable) -> str | None:
         """Why this very model cannot be written: configuration, map, tokenizer; None where it can.
-        than `refusal`: experts that are a component each can be one tensor where all have one precision.
+
+        It may be less strict than `refusal`: experts that are a component each can be one tensor where all have one
+        precision.
         """
         return self.refusal(item.config)
 
