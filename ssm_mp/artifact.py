@@ -35,7 +35,7 @@ from ssm_mp.config import Config
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.families.registry import config_from_json, config_to_json
 from ssm_mp.model import LanguageModel, assemble
-from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
+from ssm_mp.modules.inputs import StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ArraySpec, Stored
@@ -291,13 +291,9 @@ def _restored(
         suffixes = precision.arrays(parameter.shape, parameter.role)
         held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
         tensors[parameter.leaf] = precision.restore(held, parameter.shape, parameter.role)
-    inputs: InputQuantizer | None = None
-    match component.input_scheme(name, scheme.activations):
-        case "static":
-            inputs = StaticInput(arrays[f"{component.name}.input_scale"])
-        case "dynamic":
-            inputs = DynamicInput()
-    return component.form.module(tensors, inputs)
+    how = component.input_scheme(name, scheme.activations)
+    static = StaticInput(arrays[f"{component.name}.input_scale"]) if how == "static" else None
+    return component.form.module(tensors, static or input_quantizer(how, name))
 
 
 def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], scheme: Scheme) -> dict[str, ArraySpec]:

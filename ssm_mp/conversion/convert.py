@@ -9,7 +9,7 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.conversion.calibrate import Statistics
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
-from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
+from ssm_mp.modules.inputs import InputQuantizer, StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
@@ -84,7 +84,7 @@ class Converter:
                 return StaticInput(self._statistics[component.name].scale(self.scheme.input_scales))
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
-        return DynamicInput() if scheme == "dynamic" else None
+        return input_quantizer(scheme, name)
 
 
 def convert(
