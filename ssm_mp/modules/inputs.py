@@ -68,7 +68,8 @@ class BlockInput(Rounding):
         scale = blocks.abs().amax(dim=-1, keepdim=True) / INT8_LIMIT
         # rounded by the exact scale, restored by the stored one; a block of zeros has none
         integers: Tensor = torch.where(scale > 0, (blocks * (1 / scale)).round(), 0.0)
-        return (integers * scale.half().float()).flatten(-2)
+        restored: Tensor = (integers * scale.half().float()).flatten(-2)
+        return restored
 
 
 class HalfInput(Rounding):
