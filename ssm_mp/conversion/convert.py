@@ -22,14 +22,21 @@ class Converter:
     The converted models share those modules by reference and never share any with the FP32 model.
     """
 
-    def __init__(self, model: LanguageModel, scheme: Scheme, statistics: Statistics | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        scheme: Scheme,
+        statistics: Statistics | None = None,
+        components: tuple[Component, ...] | None = None,
+    ) -> None:
+        """`components`: the model's own, with the sizes of another runtime's file, where they are not those of ours."""
         if scheme.activations == "static" and statistics is None:
             raise PrecisionMapError(
                 "static activation scales need calibration statistics: pass calibrate(model, windows)"
             )
         self.model = model
         self.scheme = scheme
-        self.components = find_components(model)
+        self.components = find_components(model) if components is None else components
         self._statistics = statistics or {}
         self._modules: dict[tuple[str, str], nn.Module] = {}
 
