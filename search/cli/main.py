@@ -36,7 +36,6 @@ from search.cli.options import (
 )
 
 if TYPE_CHECKING:
-
     from search.results.report import Result
 
 app = typer.Typer(

@@ -21,7 +21,9 @@ class Home:
     inputs: ActivationScheme = "none"
 
 
-FORMATS: dict[str, Home] = {}
+FORMATS = {
+    "gguf": Home("ssm_mp.runtimes.gguf.format:GGUF", inputs="blocks"),
+}
 """Every format's home, the most used first."""
 
 
