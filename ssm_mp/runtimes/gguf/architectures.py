@@ -69,7 +69,9 @@ _NEMOTRON_MOE = Architecture(
     "nemotron_h_moe", (Mamba2, Attention, FeedForward, Experts), biases=frozenset({"qkv", "o"}), activation="relu2",
     routed="sigmoid",
 )  # fmt: skip
-_LFM2 = Architecture("lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves")
+_LFM2 = Architecture(
+    "lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves"
+)
 _ARCHITECTURES = {
     "mamba": _MAMBA,
     "falcon_mamba": Architecture("mamba", (Mamba1,), inner_norms="weightless"),
