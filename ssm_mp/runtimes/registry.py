@@ -21,7 +21,9 @@ class Home:
     inputs: ActivationScheme = "none"
 
 
-FORMATS: dict[str, Home] = {}
+FORMATS: dict[str, Home] = {
+    "gguf": Home("ssm_mp.runtimes.gguf.format:GGUF", "blocks"),
+}
 """Every format's home, the most used first."""
 
 

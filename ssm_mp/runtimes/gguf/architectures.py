@@ -69,7 +69,13 @@ _NEMOTRON_MOE = Architecture(
     "nemotron_h_moe", (Mamba2, Attention, FeedForward, Experts), biases=frozenset({"qkv", "o"}), activation="relu2",
     routed="sigmoid",
 )  # fmt: skip
-_LFM2 = Architecture("lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves")
+_LFM2 = Architecture(
+    "lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves"
+)
+_LFM2_MOE = Architecture(
+    "lfm2moe", (ShortConv, Attention, FeedForward, Experts), final_norm="token_embd_norm.weight", positions="halves",
+    routed="sigmoid",
+)  # fmt: skip
 _ARCHITECTURES = {
     "mamba": _MAMBA,
     "falcon_mamba": Architecture("mamba", (Mamba1,), inner_norms="weightless"),
@@ -85,6 +91,7 @@ _ARCHITECTURES = {
         "jamba", (Mamba1, Attention, FeedForward, Experts), inner_norms="weighted", routed="softmax"
     ),
     "lfm2": _LFM2,
+    "lfm2_moe": _LFM2_MOE,
 }  # fmt: skip
 
 
@@ -153,7 +160,6 @@ def _of_mamba1(known: Architecture, word: str, block: Mamba1, eps: float) -> Ite
     held = "weighted" if block.inner_norms is not None else "none" if block.weightless_eps is None else "weightless"
     if held != known.inner_norms:
         yield f"{word} has {known.inner_norms} norms of step, B and C for this family, this model {held} ones"
-    yield from _of_eps(word, block.weightless_eps, eps, "the norms of step, B and C")
     yield from _of_eps(word, None if block.inner_norms is None else block.inner_norms.eps, eps, "the inner norms")
 
 
@@ -241,5 +247,7 @@ def _of_layers(known: Architecture, word: str, config: Config) -> Iterator[str]:
             yield f"{word} has no layers of plain feed-forwards beside layers of experts; layer {alone[0]} is one"
         if any(len(layer[0].parts) == 1 and isinstance(layer[0].parts[0].block, Experts) for layer in layers):
             yield f"{word} has a feed-forward that every token takes beside experts, this model none"
-    if known.word == "granitehybrid" and Mamba2 not in kinds:
-        yield f"{word} has Mamba-2 layers, this model none"
+    if Attention in known.blocks and Attention not in kinds:
+        yield f"{word} has layers with attention, this model none"
+    if known.blocks[0] not in kinds:
+        yield f"{word} has layers of kind {known.blocks[0].word!r}, this model none"
