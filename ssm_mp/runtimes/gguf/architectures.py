@@ -36,10 +36,12 @@ SMALL_STEP = 1e-3
 class Architecture:
     """What llama.cpp has for a family.
 
-    word: `general.architecture`. blocks: the kinds that it computes. second_norm, final_norm: names in the file.
+    word: `general.architecture`. blocks: the kinds that it computes, a recurrent one first. second_norm, final_norm:
+    names in the file.
     biases: of projections that it adds. inner_norms: what it does to Mamba-1's step, B and C.
     gates: of Mamba-2. gated: of feed-forwards and experts. scaled: whether scores of attention may have any scale.
-    multipliers: whether the family has any that are multiplied into weights. routed: scores of its routers.
+    multipliers: whether the family has any that are multiplied into weights; granite_scales: whether it has keys for
+    those of embeddings, residual branches and logits. routed: scores of its routers.
     """
 
     word: str
@@ -152,7 +154,7 @@ def _reasons(known: Architecture, config: Config) -> Iterator[str]:
 
 def _of_mamba1(known: Architecture, word: str, block: Mamba1, eps: float) -> Iterator[str]:
     if block.d_inner != 2 * block.d_model:
-        yield f"{word} is always twice as wide inside as outside; this model is {block.d_inner} and {block.d_model} wide"
+        yield f"{word} is always twice as wide inside as outside; this model is {block.d_inner} and {block.d_model}"
     if block.projection_bias:
         yield f"{word} has no biases of in_proj and out_proj"
     if block.d_conv < 2:

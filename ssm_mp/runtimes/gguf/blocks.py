@@ -28,8 +28,8 @@ class Place:
     """Where a block stands.
 
     at: in the model, `layers.3.mamba`. blk: in the file, `blk.3`. neighbours: whether rotary positions turn pairs of
-    neighbours there, where ours turn halves. shared: whether it is the feed-forward beside experts. eps: of all norms in
-    the file.
+    neighbours there, where ours turn halves. shared: whether it is the feed-forward beside experts. eps: of all norms
+    in the file.
     """
 
     at: str
@@ -156,9 +156,7 @@ def _feed_forward(place: Place, block: FeedForward) -> Iterator[Entry]:
             yield from place.linear(f"ffn_{name}{suffix}", "input_linear", hidden, d, order=order, biased=biased)
     elif block.gated:
         factor = block.gate_multiplier
-        yield from place.linear(
-            f"ffn_gate{suffix}", "gate_proj", hidden, d, factor=factor, biased=biased, after=factor
-        )
+        yield from place.linear(f"ffn_gate{suffix}", "gate_proj", hidden, d, factor=factor, biased=biased, after=factor)
     if not block.fused:
         yield from place.linear(f"ffn_up{suffix}", "up_proj", hidden, d, biased=biased)
     factor = block.down_multiplier

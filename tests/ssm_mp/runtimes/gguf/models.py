@@ -70,8 +70,7 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "mamba/no-convolution-bias": {"use_conv_bias": False},
     "falcon_mamba/plain": {"tie_word_embeddings": False},
     "falcon_mamba/tied": {"tie_word_embeddings": True},
-    "falcon_mamba/eps": {"tie_word_embeddings": False, "mixer_rms_eps":1e-5},
-    "falcon_mamba/tied-eps": {"tie_word_embeddings": True, "mixer_rms_eps":1e-5},
+    "falcon_mamba/one-epsilon": {"tie_word_embeddings": False, "mixer_rms_eps": 1e-5},
     "mamba2/plain": {},
     "mamba2/groups-2": {"n_groups": 2},
     "mamba2/groups-4": {"n_groups": 4, "tie_word_embeddings": True},
@@ -118,7 +117,7 @@ NAMES = tuple(_OPTIONS)
 
 def case_of(name: str, **further: Any) -> Case:
     """A case by name, with further options."""
-    family = name.split("/")[0]
+    family = name.partition("/")[0]
     model, common = _FAMILIES[family]
     options = {**_WIDTH, **common, **_OPTIONS.get(name, {}), **further}
 
