@@ -21,8 +21,8 @@ class Home:
     inputs: ActivationScheme = "none"
 
 
-FORMATS: dict[str, Home] = {
-    "gguf": Home("ssm_mp.runtimes.gguf.format:GGUF", "blocks"),
+FORMATS = {
+    "gguf": Home("ssm_mp.runtimes.gguf.format:GGUF", inputs="blocks"),
 }
 """Every format's home, the most used first."""
 
