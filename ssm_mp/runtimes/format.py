@@ -100,7 +100,7 @@ class Format(ABC):
         """Bytes of the tensors in the file, as its reader tells: the sum of the encodings' bytes."""
 
     @abstractmethod
-    def ask(self, path: Path, ids: np.ndarray, out: Path) -> list[str]:
+    def ask(self, path: Path, ids: Path, out: Path) -> list[str]:
         """The command, run in a process of its own, that lets the runtime read token ids.
 
         ids: the file of int64 token ids `[w, l]` (`.npy`). It writes float32 log-probabilities `[w, l, V]` to `out`

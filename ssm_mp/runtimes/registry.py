@@ -10,7 +10,10 @@ from ssm_mp.errors import ExportError
 if TYPE_CHECKING:
     from ssm_mp.runtimes.format import Format
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {
+    "mlx": "ssm_mp.runtimes.mlx.format:MLX",
+    "compressed-tensors": "ssm_mp.runtimes.compressed_tensors.format:COMPRESSED_TENSORS",
+}
 """Name → "file:instance", the most used first."""
 
 
