@@ -91,5 +91,7 @@ def joined(parts: Sequence[Codes]) -> Codes:
 
 
 def packed_rows(codes: Tensor, bits: int) -> Tensor:
-    """Codes `[n, k]` → bytes `[n, k·bits/8]`, a few rows at a time."""
+    """Codes `[n, k]` → bytes `[n, k·bits/8]`, uint8, a few rows at a time."""
+    if bits == 8:
+        return codes.to(torch.uint8)
     return torch.cat([pack(part, bits) for part in codes.split(_ROWS)])

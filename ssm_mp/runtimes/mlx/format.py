@@ -48,7 +48,8 @@ class Mlx(Format):
     runtime = "MLX"
     extra = "mlx"
     packages = ("mlx-lm", "mlx")
-    modules = ("mlx_lm", "mlx.core")
+    reader = ("mlx",)
+    modules = ("mlx_lm",)
     inputs = "none"
     suffix = ""
     largest_divergence = 1e-3
