@@ -120,7 +120,9 @@ def divided(config: Config) -> str | None:
         return None
     kinds = sorted({"experts" if whole.experts else "in_proj" for whole in several})
     advice = {"experts": "set experts = 'together' under [precision]", "in_proj": "leave out split = ['in_proj']"}
-    return f"{' and '.join(kinds)}: several components are one tensor there; {'; '.join(advice[kind] for kind in kinds)}"
+    return (
+        f"{' and '.join(kinds)}: several components are one tensor there; {'; '.join(advice[kind] for kind in kinds)}"
+    )
 
 
 def mixed(item: Exportable) -> str | None:

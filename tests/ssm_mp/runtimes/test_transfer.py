@@ -95,7 +95,7 @@ def test_of_a_runtime_that_disagrees_the_twin_tells_whether_names_are_at_fault(t
     with pytest.raises(
         DisagreementError, match=r"not confirmed by numpy .*names or arrangement is at fault; it was not"
     ):
-        transfer(replace(PLAIN, off=0.5), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
+        transfer(replace(PLAIN, off=20.0), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
     assert left(tmp_path) == []
 
 
