@@ -32,8 +32,8 @@ class Verdict:
     """What a runtime says of a file, beside what we say of the same numbers.
 
     perplexities: on the same windows, `here` by our own evaluation of the model as the file holds it. mean_kl and
-    largest_kl: KL(ours ‖ runtime's) of next-token distributions, in nats. rates: tokens a second. gate: the largest mean
-    KL with which it agrees.
+    largest_kl: KL(ours ‖ runtime's) of next-token distributions, in nats. rates: tokens a second. gate: the largest
+    mean KL with which it agrees.
     """
 
     runtime: str
