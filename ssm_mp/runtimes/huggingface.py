@@ -59,16 +59,24 @@ def wholes(config: Config) -> tuple[Whole, ...]:
     """The tensors of a model, in the order of the data flow: experts in one, the pieces of in_proj together."""
     grouped: dict[str, list[Parameter]] = {}
     for parameter in config.parameters():
-        grouped.setdefault(_whole_name(parameter.name), []).append(parameter)
+        grouped.setdefault(whole_name(parameter.name), []).append(parameter)
     return tuple(Whole(name, tuple(parts), _experts(parts)) for name, parts in grouped.items())
 
 
-def _whole_name(name: str) -> str:
+def whole_name(name: str) -> str:
+    """The canonical name of a tensor without an expert's number or the letter of a piece of in_proj."""
     if expert := _EXPERT.fullmatch(name):
         return f"{expert[1]}.{expert[3]}"
     if piece := _PIECE.fullmatch(name):
         return f"{piece[1]}.{piece[2]}"
     return name
+
+
+def is_first(parameter: Parameter) -> bool:
+    """Whether a part is the first of what makes one tensor, as most that are alone."""
+    if expert := _EXPERT.fullmatch(parameter.name):
+        return expert[2] == "0"
+    return whole_name(parameter.name) in (parameter.name, parameter.name.replace(".in_proj.z.", ".in_proj."))
 
 
 def _experts(parts: list[Parameter]) -> int | None:

@@ -36,6 +36,7 @@ from ssm_mp.runtimes.huggingface import (
     divided,
     held,
     in_family,
+    is_first,
     mixed,
     stacked,
     wholes,
@@ -87,7 +88,7 @@ class CompressedTensors(Format):
                 if bits is None or group is None or not _is_linear(component):
                     return None
                 n, k = parameter.shape
-                size += n * (-(-k * bits // 32) * 4 + k // group * 2) + _SHAPE_BYTES
+                size += n * (-(-k * bits // 32) * 4 + k // group * 2) + (_SHAPE_BYTES if is_first(parameter) else 0)
                 word = f"W{bits}, {'a scale a row' if group == k else f'groups of {group}'}"
         return Encoding(word, size)
 

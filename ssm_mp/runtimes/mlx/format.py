@@ -27,7 +27,7 @@ from ssm_mp.precisions.stored import Stored
 from ssm_mp.runtimes.codes import Codes
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
-from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, mixed, write_beside
+from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, mixed, whole_name, write_beside
 from ssm_mp.runtimes.huggingface_config import huggingface_config
 from ssm_mp.runtimes.mlx.arrangement import Entry, entries, factors, is_matrix, is_multiplied
 from ssm_mp.runtimes.mlx.families import unfit
@@ -172,7 +172,7 @@ def _may_be_packed(component: Component, config: Config) -> bool:
 
 
 def _is_scaled(parameter: Parameter, scaled: Mapping[str, Tensor]) -> bool:
-    return parameter.name in scaled
+    return whole_name(parameter.name) in scaled
 
 
 def _placed(
