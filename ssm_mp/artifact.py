@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssm_mp.artifact_folder import (
+    ACCOMPANYING,
     MAP,
     METRICS,
     SOURCE,
@@ -43,6 +44,7 @@ from ssm_mp.precisions.stored import ArraySpec, Stored
 from ssm_mp.scheme import Scheme
 
 __all__ = [
+    "ACCOMPANYING",
     "FORMAT",
     "MAP",
     "METRICS",

@@ -14,6 +14,7 @@ from search.base.errors import StudyError
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
+from ssm_mp.artifact_folder import ACCOMPANYING
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
@@ -307,3 +308,10 @@ def tokenizer_json(spec: StudySpec, config: Config) -> bytes | None:
     if Path(spec.data.text).suffix == ".npy":
         return None
     return load_tokenizer(tokenizer_path(spec), config.vocabulary).to_str().encode()
+
+
+def accompanying(spec: StudySpec) -> dict[str, bytes]:
+    """Files beside the checkpoint that other programs read: name → content."""
+    path = spec.checkpoint_path
+    folder = path if path.is_dir() else path.parent
+    return {name: (folder / name).read_bytes() for name in ACCOMPANYING if (folder / name).is_file()}

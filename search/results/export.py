@@ -15,7 +15,7 @@ import torch
 from search.measure.latency import summary
 from search.measure.objective import Baseline, Measured, Objective
 from search.problem.source import source_of
-from search.problem.workspace import Workspace, tokenizer_json
+from search.problem.workspace import Workspace, accompanying, tokenizer_json
 from search.results.certify import Certificate, bounds
 from search.results.gates import Facts
 from search.results.ledger import finite_or_none
@@ -100,6 +100,7 @@ def export(
             PICTURE: allocation_png(components, precision_map, scheme.activations),
             **_tokenizer(workspace),
             **_source(workspace),
+            **accompanying(workspace.spec),
         },
         replace=replace,
         verify=verify,

@@ -21,7 +21,8 @@ class Home:
     inputs: ActivationScheme = "none"
 
 
-FORMATS: dict[str, Home] = {
+FORMATS = {
+    "gguf": Home("ssm_mp.runtimes.gguf.format:GGUF", inputs="blocks"),
     "mlx": Home("ssm_mp.runtimes.mlx.format:MLX"),
     "compressed-tensors": Home("ssm_mp.runtimes.compressed_tensors.format:COMPRESSED_TENSORS"),
 }
