@@ -6,12 +6,13 @@ The width is a multiple of 32 only, so that groups of ours reach from a row into
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import PreTrainedModel
@@ -20,6 +21,9 @@ from ssm_mp.blocks.experts import Experts
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import HasConfig
 from ssm_mp.conversion.regroup import regrouped
+from ssm_mp.runtimes.exportable import Exportable
+from ssm_mp.runtimes.format import Format
+from ssm_mp.runtimes.verify import divergences, ours, unequal_weights
 from tests.families.tiny_models import randomise
 
 VOCABULARY = 101
@@ -119,19 +123,49 @@ CASES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 """Name → class of transformers, and its options."""
 
 
-@cache
-def checkpoint_of(name: str) -> Checkpoint:
-    """A case as it is read from the folder that transformers writes; the experts of a layer together."""
+def written_by_transformers(name: str, folder: Path) -> Path:
+    """A case's folder."""
     kind, options = CASES[name]
-    with torch.random.fork_rng(devices=[]), TemporaryDirectory() as folder:
-        text = "Text" if kind.startswith("Qwen3_5") else ""
+    text = "Text" if kind.startswith("Qwen3_5") else ""
+    with torch.random.fork_rng(devices=[]):
         config = getattr(transformers, f"{kind}{text}Config")(**options)
         model: PreTrainedModel = randomise(getattr(transformers, f"{kind}ForCausalLM")(config))
-        model.save_pretrained(folder)
-        checkpoint = load_checkpoint(Path(folder))
+    model.save_pretrained(folder)
+    return folder
+
+
+@cache
+def checkpoint_of(name: str) -> Checkpoint:
+    """A case as it is read from its folder; the experts of a layer together."""
+    with TemporaryDirectory() as folder:
+        checkpoint = load_checkpoint(written_by_transformers(name, Path(folder)))
     return regrouped(checkpoint, "together") if _has_experts(checkpoint) else checkpoint
 
 
 def _has_experts(source: HasConfig) -> bool:
     blocks = (part.block for layer in source.config.branches for branch in layer for part in branch.parts)
     return any(isinstance(block, Experts) for block in blocks)
+
+
+def answered(reader: Callable[[str, str, str], None], model: Path, ids: torch.Tensor, folder: Path) -> np.ndarray:
+    """What a runner says of ids `[w, l]`, in this process: log-probabilities `[w, l, V]`."""
+    np.save(folder / "ids.npy", ids.numpy())
+    reader(str(model), str(folder / "ids.npy"), str(folder / "out.npy"))
+    found: np.ndarray = np.load(folder / "out.npy")
+    return found
+
+
+def require_true_folder(format_: Format, item: Exportable, path: Path) -> None:
+    """Write the folder; weights equal bit for bit, bytes as predicted."""
+    assert format_.refusal_of(item) is None
+    format_.write(item, path)
+    assert unequal_weights(format_, item, path) == []
+    encodings = [format_.encoding(part, item.precision(part.name), item.config) for part in item.components]
+    assert None not in encodings
+    assert format_.tensor_bytes(path) == sum(encoding.bytes for encoding in encodings if encoding is not None)
+
+
+def divergence(item: Exportable, found: np.ndarray, ids: torch.Tensor) -> tuple[float, float]:
+    """Of what a runtime found from our own evaluation: mean KL, and the largest difference of log-probabilities."""
+    mine = ours(item.model, ids.numpy()).log_probabilities
+    return float(divergences(mine, found).mean()), float(np.abs(mine - found).max())
