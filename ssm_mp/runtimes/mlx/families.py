@@ -17,7 +17,7 @@ from ssm_mp.config import Config
 from ssm_mp.runtimes.huggingface_config import first, layers_of, parts
 
 _ABSENT = {
-    "jamba": "mlx-lm takes the softmax of the chosen experts alone, which is another model; without experts not compared",
+    "jamba": "with experts mlx-lm computes another model (a softmax of the chosen ones alone); without, not compared",
     "bamba": "mlx-lm does not know it",
     "itera": "it is of this project alone",
 }
