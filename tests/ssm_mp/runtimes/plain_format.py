@@ -83,7 +83,8 @@ class Plain(Format):
             held[name] = held[name] + held[name].dtype.type(1)
         answers = ours(item.model, self.ids).log_probabilities
         answers[..., 0] += self.off
-        np.savez(path, **{"@answers": answers}, **held)
+        held["@answers"] = answers
+        np.savez(path, allow_pickle=False, **held)
 
     def expected(self, item: Exportable) -> Arrays:
         return {name: partial(_values, stored) for name, (_, stored) in item.stored().items()}
