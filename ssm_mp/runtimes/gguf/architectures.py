@@ -24,7 +24,7 @@ from ssm_mp.config import Config
 
 Positions = Literal["none", "halves", "pairs"]
 """Which dimensions llama.cpp turns together: half a rotation apart, or neighbours."""
-Bias = Literal["qkv", "o", "feed_forward", "latent"]
+Bias = Literal["qkv", "o", "feed_forward"]
 
 SMALL_EPS = 1e-5
 """Up to which an epsilon of a norm may differ from the one that the file has for all of them."""
@@ -225,7 +225,7 @@ def _of_experts(known: Architecture, word: str, block: Experts) -> Iterator[str]
         yield f"{word} has experts with {known.activation}, unlike this model ({block.activation})"
     if known.routed != "sigmoid" and (routing.normalised or routing.scaling != 1.0 or routing.corrected):
         yield f"{word} has other weights of experts than this model"
-    if block.latent_bias and "latent" not in known.biases:
+    if block.latent is not None and block.latent_bias:
         yield f"{word} has no biases of latent projections"
 
 
