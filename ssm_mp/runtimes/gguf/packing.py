@@ -19,9 +19,8 @@ from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, GroupedTensor
 from ssm_mp.precisions.groups import GROUP
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.runtimes.gguf.tensors import BLOCK
 
-BLOCK = 32
-"""Values that share a scale in Q8_0 and Q4_0."""
 WORDS = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0", "int3": "Q4_0"}
 """Precision → type of a matrix; others have none with the same values."""
 _BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
@@ -48,6 +47,13 @@ class Packed:
         """The rows of `order`."""
         scales = None if self.scales is None else self.scales[order]
         return Packed(self.word, self.values[order], scales)
+
+    def arranged(self, columns: np.ndarray) -> Packed:
+        """The same with its blocks of 32 columns in another order."""
+        if self.scales is not None:
+            return Packed(self.word, self.values[:, columns], self.scales[:, columns])
+        n, k = self.values.shape
+        return Packed(self.word, self.values.reshape(n, -1, BLOCK)[:, columns].reshape(n, k))
 
     def multiplied(self, factor: float) -> Packed:
         """The matrix times a number: codes stay, scales (or float16 values) are rounded anew."""
