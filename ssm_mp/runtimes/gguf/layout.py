@@ -32,13 +32,20 @@ class Layout:
     fillers: Mapping[str, tuple[Entry, ...]]
 
 
-@lru_cache(maxsize=4)
 def layout_of(config: Config) -> Layout:
     """The tensors of a configuration's file. Raises ExportError for what llama.cpp does not know."""
+    found = known_layout(config)
+    if found is None:
+        raise ExportError(f"GGUF: {unknown(config)}")
+    return found
+
+
+@lru_cache(maxsize=4)
+def known_layout(config: Config) -> Layout | None:
+    """The same; None for what llama.cpp does not know."""
     known = architecture_of(config)
-    reason = unknown(config)
-    if known is None or reason is not None:
-        raise ExportError(f"GGUF: {reason}")
+    if known is None or unknown(config) is not None:
+        return None
     found = tuple(_entries(known, config))
     uses: dict[str, list[tuple[Entry, Rows]]] = defaultdict(list)
     fillers: dict[str, list[Entry]] = defaultdict(list)
