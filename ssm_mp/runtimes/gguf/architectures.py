@@ -9,22 +9,24 @@ Dimensions: `d` model, `I` inner.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.block import Block
+from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.blocks.rotary import LinearStretch
 from ssm_mp.blocks.short_conv import ShortConv
-from ssm_mp.config import Config
+from ssm_mp.config import Branch, Config
+from ssm_mp.runtimes.gguf.tensors import BLOCK
 
 Positions = Literal["none", "halves", "pairs"]
 """Which dimensions llama.cpp turns together: half a rotation apart, or neighbours."""
-Bias = Literal["qkv", "o", "feed_forward", "latent"]
+Bias = Literal["qkv", "o", "feed_forward"]
 
 SMALL_EPS = 1e-5
 """Up to which an epsilon of a norm may differ from the one that the file has for all of them."""
@@ -41,7 +43,9 @@ class Architecture:
     biases: of projections that it adds. inner_norms: what it does to Mamba-1's step, B and C.
     gates: of Mamba-2. gated: of feed-forwards and experts. scaled: whether scores of attention may have any scale.
     multipliers: whether the family has any that are multiplied into weights; granite_scales: whether it has keys for
-    those of embeddings, residual branches and logits. routed: scores of its routers.
+    those of embeddings, residual branches and logits.
+    routed: scores of its routers; normalised: whether weights of a softmax are divided by their sum.
+    qk_norm, output_gate: of attention; token_gate: of the feed-forward beside experts.
     """
 
     word: str
@@ -57,6 +61,10 @@ class Architecture:
     multipliers: bool = False
     granite_scales: bool = False
     routed: str = ""
+    normalised: bool = False
+    qk_norm: bool = False
+    output_gate: bool = False
+    token_gate: bool = False
 
 
 _MAMBA = Architecture("mamba", (Mamba1,))
@@ -72,11 +80,19 @@ _NEMOTRON_MOE = Architecture(
     routed="sigmoid",
 )  # fmt: skip
 _LFM2 = Architecture(
-    "lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves"
+    "lfm2",
+    (ShortConv, Attention, FeedForward),
+    final_norm="token_embd_norm.weight",
+    positions="halves",
+    qk_norm=True,
 )
 _LFM2_MOE = Architecture(
     "lfm2moe", (ShortConv, Attention, FeedForward, Experts), final_norm="token_embd_norm.weight", positions="halves",
-    routed="sigmoid",
+    routed="sigmoid", qk_norm=True,
+)  # fmt: skip
+_QWEN = Architecture(
+    "", (DeltaRule, Attention, FeedForward, Experts), second_norm="post_attention_norm.weight", positions="halves",
+    qk_norm=True, output_gate=True, token_gate=True, routed="softmax", normalised=True,
 )  # fmt: skip
 _ARCHITECTURES = {
     "mamba": _MAMBA,
@@ -94,6 +110,9 @@ _ARCHITECTURES = {
     ),
     "lfm2": _LFM2,
     "lfm2_moe": _LFM2_MOE,
+    "qwen3_next": replace(_QWEN, word="qwen3next"),
+    "qwen3_5_text": replace(_QWEN, word="qwen35", blocks=(DeltaRule, Attention, FeedForward), token_gate=False),
+    "qwen3_5_moe_text": replace(_QWEN, word="qwen35moe"),
 }  # fmt: skip
 
 
@@ -147,6 +166,8 @@ def _reasons(known: Architecture, config: Config) -> Iterator[str]:
                 yield from _of_feed_forward(known, word, block)
             case Experts():
                 yield from _of_experts(known, word, block)
+            case DeltaRule():
+                yield from _of_delta_rule(word, block, eps)
             case ShortConv() if block.with_bias:
                 yield f"{word} has no biases of short convolutions"
     yield from _of_layers(known, word, config)
@@ -184,6 +205,14 @@ def _of_mamba2(known: Architecture, word: str, block: Mamba2, eps: float) -> Ite
         yield f"{word} has no multipliers of what in_proj gives"
 
 
+def _of_delta_rule(word: str, block: DeltaRule, eps: float) -> Iterator[str]:
+    yield from _of_eps(word, block.norm_eps, eps, "the gated norm")
+    if block.key_dim != block.value_dim:
+        yield f"{word} has keys and values of one width, this model {block.key_dim} and {block.value_dim}"
+    if not block.fused and block.key_heads != block.value_heads and block.value_dim % BLOCK:
+        yield f"{word} has its value heads in another order, which needs widths of a multiple of {BLOCK}"
+
+
 def _of_eps(word: str, own: float | None, eps: float, what: str) -> Iterator[str]:
     if own is not None and own != eps and max(own, eps) > SMALL_EPS:
         yield f"{word} has one epsilon for all norms, {eps:g}; {what} have {own:g}"
@@ -196,8 +225,10 @@ def _of_attention(known: Architecture, word: str, block: Attention) -> Iterator[
         yield f"{word} has no bias of attention's output"
     if block.scale not in (None, block.head_dim**-0.5) and not known.scaled:
         yield f"{word} scales scores by head_dim^-0.5 = {block.head_dim**-0.5:g}, this model by {block.scale:g}"
-    if block.output_gate:
-        yield f"{word} has no gate of attention's output"
+    if block.output_gate is not known.output_gate:
+        yield f"{word} has {'a' if known.output_gate else 'no'} gate of attention's output, unlike this model"
+    if (block.qk_norm is not None) is not known.qk_norm:
+        yield f"{word} has {'' if known.qk_norm else 'no '}norms of queries and keys, unlike this model"
     if (block.rotary is not None) != (known.positions != "none") and known.word != "granitehybrid":
         yield f"{word} has {'no ' if known.positions == 'none' else ''}rotary positions, unlike this model"
     if block.rotary is not None and not isinstance(block.rotary.stretch, LinearStretch | None):
@@ -213,7 +244,7 @@ def _of_feed_forward(known: Architecture, word: str, block: FeedForward) -> Iter
         yield f"{word} has no biases of feed-forwards"
     if block.activation != known.activation or (block.gated or block.fused) is not (known.activation == "silu"):
         yield f"{word} has feed-forwards with {known.activation}, unlike this model ({block.activation})"
-    if block.token_gate:
+    if block.token_gate and not known.token_gate:
         yield f"{word} has no gate of the feed-forward beside experts"
 
 
@@ -223,9 +254,10 @@ def _of_experts(known: Architecture, word: str, block: Experts) -> Iterator[str]
         yield f"{word} routes by {known.routed}, this model by {routing.scores}"
     if block.activation != known.activation:
         yield f"{word} has experts with {known.activation}, unlike this model ({block.activation})"
-    if known.routed != "sigmoid" and (routing.normalised or routing.scaling != 1.0 or routing.corrected):
+    plain = routing.normalised is known.normalised and routing.scaling == 1.0 and not routing.corrected
+    if known.routed != "sigmoid" and not plain:
         yield f"{word} has other weights of experts than this model"
-    if block.latent_bias and "latent" not in known.biases:
+    if block.latent is not None and block.latent_bias:
         yield f"{word} has no biases of latent projections"
 
 
@@ -243,6 +275,8 @@ def _of_layers(known: Architecture, word: str, config: Config) -> Iterator[str]:
     ):  # fmt: skip
         yield f"{word} has no multipliers of embeddings and logits"
     kinds = {type(block) for block in blocks_of(config)}
+    if known.word in ("qwen3next", "qwen35moe") and any(not _has_experts(layer) for layer in layers):
+        yield f"{word} has experts in every layer"
     if known.word == "nemotron_h_moe":
         alone = [i for i, layer in enumerate(layers) if [type(p.block) for p in layer[0].parts] == [FeedForward]]
         if alone:
@@ -253,3 +287,7 @@ def _of_layers(known: Architecture, word: str, config: Config) -> Iterator[str]:
         yield f"{word} has layers with attention, this model none"
     if known.blocks[0] not in kinds:
         yield f"{word} has layers of kind {known.blocks[0].word!r}, this model none"
+
+
+def _has_experts(layer: tuple[Branch, ...]) -> bool:
+    return any(isinstance(part.block, Experts) for branch in layer for part in branch.parts)

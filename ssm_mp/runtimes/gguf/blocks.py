@@ -8,57 +8,20 @@ turned.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import accumulate
 
 from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.block import Block
+from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.mamba2 import PIECES, Mamba2
 from ssm_mp.blocks.short_conv import ShortConv
-from ssm_mp.config import Part
-from ssm_mp.runtimes.gguf.tensors import Entry, Rows, entry, matrix, zeros
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a block stands.
-
-    at: in the model, `layers.3.mamba`. blk: in the file, `blk.3`. neighbours: whether rotary positions turn pairs of
-    neighbours there, where ours turn halves. shared: whether it is the feed-forward beside experts. eps: of all norms
-    in the file.
-    """
-
-    at: str
-    blk: str
-    part: Part
-    neighbours: bool = False
-    shared: bool = False
-    eps: float = 1e-5
-
-    def name(self, leaf: str) -> str:
-        """A component's name in the model."""
-        return self.part.block.component(self.at, leaf)
-
-    def linear(
-        self, name: str, leaf: str, n: int, k: int, *, factor: float = 1.0, biased: bool = False, after: float = 1.0,
-        order: Sequence[int] | None = None,
-    ) -> Iterator[Entry]:  # fmt: skip
-        """A projection `[n, k]`. factor: of its weight; after: of its bias; order: of its rows."""
-        at = self.name(leaf)
-        yield matrix(f"{self.blk}.{name}.weight", (n, k), Rows(f"{at}.weight", order, factor))
-        if biased:
-            rows = (Rows(f"{at}.bias", order, after),)
-            yield Entry(f"{self.blk}.{name}.bias", (n,), rows)
-
-    def convolution(self, name: str, leaf: str, channels: int, kernel: int, biased: bool) -> Iterator[Entry]:
-        """A depthwise convolution, whose bias llama.cpp always adds."""
-        at, there = self.name(leaf), f"{self.blk}.{name}"
-        yield entry(f"{there}.weight", (channels, kernel), f"{at}.weight")
-        yield entry(f"{there}.bias", (channels,), f"{at}.bias") if biased else zeros(f"{there}.bias", channels, at)
+from ssm_mp.runtimes.gguf.delta import delta_entries
+from ssm_mp.runtimes.gguf.place import Place
+from ssm_mp.runtimes.gguf.tensors import Entry, Rows, entry, matrix, norm_change, zeros
 
 
 def entries(place: Place) -> Iterator[Entry]:
@@ -77,6 +40,8 @@ def entries(place: Place) -> Iterator[Entry]:
             yield from _experts(place, block)
         case ShortConv():
             yield from _short_conv(place, block)
+        case DeltaRule():
+            yield from delta_entries(place, block)
 
 
 def _mamba1(place: Place, block: Mamba1) -> Iterator[Entry]:
@@ -123,7 +88,7 @@ def _attention(place: Place, block: Attention) -> Iterator[Entry]:
     d, head, before, after = block.d_model, block.head_dim, place.part.before, place.part.after
     turned = block.rotary.dims if block.rotary is not None and place.neighbours else 0
     for leaf, name, heads, factor in (
-        ("q_proj", "attn_q", block.n_heads, 1.0),
+        ("q_proj", "attn_q", block.n_heads * (2 if block.output_gate else 1), 1.0),
         ("k_proj", "attn_k", block.n_kv_heads, block.key_multiplier),
         ("v_proj", "attn_v", block.n_kv_heads, 1.0),
     ):
@@ -132,8 +97,9 @@ def _attention(place: Place, block: Attention) -> Iterator[Entry]:
             name, leaf, heads * head, d, factor=before * factor, biased=block.qkv_bias, after=factor, order=order
         )
     if block.qk_norm is not None:
+        change = norm_change(block.qk_norm)
         for name, leaf in (("attn_q_norm", "q_norm"), ("attn_k_norm", "k_norm")):
-            yield entry(f"{place.blk}.{name}.weight", (head,), f"{place.name(leaf)}.weight")
+            yield entry(f"{place.blk}.{name}.weight", (head,), f"{place.name(leaf)}.weight", change)
     yield from place.linear(
         "attn_output", "o_proj", d, block.n_heads * head, factor=after, biased=block.o_bias, after=after
     )
@@ -150,6 +116,8 @@ def in_pairs(heads: int, head: int, turned: int) -> tuple[int, ...]:
 def _feed_forward(place: Place, block: FeedForward) -> Iterator[Entry]:
     d, hidden, biased = block.d_model, block.d_hidden, block.projection_bias
     suffix = "_shexp" if place.shared else ""
+    if block.token_gate:
+        yield entry(f"{place.blk}.ffn_gate_inp_shexp.weight", (d,), f"{place.name('token_gate')}.weight")
     if block.fused:
         for name, first in (("gate", 0), ("up", hidden)):
             order = range(first, first + hidden)

@@ -15,7 +15,7 @@ from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.gguf.keys import Value, keys_of
 from ssm_mp.runtimes.gguf.layout import layout_of
 from ssm_mp.runtimes.gguf.packing import Packed, packed, row_bytes, word_of
-from ssm_mp.runtimes.gguf.tensors import Change, Entry, Rows
+from ssm_mp.runtimes.gguf.tensors import BLOCK, Change, Entry, Rows
 from ssm_mp.runtimes.gguf.tokenizer import tokenizer_keys
 
 
@@ -66,13 +66,19 @@ def floats_of(entry: Entry, stored: dict[str, Stored]) -> np.ndarray:
 
 def _packed(entry: Entry, stored: dict[str, Stored]) -> Iterable[Packed]:
     for rows in entry.rows:
-        whole = packed(stored[rows.tensor])
-        yield (whole if rows.order is None else whole.taken(np.asarray(rows.order))).multiplied(rows.factor)
+        part = packed(stored[rows.tensor])
+        if rows.order is not None:
+            part = part.taken(np.asarray(rows.order))
+        if rows.columns is not None:
+            part = part.arranged(np.asarray(rows.columns))
+        yield part.multiplied(rows.factor)
 
 
 def _taken(tensor: torch.Tensor, rows: Rows, change: Change) -> torch.Tensor:
     if rows.order is not None:
         tensor = tensor[torch.tensor(rows.order)]
+    if rows.columns is not None:
+        tensor = tensor.unflatten(1, (-1, BLOCK))[:, torch.tensor(rows.columns)].flatten(1)
     if rows.factor != 1.0:
         tensor = tensor * rows.factor
     match change:

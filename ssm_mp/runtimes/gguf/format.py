@@ -22,7 +22,7 @@ from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
 from ssm_mp.runtimes.gguf import file
 from ssm_mp.runtimes.gguf.architectures import unknown
-from ssm_mp.runtimes.gguf.layout import layout_of
+from ssm_mp.runtimes.gguf.layout import known_layout, layout_of
 from ssm_mp.runtimes.gguf.packing import WORDS, row_bytes, word_of
 from ssm_mp.runtimes.gguf.tensors import Entry
 from ssm_mp.runtimes.gguf.tokenizer import tokenizer_keys
@@ -76,9 +76,9 @@ class Gguf(Format):
         return None
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
-        if unknown(config) is not None or config.embedding_blocks:
+        layout = None if config.embedding_blocks else known_layout(config)
+        if layout is None:
             return None
-        layout = layout_of(config)
         word, size, folded = "F32", 0, False
         for parameter in component.parameters:
             found = layout.uses[parameter.name]

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.block import Block
+from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.blocks.experts import Experts
 from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
@@ -26,6 +27,9 @@ QUANTIZATION_VERSION = 2
 """Of the tensor types, `GGML_QNT_VERSION`."""
 SOFTMAX, SIGMOID = 1, 2
 """Of `llama_expert_gating_func_type`."""
+
+_SECTIONS = [11, 11, 10, 0]
+"""Of Qwen3.5's positions of images; text has the same position in all of them."""
 
 Kind = TypeVar("Kind", bound=Block)
 
@@ -87,28 +91,32 @@ def _of_attention(known: Architecture, config: Config) -> Iterator[tuple[str, Va
         return
     held = [next((one.n_kv_heads for one in blocks if isinstance(one, Attention)), 0) for blocks in _layers(config)]
     yield "attention.head_count", block.n_heads
-    yield "attention.head_count_kv", _same(held)
+    # a layer without is told by the zero, but where "recurrent_layers" tells it
+    yield "attention.head_count_kv", block.n_kv_heads if _first(config, DeltaRule) else _same(held)
     yield "attention.key_length", block.head_dim
     yield "attention.value_length", block.head_dim
     if known.scaled:
         yield "attention.scale", block.head_dim**-0.5 if block.scale is None else float(block.scale)
-    yield from _of_rotary(block.rotary, block.head_dim)
+    yield from _of_rotary(known, block.rotary, block.head_dim)
 
 
-def _of_rotary(rotary: Rotary | None, head: int) -> Iterator[tuple[str, Value]]:
+def _of_rotary(known: Architecture, rotary: Rotary | None, head: int) -> Iterator[tuple[str, Value]]:
     yield "rope.scaling.finetuned", rotary is not None  # Granite asks it whether there are positions at all
     if rotary is None:
         yield "rope.dimension_count", head
         return
     yield "rope.dimension_count", rotary.dims
     yield "rope.freq_base", float(rotary.theta)
+    if known.word.startswith("qwen35"):
+        yield "rope.dimension_sections", _SECTIONS
     if isinstance(rotary.stretch, LinearStretch):
         yield "rope.scaling.type", "linear"
         yield "rope.scaling.factor", float(rotary.stretch.factor)
 
 
 def _of_mixers(known: Architecture, config: Config) -> Iterator[tuple[str, Value]]:
-    one, two, short = _first(config, Mamba1), _first(config, Mamba2), _first(config, ShortConv)
+    one, two = _first(config, Mamba1), _first(config, Mamba2)
+    delta, short = _first(config, DeltaRule), _first(config, ShortConv)
     if one is not None:
         yield "ssm.conv_kernel", one.d_conv
         yield "ssm.inner_size", one.d_inner
@@ -121,6 +129,16 @@ def _of_mixers(known: Architecture, config: Config) -> Iterator[tuple[str, Value
         yield "ssm.state_size", two.d_state
         yield "ssm.time_step_rank", two.n_heads
         yield "ssm.group_count", two.n_groups
+    if delta is not None:
+        yield "ssm.conv_kernel", delta.d_conv
+        yield "ssm.inner_size", delta.value_heads * delta.value_dim
+        yield "ssm.state_size", delta.key_dim
+        yield "ssm.time_step_rank", delta.value_heads
+        yield "ssm.group_count", delta.key_heads
+        yield (
+            "attention.recurrent_layers",
+            [any(isinstance(one, DeltaRule) for one in blocks) for blocks in _layers(config)],
+        )
     if short is not None:
         yield "shortconv.l_cache", short.d_conv
 

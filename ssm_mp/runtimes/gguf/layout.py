@@ -14,8 +14,9 @@ from ssm_mp.blocks.experts import Experts
 from ssm_mp.config import Config
 from ssm_mp.errors import ExportError
 from ssm_mp.runtimes.gguf.architectures import Architecture, architecture_of, unknown
-from ssm_mp.runtimes.gguf.blocks import Place, entries
-from ssm_mp.runtimes.gguf.tensors import Entry, Rows, entry, matrix
+from ssm_mp.runtimes.gguf.blocks import entries
+from ssm_mp.runtimes.gguf.place import Place
+from ssm_mp.runtimes.gguf.tensors import Entry, Rows, entry, matrix, norm_change
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +32,20 @@ class Layout:
     fillers: Mapping[str, tuple[Entry, ...]]
 
 
-@lru_cache(maxsize=4)
 def layout_of(config: Config) -> Layout:
     """The tensors of a configuration's file. Raises ExportError for what llama.cpp does not know."""
+    found = known_layout(config)
+    if found is None:
+        raise ExportError(f"GGUF: {unknown(config)}")
+    return found
+
+
+@lru_cache(maxsize=4)
+def known_layout(config: Config) -> Layout | None:
+    """The same; None for what llama.cpp does not know."""
     known = architecture_of(config)
-    reason = unknown(config)
-    if known is None or reason is not None:
-        raise ExportError(f"GGUF: {reason}")
+    if known is None or unknown(config) is not None:
+        return None
     found = tuple(_entries(known, config))
     uses: dict[str, list[tuple[Entry, Rows]]] = defaultdict(list)
     fillers: dict[str, list[Entry]] = defaultdict(list)
@@ -60,7 +68,8 @@ def _entries(known: Architecture, config: Config) -> Iterator[Entry]:
     yield matrix("token_embd.weight", (vocabulary, d), Rows("embedding.weight", factor=first))
     for i, layer in enumerate(config.branches):
         for branch, norm in zip(layer, ("attn_norm.weight", known.second_norm), strict=False):
-            yield entry(f"blk.{i}.{norm}", (d,), f"layers.{i}.{branch.norm_name}.weight")
+            change = norm_change(branch.norm)
+            yield entry(f"blk.{i}.{norm}", (d,), f"layers.{i}.{branch.norm_name}.weight", change)
             experts = any(isinstance(part.block, Experts) for part in branch.parts)
             for part in branch.parts:
                 shared = experts and not isinstance(part.block, Experts)
@@ -71,6 +80,7 @@ def _entries(known: Architecture, config: Config) -> Iterator[Entry]:
                     )
                 )  # fmt: skip
     # a multiplier of the logits goes into the last norm, which is float32; a tied head has the embedding's in it
-    yield entry(known.final_norm, (d,), "norm.weight", factor=last / first if config.tied else last)
+    change, factor = norm_change(config.final_norm), last / first if config.tied else last
+    yield entry(known.final_norm, (d,), "norm.weight", change, factor)
     if not config.tied:
         yield matrix("output.weight", (vocabulary, d), Rows("lm_head.weight"))

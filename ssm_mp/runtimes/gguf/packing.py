@@ -16,12 +16,11 @@ import torch
 
 from ssm_mp.errors import ExportError
 from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, GroupedTensor
-from ssm_mp.precisions.groups import GROUP, unpack_reference
+from ssm_mp.precisions.groups import GROUP
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.runtimes.gguf.tensors import BLOCK
 
-BLOCK = 32
-"""Values that share a scale in Q8_0 and Q4_0."""
 WORDS = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0", "int3": "Q4_0"}
 """Precision → type of a matrix; others have none with the same values."""
 _BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
@@ -49,15 +48,20 @@ class Packed:
         scales = None if self.scales is None else self.scales[order]
         return Packed(self.word, self.values[order], scales)
 
+    def arranged(self, columns: np.ndarray) -> Packed:
+        """The same with its blocks of 32 columns in another order."""
+        if self.scales is not None:
+            return Packed(self.word, self.values[:, columns], self.scales[:, columns])
+        n, k = self.values.shape
+        return Packed(self.word, self.values.reshape(n, -1, BLOCK)[:, columns].reshape(n, k))
+
     def multiplied(self, factor: float) -> Packed:
         """The matrix times a number: codes stay, scales (or float16 values) are rounded anew."""
         if factor == 1.0:
             return self
         if self.scales is None:
-            product = (self.values.astype(np.float32) * np.float32(factor)).astype(self.values.dtype)
-            return Packed(self.word, _finite(product, factor))
-        scales = (self.scales.astype(np.float32) * np.float32(factor)).astype(np.float16)
-        return Packed(self.word, self.values, _finite(scales, factor))
+            return Packed(self.word, _times(self.values, factor))
+        return Packed(self.word, self.values, _times(self.scales, factor))
 
     def floats(self) -> np.ndarray:
         """What it stands for, float32 `[n, k]`."""
@@ -105,13 +109,25 @@ def packed(stored: Stored) -> Packed:
         scales = stored.scale.numpy()
         return Packed(word, stored.q.numpy().reshape(*blocks, BLOCK), np.broadcast_to(scales[:, None], blocks))
     assert isinstance(stored, GroupedTensor)
-    codes = unpack_reference(stored.q, stored.book.bits).flatten()[: n * k].numpy()
-    values = (codes - stored.book.limit).astype(np.int8).reshape(*blocks, BLOCK)  # the books are −limit … limit
+    codes = _codes(stored.q.numpy(), stored.book.bits)[: n * k].view(np.int8)
+    values = (codes - np.int8(stored.book.limit)).reshape(*blocks, BLOCK)  # the books are −limit … limit
     groups = (np.arange(n * k // BLOCK) * BLOCK // GROUP).reshape(blocks)
     return Packed(word, values, stored.scale.numpy()[groups])
 
 
-def _finite(values: np.ndarray, factor: float) -> np.ndarray:
-    if not np.isfinite(values).all():
+def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Codes of 3 or 4 bits, the first in the lowest bits of `packed [g, 8·bits]`: uint8 `[64·g]`."""
+    if bits == 4:
+        return np.stack((packed & 15, packed >> 4), axis=-1).reshape(-1)
+    first, second, third = (packed.reshape(-1, 3)[:, i].astype(np.uint32) for i in range(3))
+    eight = (first | second << 8 | third << 16)[:, None] >> np.arange(0, 24, 3, dtype=np.uint32)  # [8g, 8]
+    return (eight & 7).astype(np.uint8).reshape(-1)
+
+
+def _times(values: np.ndarray, factor: float) -> np.ndarray:
+    """Values times a number, rounded to their own type. Raises ExportError where it overflows."""
+    with np.errstate(over="ignore"):
+        product: np.ndarray = (values.astype(np.float32) * np.float32(factor)).astype(values.dtype)
+    if not np.isfinite(product).all():
         raise ExportError(f"a matrix times {factor:g}, a multiplier of the model, is above float16's largest value")
-    return values
+    return product

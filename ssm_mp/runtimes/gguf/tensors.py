@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ssm_mp.modules.norm import NormForm
+
+BLOCK = 32
+"""Values that share a scale in Q8_0 and Q4_0."""
+
 Change = Literal["none", "decay", "one_more"]
 """What is done to values of a tensor that is always float32: nothing; −exp, as llama.cpp holds `A`; one added."""
 
@@ -18,12 +23,13 @@ class Rows:
     """Rows of one of the model's tensors, by its canonical name.
 
     order: which ones, in this order; None: all as they are. factor: of their values, a multiplier that llama.cpp has
-    no key for.
+    no key for. columns: the order of blocks of 32 columns.
     """
 
     tensor: str
     order: Sequence[int] | None = None
     factor: float = 1.0
+    columns: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Entry:
 def entry(name: str, shape: Sequence[int], tensor: str, change: Change = "none", factor: float = 1.0) -> Entry:
     """A tensor that is one of the model's, float32 always."""
     return Entry(name, tuple(shape), (Rows(tensor, factor=factor),), change=change)
+
+
+def norm_change(form: NormForm) -> Change:
+    """What is done to a norm's weight: where it is stored less one, llama.cpp wants it whole."""
+    return "one_more" if form.one_plus else "none"
 
 
 def matrix(name: str, shape: Sequence[int], *rows: Rows) -> Entry:

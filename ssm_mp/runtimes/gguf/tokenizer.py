@@ -23,12 +23,13 @@ _UPPER, _LOWER = "[\\p{Lu}\\p{Lt}\\p{Lm}\\p{Lo}\\p{M}]", "[\\p{Ll}\\p{Lm}\\p{Lo}
 _CASED = f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}*{_LOWER}+", f"[^\\r\\n\\p{{L}}\\p{{N}}]?{_UPPER}+{_LOWER}*"
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _SLASHES = "| ?[^\\s\\p{L}\\p{N}]+[\\r\\n/]*|\\s*[\\r\\n]+|\\s+(?!\\S)|\\s+"
-_GPT2, _DIGITS = "ByteLevel", "Digits"
-"""The regular expression within `ByteLevel`, that of GPT-2, and each digit for itself."""
+_GPT2, _DIGITS, _NUMBERS, _PUNCTUATION = "ByteLevel", "Digits", "Numbers", "Punctuation"
+"""The regular expression within `ByteLevel`, that of GPT-2; each digit for itself; numbers; runs of punctuation."""
 
 NAMES: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGITS, _GPT2), False): "starcoder",
+    ((_PUNCTUATION, _GPT2, _NUMBERS, "[0-9][0-9][0-9]"), False): "falcon",
     ((f"{_WORDS}\\p{{N}}{{1,3}}{_REST}",), True): "llama-bpe",
     ((f"{_WORDS}\\p{{N}}{{1,3}}{_REST}",), False): "dbrx",
     ((f"{_WORDS}\\p{{N}}{_REST}",), False): "qwen2",
@@ -39,7 +40,11 @@ NAMES: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((f"{_CASED[0]}{_CONTRACTIONS}|{_CASED[1]}{_CONTRACTIONS}|\\p{{N}}{{1,3}}{_SLASHES}",), False): "gpt-4o",
     ((f"{_CASED[0]}|{_CASED[1]}|\\p{{N}}{_SLASHES}",), True): "tekken",
 }  # fmt: skip
-"""How words are cut, one step after another, and whether whole words are taken without merges → llama.cpp's name."""
+"""How words are cut, one step after another, and whether whole words are taken without merges → llama.cpp's name.
+
+Of the last two, llama.cpp cuts off combining marks, which the tokenizers leave with their letters; that of Falcon cuts
+numbers off the blank before them, which comes to the same where no token has both.
+"""
 
 
 def tokenizer_keys(item: Exportable) -> Iterator[tuple[str, Value]]:
@@ -101,8 +106,10 @@ def _steps(spec: Any) -> Iterator[str]:
     elif kind == "ByteLevel" and not spec.get("add_prefix_space"):
         if spec.get("use_regex", True):
             yield _GPT2
-    elif kind == "Digits" and spec.get("individual_digits"):
-        yield _DIGITS
+    elif kind == "Digits":
+        yield _DIGITS if spec.get("individual_digits") else _NUMBERS
+    elif kind == "Punctuation" and spec.get("behavior") == "Contiguous":
+        yield _PUNCTUATION
     elif kind == "Split" and spec.get("behavior") == "Isolated" and not spec.get("invert"):
         pattern = spec.get("pattern")
         yield str(pattern["Regex"] if isinstance(pattern, dict) and "Regex" in pattern else pattern)

@@ -20,6 +20,10 @@ _MAMBA = {
     "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2,
     "mamba_chunk_size": 16,
 }  # fmt: skip
+_DELTA = {
+    "head_dim": 32, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "rms_norm_eps": 1e-4,
+}  # fmt: skip
 _FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "mamba": ("Mamba", {"num_hidden_layers": 2, "state_size": 8, "time_step_rank": 32, "expand": 2}),
     "falcon_mamba": ("FalconMamba", {"num_hidden_layers": 2, "state_size": 8, "time_step_rank": 32, "expand": 2}),
@@ -62,6 +66,16 @@ _FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         **_HEADS, "num_hidden_layers": 4, "intermediate_size": 96, "moe_intermediate_size": 32,
         "num_dense_layers": 1, "num_experts": 5, "num_experts_per_tok": 2, "routed_scaling_factor": 1.0,
         "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    }),
+    "qwen3_next": ("Qwen3Next", {
+        **_HEADS, **_DELTA, "num_hidden_layers": 3, "moe_intermediate_size": 32, "num_experts": 5,
+        "shared_expert_intermediate_size": 64, "num_experts_per_tok": 2,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }),
+    "qwen3_5_text": ("Qwen3_5", {**_HEADS, **_DELTA, "num_hidden_layers": 4, "intermediate_size": 96}),
+    "qwen3_5_moe_text": ("Qwen3_5Moe", {
+        **_HEADS, **_DELTA, "num_hidden_layers": 4, "moe_intermediate_size": 32, "num_experts": 5,
+        "shared_expert_intermediate_size": 64, "num_experts_per_tok": 2,
     }),
 }  # fmt: skip
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -111,6 +125,12 @@ _OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "lfm2/untied": {"tie_word_embeddings": False, "conv_L_cache": 4},
     "lfm2_moe/plain": {},
     "lfm2_moe/no-expert-bias": {"use_expert_bias": False},
+    "qwen3_next/plain": {},
+    "qwen3_next/equal-heads": {"linear_num_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3_5_text/plain": {},
+    "qwen3_5_text/interval-2": {"full_attention_interval": 2, "linear_num_value_heads": 6},
+    "qwen3_5_text/equal-heads": {"linear_num_value_heads": 2, "tie_word_embeddings": True},
+    "qwen3_5_moe_text/plain": {},
 }  # fmt: skip
 NAMES = tuple(_OPTIONS)
 
@@ -121,10 +141,19 @@ def case_of(name: str, **further: Any) -> Case:
     model, common = _FAMILIES[family]
     options = {**_WIDTH, **common, **_OPTIONS.get(name, {}), **further}
 
+    text = "Text" if model.startswith("Qwen3_5") else ""
+
     def make() -> transformers.PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
-            built = getattr(transformers, f"{model}ForCausalLM")(getattr(transformers, f"{model}Config")(**options))
-        return randomise(built)
+            built = getattr(transformers, f"{model}ForCausalLM")(
+                getattr(transformers, f"{model}{text}Config")(**options)
+            )
+        made = randomise(built)
+        for parameter_name, parameter in made.named_parameters():
+            if "linear_attn.conv1d" in parameter_name:
+                # queries and keys so long that an epsilon of their lengths, which llama.cpp has not, is not seen
+                parameter.data.mul_(4)
+        return made
 
     return Case(name, family, make)
 
