@@ -10,7 +10,9 @@ from ssm_mp.errors import ExportError
 if TYPE_CHECKING:
     from ssm_mp.runtimes.format import Format
 
-FORMATS: dict[str, str] = {}
+FORMATS: dict[str, str] = {
+    "onnx": "ssm_mp.runtimes.onnx.format:ONNX",
+}
 """Name → "file:instance", the most used first."""
 
 
