@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssm_mp.artifact_folder import (
+    ACCOMPANYING,
     MAP,
     METRICS,
+    SOURCE,
     TENSORS,
     TOKENIZER,
     is_artifact,
@@ -35,16 +37,18 @@ from ssm_mp.config import Config
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.families.registry import config_from_json, config_to_json
 from ssm_mp.model import LanguageModel, assemble
-from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
+from ssm_mp.modules.inputs import StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ArraySpec, Stored
 from ssm_mp.scheme import Scheme
 
 __all__ = [
+    "ACCOMPANYING",
     "FORMAT",
     "MAP",
     "METRICS",
+    "SOURCE",
     "TENSORS",
     "TOKENIZER",
     "Artifact",
@@ -66,7 +70,7 @@ _LOOKS = 5
 class Artifact:
     """A loaded artifact folder. `tensor_bytes` is what the tensors take, `file_bytes` the file with its header.
 
-    tokenizer: the file, verified; None where the artifact has none.
+    tokenizer: the file, verified; None where the artifact has none. source: the `config.json` of its checkpoint.
     """
 
     path: Path
@@ -77,6 +81,7 @@ class Artifact:
     tensor_bytes: int
     file_bytes: int
     tokenizer: Path | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
 
 
 def stored_arrays(model: LanguageModel) -> dict[str, Tensor]:
@@ -201,7 +206,9 @@ def _read(path: Path, device: str) -> Artifact:
         if content["format"] != FORMAT:
             raise ArtifactError(f"{path}: format {content['format']!r}, this version reads {FORMAT!r}")
         _require_unchanged(path / TENSORS, content["checksum"])
-        tokenizer = _tokenizer(path, content.get("files", {}))
+        tokenizer = _listed(path, TOKENIZER, content.get("files", {}))
+        source = _listed(path, SOURCE, content.get("files", {}))
+        values = {} if source is None else json.loads(source.read_text(encoding="utf-8"))
         with safe_open(path / TENSORS, framework="pt", device=device) as file:
             config = config_from_json(json.loads(file.metadata()["config"]))
             said = json.loads(file.metadata()["precision_map"])
@@ -218,7 +225,8 @@ def _read(path: Path, device: str) -> Artifact:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, SsmMpError) as error:
         raise ArtifactError(f"{path}: not a readable artifact ({type(error).__name__}: {error})") from None
     file_bytes = (path / TENSORS).stat().st_size
-    return Artifact(path, model, precision_map, scheme, metrics, tensor_bytes(model), file_bytes, tokenizer)
+    size = tensor_bytes(model)
+    return Artifact(path, model, precision_map, scheme, metrics, size, file_bytes, tokenizer, values)
 
 
 def _require_unchanged(path: Path, checksum: str) -> None:
@@ -226,12 +234,12 @@ def _require_unchanged(path: Path, checksum: str) -> None:
         raise ArtifactError(f"{path}: its checksum is not the one in {MAP}; the file was changed or damaged")
 
 
-def _tokenizer(path: Path, checksums: Mapping[str, str]) -> Path | None:
-    """The artifact's own tokenizer; one that it does not list is somebody else's."""
-    file = path / TOKENIZER
-    if TOKENIZER not in checksums or not file.exists():
+def _listed(path: Path, name: str, checksums: Mapping[str, str]) -> Path | None:
+    """A further file of the artifact's own; one that it does not list is somebody else's."""
+    file = path / name
+    if name not in checksums or not file.exists():
         return None
-    _require_unchanged(file, checksums[TOKENIZER])
+    _require_unchanged(file, checksums[name])
     return file
 
 
@@ -291,13 +299,9 @@ def _restored(
         suffixes = precision.arrays(parameter.shape, parameter.role)
         held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
         tensors[parameter.leaf] = precision.restore(held, parameter.shape, parameter.role)
-    inputs: InputQuantizer | None = None
-    match component.input_scheme(name, scheme.activations):
-        case "static":
-            inputs = StaticInput(arrays[f"{component.name}.input_scale"])
-        case "dynamic":
-            inputs = DynamicInput()
-    return component.form.module(tensors, inputs)
+    how = component.input_scheme(name, scheme.activations)
+    static = StaticInput(arrays[f"{component.name}.input_scale"]) if how == "static" else None
+    return component.form.module(tensors, static or input_quantizer(how, name))
 
 
 def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], scheme: Scheme) -> dict[str, ArraySpec]:

@@ -25,7 +25,9 @@ from typing import Any
 from ssm_mp.errors import ArtifactError
 
 TENSORS, MAP, METRICS = "model.safetensors", "precision_map.json", "metrics.json"
-PICTURE, TOKENIZER = "allocation.png", "tokenizer.json"
+PICTURE, TOKENIZER, SOURCE = "allocation.png", "tokenizer.json", "source_config.json"
+ACCOMPANYING = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""Files beside a checkpoint that its users' programs read, and that go with it into every artifact and export."""
 _OWN = (TENSORS, MAP, METRICS, PICTURE)
 """Files of every artifact, which those before 0.5 do not list; others are listed in the map, with their checksums."""
 

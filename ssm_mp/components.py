@@ -33,7 +33,8 @@ class Component:
     """One part of a model that gets one precision: a projection with its bias, a norm, `A_log`, …
 
     `stage` is where in the forward pass it first acts: 0 the embedding, i + 1 layer i, then the head.
-    A tied head belongs to the embedding.
+    A tied head belongs to the embedding. `sizes`: bytes by precision in the file of another runtime, where a search is
+    for one; empty where it is for our own.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Component:
     layer: int | None
     stage: int
     parameters: tuple[Parameter, ...]
+    sizes: tuple[tuple[str, int], ...] = ()
 
     @property
     def form(self) -> Form:
@@ -70,11 +72,15 @@ class Component:
 
     def input_scheme(self, precision: str, scheme: ActivationScheme) -> ActivationScheme:
         """How its inputs are quantised at a precision: by the study's scheme where both have a part in it."""
+        if scheme == "blocks":  # whatever the precision of the weight, unless it is one that multiplies in float32
+            return scheme if self.multiplies_inputs and not getattr(self.form, "in_float32", False) else "none"
         takes_part = self.multiplies_inputs and get_precision(precision).quantizes_inputs
         return scheme if takes_part else "none"
 
     def bytes(self, precision: str, scheme: ActivationScheme) -> int:
         """Stored bytes at a precision, weight scales and the static input scale (2 bytes) included."""
+        if self.sizes:
+            return dict(self.sizes)[precision]
         held = get_precision(precision)
         tensors = sum(held.bytes(parameter.shape, parameter.role) for parameter in self.parameters)
         return tensors + (2 if self.input_scheme(precision, scheme) == "static" else 0)

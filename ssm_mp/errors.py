@@ -46,6 +46,12 @@ class DisagreementError(ExportError):
     exit_code = 1
 
 
+class MissingError(ExportError):
+    """A package of an extra that is not installed."""
+
+    exit_code = 3
+
+
 class MachineError(SsmMpError):
     """Something that this machine lacks or refuses; nothing is wrong with the input."""
 

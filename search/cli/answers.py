@@ -208,3 +208,28 @@ def _few(growth: Sequence[Any], most: int = 8) -> list[Any]:
     if len(growth) <= most:
         return list(growth)
     return [growth[round(i * (len(growth) - 1) / (most - 1))] for i in range(most)]
+
+
+def formatted(answer: Mapping[str, Any]) -> str:
+    """Export formats, and for a checkpoint what each holds of it, in how many bytes."""
+    parts = []
+    for found in answer["formats"]:
+        lines = [f"{found['format']}: {found['runtime']}, {found['here']}"]
+        if found.get("refused"):
+            lines.append(f"  refused: {found['refused']}")
+        if found.get("rows"):
+            names = list(found["rows"][0]["precisions"])
+            rows = [
+                (
+                    row["kind"], str(row["row"]), str(row["components"]),
+                    *(_encoded(row["precisions"][name]) for name in names),
+                )
+                for row in found["rows"]
+            ]  # fmt: skip
+            lines.append(table(("kind", "row", "components", *names), rows))
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def _encoded(held: Mapping[str, Any] | None) -> str:
+    return "-" if held is None else f"{held['as']} {held['bytes']:,}{' *' if held['note'] else ''}"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search.base.streams import READER_GONE, close_streams, open_streams
-from search.cli import cluster, decoding
+from search.cli import cluster, decoding, exporting
 from search.cli.options import (
     Force,
     ForceBaseline,
@@ -28,6 +28,7 @@ from search.cli.options import (
     StudyPath,
     Trials,
     Weights,
+    opened_study,
     overrides,
     passed_on,
     print_answer,
@@ -35,10 +36,6 @@ from search.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from optuna.study import Study
-
-    from search.problem.run_directory import RunDirectory
-    from search.problem.spec import StudySpec
     from search.results.report import Result
 
 app = typer.Typer(
@@ -68,8 +65,15 @@ for command, example in (
     (cluster.proxy, "ssm-mp proxy studies/x.toml --host 0.0.0.0"),
     (decoding.generate, 'ssm-mp generate exports/x --study studies/x.toml --prompt "def main(" --compare'),
     (decoding.drift, "ssm-mp drift exports/x --study studies/x.toml --out drift.png"),
+    (exporting.transfer, "ssm-mp transfer exports/x --format gguf --out x.gguf --study studies/x.toml"),
+    (exporting.formats, "ssm-mp formats studies/hybrid"),
 ):
     app.command(epilog=f"Example:  {example}")(command)
+app.command(
+    epilog="Examples:  ssm-mp export studies/reference.toml --out exports/reference\n\n"
+    "ssm-mp export studies/reference.toml --out exports/knee --pick knee\n\n"
+    "ssm-mp export studies/hybrid.toml --format gguf --out exports/hybrid.gguf"
+)(exporting.export)
 
 
 @app.command(epilog="Example:  ssm-mp inspect studies/reference/model.safetensors")
@@ -216,6 +220,9 @@ def search(
     workers: Annotated[int, typer.Option(min=1, help="Processes that run trials on this machine.")] = 1,
     run_dir: RunDir = None,
     set_: Overrides = None,
+    target: Annotated[
+        str | None, typer.Option(help="Search for the file of another runtime (`ssm-mp formats` lists them).")
+    ] = None,
     force: ForceBaseline = False,
     json_: Json = False,
 ) -> None:
@@ -225,7 +232,7 @@ def search(
     from search.run.local_workers import run_local
     from search.run.one_process import run_search
 
-    asked = overrides(set_, trials, force=force)
+    asked = overrides(set_, trials, target, force=force)
     spec = load_spec(study, asked)
     run = RunDirectory.of(spec, run_dir)
     try:
@@ -251,7 +258,7 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     from search.run.stored import stored_baseline, stored_certificate
     from search.trials.read_back import points
 
-    spec, run, trials = _opened(study, run_dir, set_)
+    spec, run, trials = opened_study(study, run_dir, set_)
     found = points(trials, run.space())
     within = pareto_front(found, spec.search.budget_percent)
     certificate = stored_certificate(run, spec, within)
@@ -275,61 +282,8 @@ def plot(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_
     from search.cli.answers import listed
     from search.run.stored import redraw
 
-    spec, run, trials = _opened(study, run_dir, set_)
+    spec, run, trials = opened_study(study, run_dir, set_)
     print_answer({path.name: str(path) for path in redraw(spec, run, trials)}, json_, listed)
-
-
-@app.command(
-    epilog="Examples:  ssm-mp export studies/reference.toml --out exports/reference\n\n"
-    "ssm-mp export studies/reference.toml --out exports/knee --pick knee"
-)
-def export(
-    study: StudyPath,
-    out: Annotated[Path, typer.Option(help="Artifact folder to write.")],
-    pick: Annotated[
-        str,
-        typer.Option(
-            help="smallest (the certified winner), knee, fastest (with latency), or a trial's number.",
-            metavar="smallest|knee|fastest|TRIAL",
-        ),
-    ] = "smallest",
-    run_dir: RunDir = None,
-    set_: Overrides = None,
-    force: Force = False,
-    json_: Json = False,
-) -> None:
-    """Export a map of the front as an artifact, re-read from disk and re-evaluated."""
-    from search.cli.answers import listed
-    from search.run.picking import export_pick
-
-    spec, run, trials = _opened(study, run_dir, set_)
-    exported, verdict = export_pick(spec, run, trials, pick, out, replace=force, say=say)
-    content = {
-        "path": str(out),
-        "map": exported.artifact.precision_map.to_json(),
-        "compression": exported.compression,
-        **({} if exported.source_compression is None else {"source_compression": exported.source_compression}),
-        "bytes": exported.artifact.tensor_bytes,
-        "file_bytes": exported.artifact.file_bytes,
-        "perplexity": exported.perplexity,
-        "increase_percent": exported.increase_percent,
-        "certificate": verdict,
-        **({} if exported.latency is None else {"latency_seconds": exported.latency}),
-        "verified": True,  # export raises where what is read back is not what was measured
-    }
-    print_answer(content, json_, listed)
-
-
-def _opened(study: Path, run_dir: Path | None, set_: list[str] | None) -> tuple[StudySpec, RunDirectory, Study]:
-    """The study file, run directory and trials of a search that was started."""
-    from search.problem.run_directory import RunDirectory
-    from search.problem.spec import load_spec
-    from search.trials.storage import opened_as_it_is
-
-    spec = load_spec(study, overrides(set_))
-    run = RunDirectory.of(spec, run_dir)
-    run.require()
-    return spec, run, opened_as_it_is(run, spec, say).study
 
 
 def main() -> None:

@@ -7,12 +7,18 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from search.base.paths import shown
 from search.base.streams import write_out
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from search.problem.run_directory import RunDirectory
+    from search.problem.spec import StudySpec
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 StudyPath = Annotated[Path, typer.Argument(help="Study file, TOML.", metavar="STUDY")]
@@ -31,11 +37,28 @@ ForceBaseline = Annotated[
 Trials = Annotated[int | None, typer.Option(min=1, help="Number of finished trials to reach.")]
 
 
-def overrides(set_: list[str] | None, trials: int | None = None, *, force: bool = False) -> list[str]:
+def overrides(
+    set_: list[str] | None, trials: int | None = None, target: str | None = None, *, force: bool = False
+) -> list[str]:
     """All overrides of a study file that a command was given."""
     forced = ["search.force_baseline=true"] if force else []
     asked = [typed(one, "--set") for one in set_ or ()]
-    return [*asked, *([] if trials is None else [f"search.trials={trials}"]), *forced]
+    aimed = [] if target is None else [f"export.target={typed(target, '--target')}"]
+    return [*asked, *([] if trials is None else [f"search.trials={trials}"]), *aimed, *forced]
+
+
+def opened_study(
+    study: Path, run_dir: Path | None, set_: list[str] | None, target: str | None = None
+) -> tuple[StudySpec, RunDirectory, Study]:
+    """The study file, run directory and trials of a search that was started."""
+    from search.problem.run_directory import RunDirectory
+    from search.problem.spec import load_spec
+    from search.trials.storage import opened_as_it_is
+
+    spec = load_spec(study, overrides(set_, target=target))
+    run = RunDirectory.of(spec, run_dir)
+    run.require()
+    return spec, run, opened_as_it_is(run, spec, say).study
 
 
 def typed(text: str, option: str) -> str:

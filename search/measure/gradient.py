@@ -38,7 +38,7 @@ from ssm_mp.evaluation.evaluate import FloatArray
 from ssm_mp.model import LanguageModel, assemble, differentiable_scans
 from ssm_mp.modules.embedding import Embedding
 from ssm_mp.modules.experts import ExpertsLinear
-from ssm_mp.modules.inputs import InputQuantizer
+from ssm_mp.modules.inputs import InputQuantizer, rounded
 from ssm_mp.modules.linear import Linear
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
@@ -185,8 +185,9 @@ def _input_quantizers(workspace: Workspace, component: Component) -> dict[str, I
     found: dict[str, InputQuantizer] = {}
     for precision in workspace.space.choices[component.name]:
         module = workspace.converter.module(component, precision)
-        if isinstance(module, Linear | Embedding | ExpertsLinear) and module.inputs is not None:
-            found[precision] = module.inputs
+        quantizer = module.input_quantizer if isinstance(module, Linear | Embedding | ExpertsLinear) else None
+        if quantizer is not None:
+            found[precision] = quantizer
     return found
 
 
@@ -202,8 +203,7 @@ def _watcher(name: str, quantizers: dict[str, InputQuantizer], scores: _Scores) 
 
         def weigh(gradient: Tensor) -> None:
             for precision, quantizer in quantizers.items():
-                quantized, scale = quantizer(flat)
-                error = (quantized.float() * scale - flat).flatten()
+                error = (rounded(quantizer, flat) - flat).flatten()
                 scores.inputs[name, precision] += torch.dot(gradient.flatten(), error).item()
 
         own.register_hook(weigh)

@@ -27,6 +27,7 @@ REPORT = "report.md"
 DATABASE = "study.db"
 JOURNAL = "study.journal"
 WINNER = "winner"
+"""The winner's artifact; its file for a target has the same name, with the format's suffix or word."""
 
 LOCKS = "locks"
 """Folder of the locks; they mean nothing while no process works on the run."""
@@ -43,8 +44,9 @@ class RunDirectory:
 
     @classmethod
     def of(cls, spec: StudySpec, path: str | Path | None = None) -> RunDirectory:
-        """The directory given, or `runs/<study name>` under the current folder."""
-        return cls(Path(path) if path is not None else Path("runs") / spec.name)
+        """The directory given, or `runs/<study name>` under the current folder, the target's name added if any."""
+        name = spec.name if spec.export.target is None else f"{spec.name}-{spec.export.target}"
+        return cls(Path(path) if path is not None else Path("runs") / name)
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name

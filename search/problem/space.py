@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,16 +68,23 @@ class Space:
         return {name: list(choices) for name, choices in self.choices.items()}
 
 
-def make_space(converter: Converter, asked: tuple[str, ...], pins: frozenset[str]) -> Space:
+LeftOut = Callable[[Component, tuple[str, ...]], Mapping[str, str]]
+"""Of the precisions that a component may be asked at, those that it may not take, and why."""
+
+
+def make_space(
+    converter: Converter, asked: tuple[str, ...], pins: frozenset[str], left_out: LeftOut = lambda *_: {}
+) -> Space:
     """The space of one model: each free component's feasible precisions among those asked for.
 
-    Raises InfeasibleError where a component can be held at none of them.
+    left_out: what a target cannot hold of them. Raises InfeasibleError where a component can be held at none of them.
     """
     choices: dict[str, tuple[str, ...]] = {}
     infeasible: dict[tuple[str, str], str] = {}
     for component in converter.components:
         wanted = (PINNED_TO,) if component.name in pins else asked
-        reasons = {precision: converter.infeasible(component, precision) for precision in wanted}
+        barred = left_out(component, wanted)
+        reasons = {p: barred[p] if p in barred else converter.infeasible(component, p) for p in wanted}
         infeasible |= {(component.name, p): reason for p, reason in reasons.items() if reason is not None}
         choices[component.name] = tuple(precision for precision, reason in reasons.items() if reason is None)
         if not choices[component.name]:

@@ -15,6 +15,7 @@ from search.base.errors import StudyError
 from search.base.paths import PathError, absolute
 from search.problem.directives import SlurmSection
 from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.runtimes.registry import FORMATS
 from ssm_mp.scheme import ActivationScheme, ScaleMethod, ScaleRule, Scheme
 
 STDLIB = "python-stdlib"
@@ -201,6 +202,19 @@ class StorageSection(_Section):
         return url
 
 
+class ExportSection(_Section):
+    """`[export]`: the runtime that the search is for; without one, our own artifact."""
+
+    target: str | None = None
+
+    @field_validator("target")
+    @classmethod
+    def _known(cls, target: str | None) -> str | None:
+        if target is not None and target not in FORMATS:
+            raise ValueError(f"unknown format {target!r}; known are {', '.join(map(repr, FORMATS))}")
+        return target
+
+
 class StudySpec(_Section):
     """A whole study file."""
 
@@ -210,6 +224,7 @@ class StudySpec(_Section):
     search: SearchSection = SearchSection()
     storage: StorageSection = StorageSection()
     slurm: SlurmSection = SlurmSection()
+    export: ExportSection = ExportSection()
     path: Path = Field(exclude=True)
 
     @property
@@ -263,10 +278,32 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
     if "path" in content:
         raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
     try:
-        return StudySpec.model_validate({**content, "path": path})
+        return _for_its_target(StudySpec.model_validate({**content, "path": path}))
     except ValidationError as error:
         lines = [_explained(detail) for detail in error.errors()]
         raise StudyError(f"{path}: " + "; ".join(lines)) from None
+
+
+def _for_its_target(spec: StudySpec) -> StudySpec:
+    """The study with inputs as its target's runtime has them. Raises StudyError for what travels into none of its
+    files."""
+    target, precision = spec.export.target, spec.precision
+    if target is None:
+        if precision.activations == "blocks":
+            raise StudyError(f'{spec.path}: activations = "blocks" are those of [export] target = "gguf"; name that')
+        return spec
+    inputs = FORMATS[target].inputs
+    if "activations" in precision.model_fields_set and precision.activations != inputs:
+        raise StudyError(
+            f'{spec.path}: [precision] activations = "{precision.activations}", but inputs quantised so travel into no '
+            f'file of [export] target = "{target}"; leave the key out, or say "{inputs}"'
+        )
+    if precision.embedding_blocks:
+        raise StudyError(
+            f'{spec.path}: [precision] embedding_blocks, but no file of [export] target = "{target}" holds a table in '
+            "blocks; leave the key out, or the target"
+        )
+    return spec.model_copy(update={"precision": precision.model_copy(update={"activations": inputs})})
 
 
 def _overridden(content: Mapping[str, Any], override: str) -> dict[str, Any]:

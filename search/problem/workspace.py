@@ -14,6 +14,7 @@ from search.base.errors import StudyError
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
+from ssm_mp.artifact_folder import ACCOMPANYING
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
@@ -44,6 +45,9 @@ from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.model import LanguageModel, build
 from ssm_mp.modules.embedding import BlockedEmbedding
 from ssm_mp.precision_map import PrecisionMap, pinned_names
+from ssm_mp.runtimes.capability import not_worth, sized
+from ssm_mp.runtimes.format import Format
+from ssm_mp.runtimes.registry import get_format
 
 _LONGEST_DEFAULT_WINDOW = 1024
 _DEFAULT_WINDOW = 256
@@ -83,6 +87,7 @@ class Workspace:
             "calibration windows": self.splits.calibration.digest,
             "scheme": self.spec.precision.scheme.to_json(),
             "space": self.space.to_json(),
+            **({} if self.spec.export.target is None else {"target": self.spec.export.target}),
             "compute": _compute_type(self.spec.search.device),
             **blocks,
             **latency,
@@ -112,6 +117,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     checkpoint = study_checkpoint(spec)
     for note in checkpoint.notes:
         say(f"note: {note}")
+    target = target_of(spec, checkpoint.config)
     model = build(checkpoint.config, checkpoint.tensors).to(device)
     splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
@@ -125,11 +131,46 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
-    converter = Converter(model, scheme, statistics)
-    space = make_space(converter, spec.precision.choices, pins)
+    if target is None:
+        converter = Converter(model, scheme, statistics)
+        space = make_space(converter, spec.precision.choices, pins)
+    else:
+        format_, config = target, checkpoint.config
+        converter = Converter(model, scheme, statistics, sized(format_, components, config))
+        space = make_space(
+            converter,
+            spec.precision.choices,
+            pins,
+            lambda component, asked: not_worth(format_, component, asked, config),
+        )
     for (name, precision), reason in space.infeasible.items():
         say(f"note: {name} is never {precision}: {reason}")
     return Workspace(spec, checkpoint, model, splits, converter, space)
+
+
+def target_of(spec: StudySpec, config: Config) -> Format | None:
+    """The format that a study is for. Raises StudyError where it cannot hold the maps that the study asks for."""
+    if spec.export.target is None:
+        return None
+    format_ = get_format(spec.export.target)
+    refused = format_.refusal(config)
+    if refused is not None:
+        raise StudyError(f"[export] target = {format_.word!r}: {refused}")
+    components = find_components(_Configured(config))
+    for precision in spec.precision.choices:
+        if all(format_.encoding(component, precision, config) is None for component in components):
+            raise StudyError(
+                f"[export] target = {format_.word!r} holds no component at {precision}; take it out of [precision] "
+                f"choices (`ssm-mp formats` shows what a format holds)"
+            )
+    return format_
+
+
+@dataclass(frozen=True)
+class _Configured:
+    """Just a config, to list the components of."""
+
+    config: Config
 
 
 def study_checkpoint(spec: StudySpec) -> Checkpoint:
@@ -267,3 +308,10 @@ def tokenizer_json(spec: StudySpec, config: Config) -> bytes | None:
     if Path(spec.data.text).suffix == ".npy":
         return None
     return load_tokenizer(tokenizer_path(spec), config.vocabulary).to_str().encode()
+
+
+def accompanying(spec: StudySpec) -> dict[str, bytes]:
+    """Files beside the checkpoint that other programs read: name → content."""
+    path = spec.checkpoint_path
+    folder = path if path.is_dir() else path.parent
+    return {name: (folder / name).read_bytes() for name in ACCOMPANYING if (folder / name).is_file()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import torch
 from search.measure.latency import summary
 from search.measure.objective import Baseline, Measured, Objective
 from search.problem.source import source_of
-from search.problem.workspace import Workspace, tokenizer_json
+from search.problem.workspace import Workspace, accompanying, tokenizer_json
 from search.results.certify import Certificate, bounds
 from search.results.gates import Facts
 from search.results.ledger import finite_or_none
 from search.results.plots.components import allocation_png
-from ssm_mp.artifact import TOKENIZER, Artifact, read_artifact, require_free, save_artifact, stored_arrays
+from ssm_mp.artifact import SOURCE, TOKENIZER, Artifact, read_artifact, require_free, save_artifact, stored_arrays
 from ssm_mp.artifact_folder import PICTURE
+from ssm_mp.components import find_components
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.benchmark import Benchmark, benchmark
 from ssm_mp.evaluation.evaluate import evaluate
@@ -75,7 +77,7 @@ def export(
         **({} if latency is None else {"latency": _latency(latency, precision_map)}),
         "provenance": {**provenance_of(workspace), **(provenance or {})},
     }
-    scheme, components = workspace.spec.precision.scheme, workspace.converter.components
+    scheme, components = workspace.spec.precision.scheme, find_components(workspace.model)  # sizes of our own file
     predicted = precision_map.bytes(components, scheme.activations)
 
     def verify(folder: Path) -> None:
@@ -94,7 +96,12 @@ def export(
         scheme,
         metrics,
         pins=workspace.space.pins,
-        extra={PICTURE: allocation_png(components, precision_map, scheme.activations), **_tokenizer(workspace)},
+        extra={
+            PICTURE: allocation_png(components, precision_map, scheme.activations),
+            **_tokenizer(workspace),
+            **_source(workspace),
+            **accompanying(workspace.spec),
+        },
         replace=replace,
         verify=verify,
     )
@@ -121,6 +128,15 @@ def _tokenizer(workspace: Workspace) -> dict[str, bytes]:
     """The file that lets an artifact read text by itself."""
     content = tokenizer_json(workspace.spec, workspace.checkpoint.config)
     return {} if content is None else {TOKENIZER: content}
+
+
+def _source(workspace: Workspace) -> dict[str, bytes]:
+    """The checkpoint's own config, which other runtimes' files need."""
+    values = workspace.checkpoint.source
+    try:
+        return {SOURCE: json.dumps(values, indent=2).encode()} if values else {}
+    except (TypeError, ValueError):  # a pickled config may hold what JSON does not
+        return {}
 
 
 def _measured_metrics(workspace: Workspace, baseline: Baseline, measured: Measured) -> dict[str, Any]:

@@ -41,10 +41,12 @@ def overall(gates: Sequence[Gate]) -> GateVerdict:
     return max((gate.verdict for gate in gates), key=_ORDER.index, default="fail")
 
 
-def judge(certificate: Certificate | None, facts: Facts | None, failure: str = "") -> list[Gate]:
+def judge(
+    certificate: Certificate | None, facts: Facts | None, failure: str = "", runtime: Gate | None = None
+) -> list[Gate]:
     """All gates; `certificate` is None where no map is within the budget, `facts` where none was exported.
 
-    failure: why the winner could not be exported and read back.
+    failure: why the winner could not be exported and read back. runtime: what the target's runtime says of its file.
     """
     if certificate is None:
         return [Gate("quality", "fail", "no evaluated map is within the budget on the search windows")]
@@ -59,6 +61,7 @@ def judge(certificate: Certificate | None, facts: Facts | None, failure: str = "
         _precision(facts),
         Gate("loads", "pass", "re-read from disk, same perplexity"),
         _speed(facts.speedup),
+        *([] if runtime is None else [runtime]),
     ]
 
 

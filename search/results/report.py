@@ -19,6 +19,7 @@ from search.trials.read_back import Counts
 from ssm_mp.components import Component
 from ssm_mp.evaluation.benchmark import Benchmark
 from ssm_mp.evaluation.latency import LatencyTable
+from ssm_mp.runtimes.transfer import Transferred
 
 _MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
@@ -48,6 +49,7 @@ class Result:
     windows: Sequence[str] = ()
     doubt: str | None = None
     source: Source | None = None
+    transferred: Transferred | None = None
 
     @property
     def winner(self) -> Point | None:
@@ -108,6 +110,7 @@ def render(result: Result) -> str:
         f"## Front\n\n{_front(result)}",
         f"## Certificate\n\n{_certificate(result)}",
         f"## Winner\n\n{_winner(result)}",
+        *([] if result.transferred is None else [f"## For {result.transferred.format.runtime}\n\n{_file(result)}"]),
         f"## Components\n\n{_components(result)}",
         f"## Sensitivities\n\n{_surrogate(result)}",
         *([] if result.latency is None else [f"## Latency\n\n{_latency(result.latency)}"]),
@@ -249,6 +252,26 @@ def _winner(result: Result) -> str:
     ]
     rows = [(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ratio:.3f}") for name, ours, theirs, ratio in pairs]
     return text + "\n\n" + _table(("", "winner", "FP32", "ratio"), rows)
+
+
+def _file(result: Result) -> str:
+    """The winner's file for the study's target: what it is, what its runtime says, how each kind of tensor is held."""
+    done = result.transferred
+    assert done is not None
+    said = done.unverified if done.verdict is None else done.verdict.sentence
+    held: dict[tuple[str, str], list[int]] = {}
+    for component in done.item.components:
+        encoding = done.plan.encodings[component.name]
+        held.setdefault((component.kind, encoding.word), []).append(encoding.bytes)
+    rows = [(kind, word, str(len(sizes)), f"{sum(sizes):,}") for (kind, word), sizes in held.items()]
+    lines = [
+        f"`{done.path.name}`: {done.plan.bytes:,} bytes of tensors, as predicted, {done.file_bytes:,} in the file, "
+        f"{result.baseline_bytes / done.plan.bytes:.2f}× smaller than FP32. **{said[0].upper()}{said[1:]}.**",
+        *(f"Not bit for bit: {note}." for note in done.plan.notes),
+        f"```\n{done.command}\n```",
+        _table(("kind", "stored as", "components", "bytes"), rows, left=2),
+    ]
+    return "\n\n".join(lines)
 
 
 def _latency(table: LatencyTable) -> str:

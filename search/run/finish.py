@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +20,25 @@ from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
 from search.results.certify import Certificate, certify
 from search.results.export import export, provenance_of
-from search.results.gates import judge
+from search.results.gates import Gate, judge
 from search.results.ledger import tries_of
 from search.results.outlook import outlook
 from search.results.plots.components import plot_allocation, plot_sensitivities
 from search.results.plots.files import save
 from search.results.plots.front import plot_front
 from search.results.report import Result, front_json, render
+from search.results.transferred import transfer_map
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
 from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
-from ssm_mp.errors import ArtifactError, DataError
+from ssm_mp.errors import ArtifactError, DataError, ExportError
 from ssm_mp.evaluation.evaluate import Increase, evaluate, paired_increase
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.runtimes.format import Format
+from ssm_mp.runtimes.registry import get_format
+from ssm_mp.runtimes.transfer import Transferred
 
 
 def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Result:
@@ -57,6 +62,12 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
             say(f"error: {failure}")
     else:
         clear_winner(run / WINNER, say)
+    transferred, runtime = None, None
+    if winner is not None and spec.export.target is not None and not failure:
+        transferred, runtime = for_target(workspace, run, winner, certificate, say)
+    facts = None if exported is None else exported.facts
+    if facts is not None and transferred is not None:
+        facts = replace(facts, compression=baseline.bytes / transferred.plan.bytes)
     run.write_json(CERTIFICATE, None if certificate is None else certificate.to_json())
     result = Result(
         spec=spec,
@@ -70,18 +81,46 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         surrogate=prepared.surrogate,
         prediction_error=prediction_error(prepared.knowledge, study),
         certificate=certificate,
-        gates=judge(certificate, exported.facts if exported else None, failure),
+        gates=judge(certificate, facts, failure, runtime),
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
         latency=prepared.latency,
         windows=workspace.splits.described(),
         doubt=require_knowing(workspace, baseline.evaluation),
         source=source_of(workspace.checkpoint),
+        transferred=transferred,
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
     run.write_text(REPORT, render(result))
     run.write_json(FRONT, answer(result))
     return result
+
+
+def target_path(run: RunDirectory, format_: Format) -> Path:
+    """Where the winner's file for a target stands."""
+    return run / (f"{WINNER}{format_.suffix}" if format_.suffix else f"{WINNER}-{format_.word}")
+
+
+def for_target(
+    workspace: Workspace, run: RunDirectory, winner: Point, certificate: Certificate | None, say: Say
+) -> tuple[Transferred | None, Gate]:
+    """The winner's file for the study's target, None where it could not be, and the gate that it makes."""
+    target = workspace.spec.export.target
+    assert target is not None
+    format_ = get_format(target)
+    out = target_path(run, format_)
+    say(f"writing {out} and asking {format_.runtime} about it")
+    try:
+        done = transfer_map(
+            workspace, workspace.space.map(winner.map), format_, out,
+            certificate=certificate, provenance={"trial": winner.trial}, replace=True,
+        )  # fmt: skip
+    except (ExportError, DataError) as error:  # the report must still say what was found, and that this failed
+        say(f"error: {error}")
+        return None, Gate(target, "fail", str(error))
+    if done.verdict is None:
+        return done, Gate(target, "warn", done.unverified)
+    return done, Gate(target, "pass", done.verdict.sentence)
 
 
 def clear_winner(folder: Path, say: Say) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from optuna.study import Study
@@ -13,7 +14,8 @@ from search.measure.latency import stored_latency
 from search.measure.objective import measure_baseline
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
-from search.problem.workspace import open_workspace
+from search.problem.workspace import Workspace, open_workspace
+from search.results.certify import Certificate
 from search.results.export import Exported, export
 from search.run.finish import certify_front
 from search.run.stored import stored_certificate
@@ -56,6 +58,37 @@ def pick_point(pick: str, found: Sequence[Point], budget_percent: float, winner:
     raise StudyError(f"--pick {pick}: no finished trial has this number (finished: {numbers})")
 
 
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """A map of a study, ready to be exported. `certificate` is of this map."""
+
+    workspace: Workspace
+    point: Point
+    certificate: Certificate | None
+
+    @property
+    def verdict(self) -> str:
+        """The certificate's."""
+        return self.certificate.verdict if self.certificate else "inconclusive"
+
+
+def picked(spec: StudySpec, run: RunDirectory, study: Study, pick: str, say: Callable[[str], None]) -> Picked:
+    """The map of a study that `pick` names.
+
+    A map other than the certified winner is held against the certify windows by itself.
+    """
+    found = points(study, run.space())
+    front = pareto_front(found, spec.search.budget_percent)
+    certificate = stored_certificate(run, spec, front)
+    winner = None if certificate is None else certificate.winner
+    point = pick_point(pick, found, spec.search.budget_percent, winner)
+    workspace = open_workspace(spec, say, run.path)
+    run.check_fingerprint(workspace.fingerprint())
+    if point.trial != winner:
+        certificate = certify_front(workspace, run, [point], say)
+    return Picked(workspace, point, certificate)
+
+
 def export_pick(
     spec: StudySpec,
     run: RunDirectory,
@@ -66,29 +99,18 @@ def export_pick(
     replace: bool,
     say: Callable[[str], None],
 ) -> tuple[Exported, str]:
-    """Export a map of a study; returns it and its certificate's verdict.
-
-    A map other than the certified winner is held against the certify windows by itself.
-    """
+    """Export a map of a study; returns it and its certificate's verdict."""
     require_free(out, replace)
-    search = spec.search
-    found = points(study, run.space())
-    front = pareto_front(found, search.budget_percent)
-    certificate = stored_certificate(run, spec, front)
-    winner = None if certificate is None else certificate.winner
-    point = pick_point(pick, found, search.budget_percent, winner)
-    workspace = open_workspace(spec, say, run.path)
-    run.check_fingerprint(workspace.fingerprint())
-    if point.trial != winner:
-        certificate = certify_front(workspace, run, [point], say)
+    found = picked(spec, run, study, pick, say)
+    workspace = found.workspace
     exported = export(
         workspace,
         measure_baseline(workspace),
-        workspace.space.map(point.map),
+        workspace.space.map(found.point.map),
         out,
-        certificate=certificate,
-        provenance={"trial": point.trial},
+        certificate=found.certificate,
+        provenance={"trial": found.point.trial},
         replace=replace,
         latency=stored_latency(run),
     )
-    return exported, certificate.verdict if certificate else "inconclusive"
+    return exported, found.verdict

@@ -9,7 +9,7 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.conversion.calibrate import Statistics
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
-from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
+from ssm_mp.modules.inputs import InputQuantizer, StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
@@ -22,14 +22,21 @@ class Converter:
     The converted models share those modules by reference and never share any with the FP32 model.
     """
 
-    def __init__(self, model: LanguageModel, scheme: Scheme, statistics: Statistics | None = None) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        scheme: Scheme,
+        statistics: Statistics | None = None,
+        components: tuple[Component, ...] | None = None,
+    ) -> None:
+        """`components`: the model's own, with the sizes of another runtime's file, where they are not those of ours."""
         if scheme.activations == "static" and statistics is None:
             raise PrecisionMapError(
                 "static activation scales need calibration statistics: pass calibrate(model, windows)"
             )
         self.model = model
         self.scheme = scheme
-        self.components = find_components(model)
+        self.components = find_components(model) if components is None else components
         self._statistics = statistics or {}
         self._modules: dict[tuple[str, str], nn.Module] = {}
 
@@ -84,7 +91,7 @@ class Converter:
                 return StaticInput(self._statistics[component.name].scale(self.scheme.input_scales))
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
-        return DynamicInput() if scheme == "dynamic" else None
+        return input_quantizer(scheme, name)
 
 
 def convert(

@@ -46,6 +46,11 @@ class ExpertsLinear(nn.Module):
         self._parts: tuple[object, dict[int, tuple[Linear, int]], object] | None = None
         self._trained: tuple[object, tuple[Tensor, ...]] | None = None
 
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """How its inputs are quantised."""
+        return self.inputs
+
     def __getstate__(self) -> dict[str, Any]:
         # views of the weight, and those of one that is trained cannot be copied
         return {**self.__dict__, "_parts": None, "_trained": None}

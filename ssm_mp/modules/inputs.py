@@ -5,12 +5,19 @@ Dimensions: `m` tokens, `k` inputs of a product.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
+import torch
 from torch import Tensor, nn
 
 from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.precisions.matrix import SMALLEST_SCALE
 from ssm_mp.precisions.quantize import INT8_LIMIT, quantize_tensor
+from ssm_mp.scheme import ActivationScheme
+
+BLOCK = 32
+"""Inputs that share a scale in llama.cpp's 8-bit blocks."""
 
 
 class StaticInput(nn.Module):
@@ -45,4 +52,48 @@ class DynamicInput(nn.Module):
         return quantize_tensor(x, scale), scale
 
 
-InputQuantizer = StaticInput | DynamicInput
+class Rounding(nn.Module, ABC):
+    """Rounds the inputs of a product and leaves them floats, as a runtime does that does not multiply integers ours."""
+
+    @abstractmethod
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [..., k]` → the same, rounded: float32."""
+
+
+class BlockInput(Rounding):
+    """To 8 bits in blocks of 32 with a float16 scale each (llama.cpp, `quantize_row_q8_0`), of a quantised weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        blocks = x.float().unflatten(-1, (-1, BLOCK))  # [..., blocks, 32]
+        scale = blocks.abs().amax(dim=-1, keepdim=True) / INT8_LIMIT
+        # rounded by the exact scale, restored by the stored one; a block of zeros has none
+        integers: Tensor = torch.where(scale > 0, (blocks * (1 / scale)).round(), 0.0)
+        restored: Tensor = (integers * scale.half().float()).flatten(-2)
+        return restored
+
+
+class HalfInput(Rounding):
+    """To float16, of a float16 weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.half().float()
+
+
+InputQuantizer = StaticInput | DynamicInput | Rounding
+
+
+def input_quantizer(scheme: ActivationScheme, precision: str) -> InputQuantizer | None:
+    """How inputs are quantised for a weight of a precision, by a scheme that needs no calibration; None where not."""
+    if scheme == "blocks":
+        return HalfInput() if precision == "fp16" else BlockInput()
+    return DynamicInput() if scheme == "dynamic" else None
+
+
+def rounded(quantizer: InputQuantizer, x: Tensor) -> Tensor:
+    """What a product takes in place of its inputs `x [m, k]`: float32 `[m, k]`."""
+    if isinstance(quantizer, Rounding):
+        found: Tensor = quantizer(x)
+        return found
+    integers, scale = quantizer(x)
+    product: Tensor = integers.float() * scale
+    return product

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ssm_mp.kernels import calls
 from ssm_mp.kernels.chosen import kernels_for
-from ssm_mp.modules.inputs import InputQuantizer, StaticInput
+from ssm_mp.modules.inputs import InputQuantizer, Rounding, StaticInput
 from ssm_mp.modules.likelihood import likelihood_of, token_divergence, token_nll
 from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
 from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, RowsOf, Stored
@@ -33,6 +33,8 @@ def linear(
     weight is unpacked first, and a float16 weight computes in float16 on a GPU, unless told to do so in float32. This
     is how a precision computes that the kernels do not know.
     """
+    if isinstance(inputs, Rounding):
+        x, inputs = inputs(x), None
     if inputs is not None:
         assert isinstance(weight, IntegerTensor)
         flat = x.reshape(-1, x.shape[-1])  # [m, k]
@@ -59,14 +61,22 @@ def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -
 class Projection:
     """Products with the same inputs side by side, each `(weight, bias, input quantiser)`, ready for many calls.
 
-    matrix: of a single product, where kernels take it straight from its inputs to likelihoods.
+    matrix: of a single product, where kernels take it straight from its inputs to likelihoods. rounding: of the inputs
+    of all of them, before anything else.
     """
 
     parts: Sequence[tuple[Stored, Stored | None, InputQuantizer | None]]
     matrix: Matrix | None = None
+    rounding: Rounding | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`, one part after another."""
+        return self._product(self._rounded(x))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        return x if self.rounding is None else self.rounding(x)
+
+    def _product(self, x: Tensor) -> Tensor:
         if self.matrix is not None and self.matrix.suits_many and calls.usable(x):
             return self.matrix.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         found = [linear(x, *part) for part in self.parts]
@@ -77,6 +87,9 @@ class Projection:
 
         held: for how many tokens at most there may be logits in memory, or as many logits of parts of more tokens.
         """
+        return self._nll_of(self._rounded(x), columns, held)
+
+    def _nll_of(self, x: Tensor, columns: Tensor, held: int) -> Tensor:
         if self.matrix is not None and calls.usable(x):
             return self.matrix.nll(x, columns)
         tokens = min(_TOKENS, x.shape[0])
@@ -98,7 +111,7 @@ class Projection:
         Logits are those of `x [m, k]` here and of `expected [m, k]` there.
         """
         if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
-            return self.matrix.divergence(x, columns, reference.matrix, expected)
+            return self.matrix.divergence(self._rounded(x), columns, reference.matrix, reference._rounded(expected))
         chunks = zip(x.split(held), expected.split(held), strict=True)
         kl = torch.cat([token_divergence(self(ours), reference(theirs)) for ours, theirs in chunks])
         return self.nll(x, columns, held), kl
@@ -107,7 +120,7 @@ class Projection:
         weight, bias, inputs = self.parts[0]
         if len(self.parts) == 1 and inputs is not None and bias is None and x.device.type == "cpu":
             return self._nll_by_outputs(x, columns, _outputs(weight))
-        return token_nll(self(x), columns)
+        return token_nll(self._product(x), columns)
 
     def _nll_by_outputs(self, x: Tensor, columns: Tensor, width: int) -> Tensor:
         """`nll` from the logits of `width` outputs at a time, so that weights are read once for many tokens."""
@@ -151,6 +164,8 @@ class Multiplier(nn.Module):
     ) -> None:
         """Raises TypeError where inputs are to be quantised for a weight that multiplies no integers."""
         super().__init__()
+        self.rounding = inputs if isinstance(inputs, Rounding) else None
+        inputs = None if isinstance(inputs, Rounding) else inputs
         if inputs is not None and not isinstance(weight, IntegerTensor):
             raise TypeError(
                 f"inputs are quantised for a {type(weight).__name__}, which multiplies no integers: a precision with "
@@ -162,14 +177,20 @@ class Multiplier(nn.Module):
         self.inputs = inputs
         self._matrix: tuple[object, Matrix | None, object] | None = None
 
+    @property
+    def input_quantizer(self) -> InputQuantizer | None:
+        """How its inputs are quantised, to integers or to floats."""
+        return self.inputs or self.rounding
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrix": None}  # addresses cannot be copied
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x [..., k]` → `[..., n]`."""
+        x = x if self.rounding is None else self.rounding(x)
         rows = x.numel() // x.shape[-1]
         if not self._is_float32 and calls.usable(x):
-            matrix = self.matrix()
+            matrix = self._own_matrix()
             if matrix is not None and (rows <= FEW_ROWS or matrix.suits_many):
                 return matrix.product(x.reshape(rows, x.shape[-1])).reshape(*x.shape[:-1], -1)
         return linear(x, self._to_multiply(), self.bias, self.inputs, in_float32=self.in_float32)
@@ -178,11 +199,16 @@ class Multiplier(nn.Module):
         """The weight as many rows are multiplied with it: unpacked, unless its own product takes it packed."""
         if self._is_float32 or self.inputs is not None or self.weight.device.type == "cuda":
             return self.weight
-        matrix = self.matrix() if calls.compiled() else None
+        matrix = self._own_matrix() if calls.compiled() else None
         return FloatTensor(self.weight.tensor() if matrix is None else matrix.unpacked())
 
     def matrix(self) -> Matrix | None:
-        """The weight as the kernels of a CPU read it, made once; None where they do not know how it is stored."""
+        """The weight as the kernels of a CPU read it, made once; None where they do not know how it is stored, or how
+        its inputs are rounded."""
+        return None if self.rounding is not None else self._own_matrix()
+
+    def _own_matrix(self) -> Matrix | None:
+        """The same for inputs that are rounded already."""
         held = [tensor for tensor in (self.weight, self.bias) if tensor is not None]
         stamp = ([tensor.stamp for tensor in held], self.inputs_stamp)
         current = self._matrix
@@ -208,14 +234,14 @@ class Multiplier(nn.Module):
     def projection(self) -> Projection:
         """`multiply` for many calls."""
         if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
-            matrix = self.matrix()
+            matrix = self._own_matrix()
             if matrix is not None and matrix.scores_many:
-                return Projection([(self.weight, self.bias, self.inputs)], matrix)
-        return Projection([self.part()])
+                return Projection([(self.weight, self.bias, self.inputs)], matrix, self.rounding)
+        return Projection([(self._to_multiply(), self.bias, self.inputs)], rounding=self.rounding)
 
     def part(self) -> tuple[Stored, Stored | None, InputQuantizer | None]:
         """As one of several in a `Projection`: the weight is unpacked once."""
-        return self._to_multiply(), self.bias, self.inputs
+        return self._to_multiply(), self.bias, self.input_quantizer
 
     @property
     def _is_float32(self) -> bool:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config
 from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.modules.inputs import input_quantizer
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
-from ssm_mp.scheme import ScaleRule
+from ssm_mp.scheme import ActivationScheme, ScaleRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +72,16 @@ def twin(item: Exportable) -> Exportable:
     return replace(item, model=_restored(item, {}), precision_map=None)
 
 
-def weights_only(item: Exportable) -> Exportable:
-    """The same model without its input quantisers, which travel into no file."""
+def with_inputs(item: Exportable, scheme: ActivationScheme) -> Exportable:
+    """The same stored tensors, multiplied with inputs that are rounded as a runtime rounds them; nothing calibrated
+    travels into another runtime's file."""
+    assert scheme != "static"
     modules: dict[str, nn.Module] = {}
     for component in item.components:
-        module = item.model.component(component.name)
+        module, precision = item.model.component(component.name), item.precision(component.name)
         tensors = {parameter.leaf: held_by(module, parameter) for parameter in component.parameters}
-        modules[component.name] = component.form.module(tensors, None)
+        how = component.input_scheme(precision, scheme) if precision != "fp32" else "none"
+        modules[component.name] = component.form.module(tensors, input_quantizer(how, precision))
     return replace(item, model=assemble(item.config, modules))
 
 

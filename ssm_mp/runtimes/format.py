@@ -48,8 +48,12 @@ class Format(ABC):
     """The extra of this project that installs reader and runtime: `pip install 'ssm-mp[…]'`."""
     packages: tuple[str, ...]
     """Distributions of the extra, the runtime's first: its version is told with a verdict."""
+    writer: tuple[str, ...] = ()
+    """Modules without which nothing can be written."""
+    reader: tuple[str, ...] = ()
+    """Modules without which the file cannot be read back and compared."""
     modules: tuple[str, ...]
-    """What is imported of them, to tell whether they are installed."""
+    """Modules without which the runtime cannot be asked."""
     inputs: ActivationScheme
     """How the runtime rounds the inputs of a quantised product."""
     suffix: str
@@ -100,7 +104,7 @@ class Format(ABC):
         """Bytes of the tensors in the file, as its reader tells: the sum of the encodings' bytes."""
 
     @abstractmethod
-    def ask(self, path: Path, ids: np.ndarray, out: Path) -> list[str]:
+    def ask(self, path: Path, ids: Path, out: Path) -> list[str]:
         """The command, run in a process of its own, that lets the runtime read token ids.
 
         ids: the file of int64 token ids `[w, l]` (`.npy`). It writes float32 log-probabilities `[w, l, V]` to `out`

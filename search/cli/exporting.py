@@ -1,0 +1,211 @@
+"""Commands that write models out: `export` of a study's map, `transfer` of an artifact, `formats`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from search.cli.options import Force, Json, Overrides, RunDir, StudyPath, Weights, opened_study, print_answer, say
+from ssm_mp.runtimes.registry import FORMATS
+
+if TYPE_CHECKING:
+    from ssm_mp.artifact import Artifact
+    from ssm_mp.data import Windows
+    from ssm_mp.runtimes.transfer import Transferred
+
+ARTIFACT = "artifact"
+FormatName = Annotated[
+    str, typer.Option("--format", help="What to write.", metavar="|".join((ARTIFACT, *FORMATS)))
+]  # fmt: skip
+Widen = Annotated[
+    bool, typer.Option("--widen", help="Store what the format cannot hold in the next wider form, and say so.")
+]
+Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Let the runtime itself read the file.")]
+
+
+def export(  # noqa: PLR0913, PLR0917, an option of the command each
+    study: StudyPath,
+    out: Annotated[Path, typer.Option(help="Artifact folder, file or folder to write.")],
+    format_: FormatName = ARTIFACT,
+    pick: Annotated[
+        str,
+        typer.Option(
+            help="smallest (the certified winner), knee, fastest (with latency), or a trial's number.",
+            metavar="smallest|knee|fastest|TRIAL",
+        ),
+    ] = "smallest",
+    widen: Widen = False,
+    verify: Verify = True,
+    run_dir: RunDir = None,
+    set_: Overrides = None,
+    target: Annotated[str | None, typer.Option(help="The target that the search was given with --target.")] = None,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Export a map of the front: as an artifact, or for another runtime, which then verifies it."""
+    from search.cli.answers import listed
+    from search.run.picking import export_pick
+    from ssm_mp.runtimes.registry import get_format
+
+    if format_ != ARTIFACT:
+        get_format(format_)  # a wrong name is said before anything is opened
+    spec, run, trials = opened_study(study, run_dir, set_, target)
+    if format_ != ARTIFACT:
+        content = _exported_for(format_, spec, run, trials, pick, out, widen=widen, verify=verify, force=force)
+        print_answer(content, json_, listed)
+        return
+    exported, verdict = export_pick(spec, run, trials, pick, out, replace=force, say=say)
+    content = {
+        "path": str(out),
+        "map": exported.artifact.precision_map.to_json(),
+        "compression": exported.compression,
+        **({} if exported.source_compression is None else {"source_compression": exported.source_compression}),
+        "bytes": exported.artifact.tensor_bytes,
+        "file_bytes": exported.artifact.file_bytes,
+        "perplexity": exported.perplexity,
+        "increase_percent": exported.increase_percent,
+        "certificate": verdict,
+        **({} if exported.latency is None else {"latency_seconds": exported.latency}),
+        "verified": True,  # export raises where what is read back is not what was measured
+    }
+    print_answer(content, json_, listed)
+
+
+def _exported_for(
+    word: str, spec: Any, run: Any, trials: Any, pick: str, out: Path, *, widen: bool, verify: bool, force: bool
+) -> dict[str, Any]:
+    """The answer of `export` for another runtime."""
+    from search.results.transferred import perplexity_on_search, speaks_of, transfer_map
+    from search.run.picking import picked
+    from ssm_mp.components import fp32_bytes
+    from ssm_mp.runtimes.placing import require_free
+    from ssm_mp.runtimes.registry import get_format
+    from ssm_mp.runtimes.running import require_writer
+
+    format_ = get_format(word)
+    require_free(out, format_.suffix, force)
+    require_writer(format_)
+    found = picked(spec, run, trials, pick, say)
+    workspace = found.workspace
+    done = transfer_map(
+        workspace, workspace.space.map(found.point.map), format_, out, certificate=found.certificate,
+        provenance={"trial": found.point.trial}, widen=widen, verify=verify, replace=force,
+    )  # fmt: skip
+    if not speaks_of(workspace, format_, bool(done.plan.widened)):
+        say(
+            f"note: the study was not for {word}, so its certificate is of another arithmetic (inputs "
+            f"{spec.precision.activations}) than this file's; a search with --target {word} certifies the file itself"
+        )
+    return {
+        **_told(done),
+        "compression": fp32_bytes(workspace.converter.components) / done.plan.bytes,
+        "perplexity_on_search": perplexity_on_search(workspace, done),
+        "certificate": found.verdict if speaks_of(workspace, format_, bool(done.plan.widened)) else "of another file",
+    }
+
+
+def transfer(
+    artifact: Annotated[Path, typer.Argument(help="Artifact folder.", metavar="ARTIFACT")],
+    out: Annotated[Path, typer.Option(help="File or folder to write.")],
+    format_: Annotated[str, typer.Option("--format", help="For which runtime.", metavar="|".join(FORMATS))],
+    study: Annotated[Path | None, typer.Option(help="Study whose certify windows the runtime is asked about.")] = None,
+    widen: Widen = False,
+    verify: Verify = True,
+    force: Force = False,
+    json_: Json = False,
+) -> None:
+    """Write an artifact's model for another runtime, which then verifies it."""
+    from search.cli.answers import listed
+    from search.results.transferred import NOT_ASKED, transfer_artifact
+    from ssm_mp.artifact import read_artifact
+    from ssm_mp.runtimes.placing import require_free
+    from ssm_mp.runtimes.registry import get_format
+
+    chosen = get_format(format_)
+    require_free(out, chosen.suffix, force)
+    found = read_artifact(artifact)
+    windows = _windows(found, study) if verify else None
+    why = NOT_ASKED if not verify else "not verified: the artifact has no tokenizer; --study names windows to ask about"
+    done = transfer_artifact(found, chosen, out, windows, widen=widen, unverified=why, replace=force)
+    print_answer(_told(done), json_, listed)
+
+
+def _windows(artifact: Artifact, study: Path | None) -> Windows | None:
+    """Certify windows of a study; else some of the text that every user has, with the artifact's own tokenizer."""
+    from search.problem.spec import load_spec
+    from search.problem.workspace import load_splits
+    from search.results.transferred import ASKED_WINDOWS
+    from ssm_mp.data import cut, draw, load_tokenizer, tokenize
+    from ssm_mp.data.corpus import stdlib_documents
+
+    config = artifact.model.config
+    if study is not None:
+        return load_splits(load_spec(study), config, say).certify
+    if artifact.tokenizer is None:
+        return None
+    tokenizer = load_tokenizer(artifact.tokenizer, config.vocabulary, say)
+    documents = stdlib_documents("certify")[::_EVERY]
+    pool = cut(tokenize(documents, tokenizer), min(config.max_tokens or _LENGTH, _LENGTH), "the library", None)
+    return draw(pool, [ASKED_WINDOWS], seed=0)[0]
+
+
+_EVERY, _LENGTH = 20, 256
+"""Of the library's files, which are read; tokens of a window."""
+
+
+def _told(done: Transferred) -> dict[str, Any]:
+    """What both commands say of a written file."""
+    told = done.to_json()
+    widened = {name: f"{asked} as {stored}" for name, (asked, stored) in done.plan.widened.items()}
+    return {
+        "path": str(done.path),
+        "format": told["format"],
+        "bytes": told["bytes"],
+        "file_bytes": told["file_bytes"],
+        **({"widened": ", ".join(f"{name}: {how}" for name, how in widened.items())} if widened else {}),
+        **({"notes": "; ".join(done.plan.notes)} if done.plan.notes else {}),
+        "verified": told["verified"],
+        "verdict": done.unverified if done.verdict is None else done.verdict.sentence,
+        "next": done.command,
+    }
+
+
+def formats(
+    checkpoint: Annotated[Path | None, typer.Argument(metavar="[CHECKPOINT]")] = None,
+    weights: Weights = None,
+    json_: Json = False,
+) -> None:
+    """Show the formats that a model can be written in, and what each holds of a checkpoint."""
+    from search.cli.answers import formatted
+    from ssm_mp.checkpoints import load_checkpoint
+    from ssm_mp.components import find_components
+    from ssm_mp.runtimes.capability import table
+    from ssm_mp.runtimes.registry import get_format
+    from ssm_mp.runtimes.running import cannot_verify, named
+
+    found = None if checkpoint is None else load_checkpoint(checkpoint, weights)
+    answer: list[dict[str, Any]] = []
+    for word in FORMATS:
+        format_ = get_format(word)
+        about = {"format": word, "runtime": named(format_), "here": cannot_verify(format_) or "installed"}
+        if found is None:
+            answer.append(about)
+            continue
+        refused = format_.refusal(found.config)
+        rows = [] if refused else table(format_, find_components(found), found.config)
+        held = [
+            {
+                "kind": row.kind,
+                "row": row.row,
+                "components": row.components,
+                "precisions": {
+                    name: None if one is None else {"as": one.word, "bytes": one.bytes, "note": one.note}
+                    for name, one in row.encodings
+                },
+            }
+            for row in rows
+        ]
+        answer.append({**about, "refused": refused, "rows": held})
+    print_answer({"formats": answer}, json_, formatted)

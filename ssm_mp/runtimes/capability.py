@@ -1,0 +1,74 @@
+"""What a format holds of a model: each component at each precision, how, and in how many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ssm_mp.components import Component
+from ssm_mp.config import Config
+from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.runtimes.format import Encoding, Format
+
+
+@dataclass(frozen=True)
+class Row:
+    """How a format holds one kind of component with rows of one length: precision → encoding, None where it cannot."""
+
+    kind: str
+    row: int
+    components: int
+    encodings: tuple[tuple[str, Encoding | None], ...]
+
+
+def row_length(component: Component) -> int:
+    """Values of a row of its first tensor: what block formats must divide."""
+    return component.parameters[0].shape[-1]
+
+
+def table(format_: Format, components: Iterable[Component], config: Config) -> list[Row]:
+    """The capability table of a model: a row for each kind and row length; bytes are of all its components."""
+    grouped: dict[tuple[str, int], list[Component]] = {}
+    for component in components:
+        grouped.setdefault((component.kind, row_length(component)), []).append(component)
+    rows = []
+    for (kind, row), alike in grouped.items():
+        held = tuple((name, _together(format_, alike, name, config)) for name in PRECISIONS)
+        rows.append(Row(kind, row, len(alike), held))
+    return rows
+
+
+def _together(format_: Format, components: Sequence[Component], precision: str, config: Config) -> Encoding | None:
+    """How several components are held, with the bytes of all of them; None where one is not."""
+    found = [format_.encoding(component, precision, config) for component in components]
+    held = [encoding for encoding in found if encoding is not None]
+    if len(held) < len(found):
+        return None
+    words = dict.fromkeys(encoding.word for encoding in held)
+    notes = dict.fromkeys(encoding.note for encoding in held if encoding.note)
+    return Encoding(", ".join(words), sum(encoding.bytes for encoding in held), "; ".join(notes))
+
+
+def sized(format_: Format, components: Iterable[Component], config: Config) -> tuple[Component, ...]:
+    """The components with their bytes in the format's files, for the precisions that it holds."""
+    found = []
+    for component in components:
+        held = ((name, format_.encoding(component, name, config)) for name in PRECISIONS)
+        found.append(replace(component, sizes=tuple((name, one.bytes) for name, one in held if one is not None)))
+    return tuple(found)
+
+
+def not_worth(format_: Format, component: Component, asked: Sequence[str], config: Config) -> dict[str, str]:
+    """Of the precisions that are asked for, the widest first, those that a search for the format leaves out, and why:
+    it does not hold them, or in no fewer bytes than a wider one."""
+    left_out: dict[str, str] = {}
+    least: tuple[int, str] | None = None
+    for name in asked:
+        encoding = format_.encoding(component, name, config)
+        if encoding is None:
+            left_out[name] = f"{format_.word} holds no {component.kind} with rows of {row_length(component)} at {name}"
+        elif least is not None and encoding.bytes >= least[0]:
+            left_out[name] = f"{format_.word} stores it as {encoding.word}, which is no smaller than {least[1]}"
+        else:
+            least = (encoding.bytes, name)
+    return left_out

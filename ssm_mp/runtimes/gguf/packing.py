@@ -1,0 +1,117 @@
+"""Tensor types of GGUF: stored tensors of ours packed anew, code by code.
+
+Dimensions: `n` rows, `k` values in a row, `b` blocks of 32 values in a row (k / 32).
+
+Q8_0 is 32 int8 codes with a float16 scale, Q4_0 32 codes of four bits, less 8, with a float16 scale. Our int8 has one
+scale a row, so that all blocks of a row carry it; our int4 and int3 have one a group of 64 values, counted through the
+whole tensor, so that a block lies within one group wherever rows are multiples of 32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ssm_mp.errors import ExportError
+from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, GroupedTensor
+from ssm_mp.precisions.groups import GROUP, unpack_reference
+from ssm_mp.precisions.int8 import Int8Tensor
+from ssm_mp.precisions.stored import FloatTensor, Stored
+
+BLOCK = 32
+"""Values that share a scale in Q8_0 and Q4_0."""
+WORDS = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0", "int3": "Q4_0"}
+"""Precision → type of a matrix; others have none with the same values."""
+_BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
+_FLOATS = {"F32": np.float32, "F16": np.float16}
+
+
+def row_bytes(word: str, k: int) -> int | None:
+    """Bytes of a row of `k` values; None where the type does not hold such rows."""
+    if word in _FLOATS:
+        return k * np.dtype(_FLOATS[word]).itemsize
+    return None if k % BLOCK else k // BLOCK * _BLOCK_BYTES[word]
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A matrix as a type holds it: floats `[n, k]` and no scales, or int8 codes `[n, b, 32]` and float16 scales
+    `[n, b]`."""
+
+    word: str
+    values: np.ndarray
+    scales: np.ndarray | None = None
+
+    def taken(self, order: object) -> Packed:
+        """The rows of `order`."""
+        scales = None if self.scales is None else self.scales[order]
+        return Packed(self.word, self.values[order], scales)
+
+    def multiplied(self, factor: float) -> Packed:
+        """The matrix times a number: codes stay, scales (or float16 values) are rounded anew."""
+        if factor == 1.0:
+            return self
+        if self.scales is None:
+            product = (self.values.astype(np.float32) * np.float32(factor)).astype(self.values.dtype)
+            return Packed(self.word, _finite(product, factor))
+        scales = (self.scales.astype(np.float32) * np.float32(factor)).astype(np.float16)
+        return Packed(self.word, self.values, _finite(scales, factor))
+
+    def floats(self) -> np.ndarray:
+        """What it stands for, float32 `[n, k]`."""
+        if self.scales is None:
+            return self.values.astype(np.float32)
+        return (self.values.astype(np.float32) * self.scales.astype(np.float32)[..., None]).reshape(
+            len(self.values), -1
+        )
+
+    def bytes(self) -> np.ndarray:
+        """As the file holds it, uint8 `[n, bytes of a row]`."""
+        if self.scales is None:
+            return np.ascontiguousarray(self.values).view(np.uint8)
+        codes = self.values.view(np.uint8)
+        if self.word == "Q4_0":  # the first 16 values in the low halves of the bytes, the other 16 in the high ones
+            codes = (self.values + 8).astype(np.uint8)
+            codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+        scales = np.ascontiguousarray(self.scales)[..., None].view(np.uint8)  # [n, b, 2]
+        return np.concatenate((scales, codes), axis=-1).reshape(len(codes), -1)
+
+
+def word_of(stored: Stored) -> str | None:
+    """The type that holds a stored matrix; None where none does."""
+    match stored:
+        case FloatTensor():
+            return {torch.float16: "F16", torch.float32: "F32"}.get(stored.value.dtype)
+        case Int8Tensor():
+            return "Q8_0"
+        case GroupedTensor() if stored.book in (INT4_BOOK, INT3_BOOK):
+            return "Q4_0"
+    return None
+
+
+def packed(stored: Stored) -> Packed:
+    """A stored matrix `[n, k]` in its type. Raises ExportError where there is none."""
+    word = word_of(stored)
+    shape = tuple(stored.shape)
+    if word is None or len(shape) != 2 or row_bytes(word, shape[1]) is None:
+        raise ExportError(f"GGUF has no type for a {type(stored).__name__} of shape {list(shape)}")
+    n, k = shape
+    if isinstance(stored, FloatTensor):
+        return Packed(word, stored.value.detach().numpy())
+    blocks = (n, k // BLOCK)
+    if isinstance(stored, Int8Tensor):
+        scales = stored.scale.numpy()
+        return Packed(word, stored.q.numpy().reshape(*blocks, BLOCK), np.broadcast_to(scales[:, None], blocks))
+    assert isinstance(stored, GroupedTensor)
+    codes = unpack_reference(stored.q, stored.book.bits).flatten()[: n * k].numpy()
+    values = (codes - stored.book.limit).astype(np.int8).reshape(*blocks, BLOCK)  # the books are −limit … limit
+    groups = (np.arange(n * k // BLOCK) * BLOCK // GROUP).reshape(blocks)
+    return Packed(word, values, stored.scale.numpy()[groups])
+
+
+def _finite(values: np.ndarray, factor: float) -> np.ndarray:
+    if not np.isfinite(values).all():
+        raise ExportError(f"a matrix times {factor:g}, a multiplier of the model, is above float16's largest value")
+    return values

@@ -1,0 +1,80 @@
+"""A file or folder that stands in its place whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ssm_mp.errors import ExportError
+
+VERDICT = "ssm-mp.json"
+"""What was written, and what its runtime said of it: in a folder under this name, beside a file with it as suffix."""
+
+
+def told_beside(path: Path, suffix: str) -> Path:
+    """Where what was found of an exported file or folder stands."""
+    return path.with_name(f"{path.name}.{VERDICT}") if suffix else path / VERDICT
+
+
+def require_free(path: Path, suffix: str, replace: bool) -> None:
+    """Raise ExportError where something is in the way: with `replace`, anything that this tool did not write."""
+    if suffix and not path.name.endswith(suffix):
+        raise ExportError(f"{path}: expected a name that ends with {suffix}, which this format's files have")
+    if not os.path.lexists(path):
+        return
+    if not replace:
+        raise ExportError(f"{path} already exists; replace it with --force, or choose another name")
+    if path.is_symlink() or path.is_dir() == bool(suffix) or not told_beside(path, suffix).is_file():
+        raise ExportError(
+            f"{path} was not written by this tool as it stands there; move it away, or choose another name"
+        )
+
+
+def put(path: Path, suffix: str, write: Callable[[Path], Mapping[str, Any]], *, replace: bool) -> Mapping[str, Any]:
+    """Let `write` fill a file or folder of another name, put it at `path`, and what it returns beside it.
+
+    Nothing is left of it where it raises. Raises ExportError where something is in the way, or the disk refuses.
+    """
+    require_free(path, suffix, replace)
+    parents = [parent for parent in path.parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".ssm-mp.export-", dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            told = write(new)
+            told_beside(new, suffix).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+            _place(new, path, suffix, Path(folder))
+    except OSError as error:
+        raise ExportError(f"{path}: it could not be written ({error}); nothing was left behind") from None
+    finally:
+        if not os.path.lexists(path):
+            for parent in parents:
+                with suppress(OSError):
+                    parent.rmdir()
+    return told
+
+
+def _place(new: Path, path: Path, suffix: str, folder: Path) -> None:
+    """Rename what was written to its place; what stood there goes last, and comes back where that fails."""
+    if suffix:
+        told_beside(new, suffix).replace(told_beside(path, suffix))
+        new.replace(path)
+        return
+    new.chmod(0o755)
+    if not path.exists():
+        new.rename(path)
+        return
+    former = folder / f"{path.name}.former"
+    path.rename(former)
+    try:
+        new.rename(path)
+    except OSError:
+        former.rename(path)
+        raise
+    shutil.rmtree(former, ignore_errors=True)
