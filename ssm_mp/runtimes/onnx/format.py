@@ -29,7 +29,9 @@ class OnnxFormat(Format):
     runtime = "ONNX Runtime"
     extra = "onnx"
     packages = ("onnxruntime", "onnx", "onnxscript")
-    modules = ("onnxruntime", "onnx", "onnxscript")
+    writer = ("onnx", "onnxscript")
+    reader = ("onnx", "onnxruntime")
+    modules = ("onnxruntime",)
     inputs = "none"
     suffix = ".onnx"
     largest_divergence = 1e-3

@@ -10,27 +10,27 @@ Dimensions: `n` rows, `k` values in a row, `g` groups of 64 values, `X` experts,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from ssm_mp.modules.embedding import EmbeddingForm, PositionForm
+from ssm_mp.modules.embedding import EmbeddingForm
 from ssm_mp.modules.experts import ExpertsForm
 from ssm_mp.modules.linear import LinearForm
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precisions.float16 import Float16
 from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, NF4_BOOK, Grouped, GroupedTensor
-from ssm_mp.precisions.groups import GROUP, CodeBook, unpack_reference
+from ssm_mp.precisions.groups import GROUP, CodeBook, group_count, unpack_reference
 from ssm_mp.precisions.int8 import Int8, Int8Tensor
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
-SMALL_BLOCK = 32
-"""What `MatMulNBits` takes where rows are no multiple of our groups: each scale is then there twice."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
+"""Of values with one scale in `MatMulNBits`, powers of two; rows must be a multiple."""
 CONTRIB = "com.microsoft"
 """Operators that only ONNX Runtime has."""
 
@@ -66,6 +66,11 @@ class Nodes:
 
     def reshape(self, name: str, output: str, *shape: int) -> str:
         return self.add("Reshape", [name, self.integers(*shape)], output)
+
+    def to_parts(self, name: str, index: str, at: str, *shape: int, result: str = "") -> str:
+        """What was gathered by `index [...]`, as `[..., *shape]`."""
+        size = [self.add("Shape", [index], f"{at}/count"), self.integers(*shape)]
+        return self.add("Reshape", [name, self.add("Concat", size, f"{at}/size", axis=0)], result or f"{at}/gathered")
 
 
 @dataclass(frozen=True)
@@ -160,10 +165,13 @@ class Half(Layout):
 
 @dataclass(frozen=True)
 class Integers(Layout):
-    """int8 with a float16 scale a row, by `DequantizeLinear`; a vector has one scale."""
+    """int8 with a float16 scale a row; a vector has one scale.
+
+    Never by `DequantizeLinear`: where that meets a product, ONNX Runtime rounds the product's inputs to 8 bits.
+    """
 
     vector: bool = False
-    word = "int8 · DequantizeLinear"
+    word = "int8 · scale"
 
     @property
     def bytes(self) -> int:
@@ -172,38 +180,60 @@ class Integers(Layout):
     def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
         assert isinstance(stored, Int8Tensor)
         scale = stored.scale.cpu().numpy().reshape(() if self.vector else self.apart[: 1 if self.experts is None else 2])
-        return {".int8": stored.q.cpu().numpy().reshape(self.apart), ".scale": scale}
+        return {".int8": self._codes(stored.q.cpu().numpy()), ".scale": scale}
+
+    def _codes(self, q: np.ndarray) -> np.ndarray:
+        return q.reshape(self.apart)
 
     def value(self, nodes: Nodes, name: str) -> None:
-        q, scale = f"{name}.int8", f"{name}.scale"
-        if self.experts is not None:
-            q = nodes.reshape(q, f"{name}/joined", *self.shape)
-            scale = nodes.reshape(scale, f"{name}/scales", -1)
-        scale = nodes.cast(scale, f"{name}/scale")
-        nodes.add("DequantizeLinear", [q, scale], name, axis=0)
+        scale = nodes.cast(f"{name}.scale", f"{name}/scale")
+        if not self.vector:
+            scale = nodes.reshape(scale, f"{name}/factors", -1, *[1] * (len(self.shape) - 1))
+        units = self._units(nodes, f"{name}.int8", name)
+        nodes.add("Mul", [nodes.reshape(units, f"{name}/whole", *self.shape), scale], name)
 
     def rows(self, nodes: Nodes, name: str, index: str, output: str) -> bool:
         """Of few rows, the integers and their scales are gathered first."""
-        width = self.shape[-1]
-        flat = nodes.reshape(index, f"{output}/flat", -1)
-        q = nodes.add("Gather", [f"{name}.int8", flat], f"{output}/int8", axis=0)  # [rows, k]
-        half = nodes.add("Gather", [f"{name}.scale", flat], f"{output}/float16", axis=0)
-        found = nodes.add("DequantizeLinear", [q, nodes.cast(half, f"{output}/scale")], f"{output}/rows", axis=0)
-        size = nodes.add("Concat", [nodes.add("Shape", [index], f"{output}/shape"), nodes.integers(width)],
-                         f"{output}/size", axis=0)  # fmt: skip
-        nodes.add("Reshape", [found, size], output)
+        self._gathered(nodes, name, index, output, self.shape[-1])
         return False
 
     def matrices(self, nodes: Nodes, name: str, chosen: str, output: str) -> bool:
-        _, n, k = self.apart
-        q = nodes.add("Gather", [f"{name}.int8", chosen], f"{output}/int8", axis=0)  # [m, c, n, k]
-        half = nodes.add("Gather", [f"{name}.scale", chosen], f"{output}/float16", axis=0)  # [m, c, n]
-        scale = nodes.reshape(nodes.cast(half, f"{output}/scale"), f"{output}/scales", -1)
-        found = nodes.add("DequantizeLinear", [nodes.reshape(q, f"{output}/flat", -1, k), scale], f"{output}/rows", axis=0)
-        size = nodes.add("Concat", [nodes.add("Shape", [chosen], f"{output}/shape"), nodes.integers(n, k)],
-                         f"{output}/size", axis=0)  # fmt: skip
-        nodes.add("Reshape", [found, size], output)
+        self._gathered(nodes, name, chosen, output, *self.apart[1:])
         return False
+
+    def _gathered(self, nodes: Nodes, name: str, index: str, output: str, *shape: int) -> None:
+        """The parts of this shape that `index [...]` names: `[..., *shape]`."""
+        units = nodes.add("Gather", [f"{name}.int8", index], f"{output}/int8", axis=0)
+        units = nodes.to_parts(self._units(nodes, units, output), index, output, *shape)
+        scale = nodes.add("Gather", [f"{name}.scale", index], f"{output}/float16", axis=0)  # [...], or [..., n]
+        scale = nodes.add("Unsqueeze", [nodes.cast(scale, f"{output}/scale"), nodes.integers(-1)], f"{output}/factors")
+        nodes.add("Mul", [units, scale], output)
+
+    def _units(self, nodes: Nodes, codes: str, at: str) -> str:
+        """What is multiplied with the scale, float32, of codes of any arrangement."""
+        return nodes.cast(codes, f"{at}/units")
+
+
+@dataclass(frozen=True)
+class IntegerBlocks(Integers):
+    """The same where `MatMulNBits` multiplies: codes of 8 bits around 128, and a row's scale for each of its blocks."""
+
+    block: int = SMALLEST_BLOCK
+    word = "MatMulNBits, 8 bits"
+
+    def _codes(self, q: np.ndarray) -> np.ndarray:
+        return (q.astype(np.int16) + 128).astype(np.uint8).reshape(self.shape[0], -1, self.block)
+
+    def product(self, nodes: Nodes, name: str, x: str, output: str) -> bool:
+        n, k = self.shape
+        scale = nodes.reshape(nodes.cast(f"{name}.scale", f"{output}/scale"), f"{output}/factors", n, 1)
+        scale = nodes.add("Expand", [scale, nodes.integers(n, k // self.block)], f"{output}/scales")
+        nodes.add("MatMulNBits", [x, f"{name}.int8", scale], output, K=k, N=n, bits=8, block_size=self.block)
+        return False
+
+    def _units(self, nodes: Nodes, codes: str, at: str) -> str:
+        middle = nodes.constant("codes/middle", np.array(128, dtype=np.float32))
+        return nodes.add("Sub", [nodes.cast(codes, f"{at}/codes"), middle], f"{at}/units")
 
 
 @dataclass(frozen=True)
@@ -212,7 +242,7 @@ class Codes(Layout):
 
     What is not multiplied by an operator that reads codes is dequantised by a table, two codes at a time.
     nf4: codes of `MatMulBnb4`, the first in the high bits; else a value and 8, the first in the low bits.
-    block: values that share a scale here; 64, or 32 with each scale twice.
+    block: values that share a scale for the operator: 64, or less where rows are no multiple of our groups.
     """
 
     nf4: bool = False
@@ -220,13 +250,13 @@ class Codes(Layout):
     word = "4 bits · table"
 
     @property
-    def blocks(self) -> int:
-        """How many there are; the last one may be filled up."""
-        return -(-prod(self.shape) // self.block)
+    def bytes(self) -> int:
+        return self._filled // 2 + 2 * group_count(prod(self.shape))
 
     @property
-    def bytes(self) -> int:
-        return self.blocks * (self.block // 2 + 2)
+    def _filled(self) -> int:
+        """Values, with those that fill up the last block."""
+        return -(-prod(self.shape) // self.block) * self.block
 
     def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
         assert isinstance(stored, GroupedTensor)
@@ -235,27 +265,37 @@ class Codes(Layout):
             codes = codes + np.uint8(8 + int(stored.book.values[0]))
         pairs = codes.reshape(-1, 2)
         first, second = (1, 0) if self.nf4 else (0, 1)
-        packed = (pairs[:, first] | pairs[:, second] << 4).reshape(-1, self.block // 2)[: self.blocks]
-        scale = np.repeat(stored.scale.cpu().numpy(), GROUP // self.block)[: self.blocks]
-        return {".codes": self._arranged(packed), ".scales": self._arranged(scale)}
+        packed = (pairs[:, first] | pairs[:, second] << 4)[: self._filled // 2].reshape(-1, self.block // 2)
+        return {".codes": self._arranged(packed), ".scales": stored.scale.cpu().numpy()}
 
-    def _arranged(self, array: np.ndarray) -> np.ndarray:
-        """`[blocks, …]` as the operators want it."""
-        return array.reshape(self.experts, -1, *array.shape[1:]) if self._experts_apart else array
-
-    @property
-    def _experts_apart(self) -> bool:
-        """Whether each expert has blocks of its own."""
-        return self.experts is not None and prod(self.apart[1:]) % self.block == 0
+    def _arranged(self, packed: np.ndarray) -> np.ndarray:
+        """`[blocks, block / 2]` as the operators want it."""
+        return packed
 
     @property
     def _rows_apart(self) -> bool:
         """Whether each row has blocks of its own."""
         return self.shape[-1] % self.block == 0
 
+    @property
+    def _experts_apart(self) -> bool:
+        """Whether each expert has blocks of its own."""
+        return prod(self.apart[1:]) % self.block == 0
+
+    def _scales(self, nodes: Nodes, name: str, at: str) -> str:
+        """Of every block, float32 `[blocks]`; a group's scale is that of all its blocks."""
+        scales = nodes.cast(f"{name}.scales", f"{at}/groups")
+        if self.block == GROUP:
+            return scales
+        scales = nodes.reshape(scales, f"{at}/apart", -1, 1)
+        scales = nodes.add("Expand", [scales, nodes.integers(1, GROUP // self.block)], f"{at}/each")
+        scales = nodes.reshape(scales, f"{at}/list", -1)
+        end = nodes.integers(self._filled // self.block)
+        return nodes.add("Slice", [scales, nodes.integers(0), end], f"{at}/scales")
+
     def value(self, nodes: Nodes, name: str) -> None:
-        flat = self._looked_up(nodes, f"{name}.codes", f"{name}.scales", name)  # [blocks, block]
-        if self.blocks * self.block != prod(self.shape):
+        flat = self._looked_up(nodes, f"{name}.codes", self._scales(nodes, name, name), name)  # [blocks, block]
+        if self._filled != prod(self.shape):
             flat = nodes.reshape(flat, f"{name}/list", -1)
             flat = nodes.add("Slice", [flat, nodes.integers(0), nodes.integers(prod(self.shape))], f"{name}/cut")
         nodes.reshape(flat, name, *self.shape)
@@ -263,28 +303,22 @@ class Codes(Layout):
     def rows(self, nodes: Nodes, name: str, index: str, output: str) -> bool:
         if not self._rows_apart:
             return super().rows(nodes, name, index, output)
-        self._gathered(nodes, name, index, output, self.shape[0], (self.shape[-1],))
+        self._gathered(nodes, name, index, output, self.shape[0], self.shape[-1])
         return False
 
     def matrices(self, nodes: Nodes, name: str, chosen: str, output: str) -> bool:
         if not self._experts_apart:
             return super().matrices(nodes, name, chosen, output)
-        self._gathered(nodes, name, chosen, output, self.apart[0], self.apart[1:])
+        self._gathered(nodes, name, chosen, output, *self.apart)
         return False
 
-    def _gathered(
-        self, nodes: Nodes, name: str, index: str, output: str, count: int, shape: tuple[int, ...]
-    ) -> None:
-        """Of `count` parts of this shape, those of `index [...]`: `[..., *shape]`."""
-        per_part = self.blocks // count
-        codes = nodes.reshape(f"{name}.codes", f"{output}/parts", count, per_part, self.block // 2)
-        scales = nodes.reshape(f"{name}.scales", f"{output}/scales", count, per_part)
+    def _gathered(self, nodes: Nodes, name: str, index: str, output: str, count: int, *shape: int) -> None:
+        """Of `count` parts of this shape, those that `index [...]` names: `[..., *shape]`."""
+        codes = nodes.reshape(f"{name}.codes", f"{output}/parts", count, -1, self.block // 2)
+        scales = nodes.reshape(self._scales(nodes, name, output), f"{output}/part_scales", count, -1)
         codes = nodes.add("Gather", [codes, index], f"{output}/codes", axis=0)
         scales = nodes.add("Gather", [scales, index], f"{output}/chosen", axis=0)
-        found = self._looked_up(nodes, codes, scales, output)
-        size = nodes.add("Concat", [nodes.add("Shape", [index], f"{output}/shape"), nodes.integers(*shape)],
-                         f"{output}/size", axis=0)  # fmt: skip
-        nodes.add("Reshape", [found, size], output)
+        nodes.to_parts(self._looked_up(nodes, codes, scales, output), index, output, *shape, result=output)
 
     def _looked_up(self, nodes: Nodes, codes: str, scales: str, at: str) -> str:
         """Values `[blocks, block]` of codes and scales of any arrangement."""
@@ -292,21 +326,20 @@ class Codes(Layout):
         table = nodes.constant("codes/nf4" if self.nf4 else "codes/integers", _pairs(self.nf4))
         units = nodes.add("Gather", [table, index], f"{at}/pairs", axis=0)  # [..., block / 2, 2]
         units = nodes.reshape(units, f"{at}/units", -1, self.block)
-        factors = nodes.reshape(nodes.cast(scales, f"{at}/float"), f"{at}/factors", -1, 1)
-        return nodes.add("Mul", [units, factors], f"{at}/blocks")
+        return nodes.add("Mul", [units, nodes.reshape(scales, f"{at}/factors", -1, 1)], f"{at}/blocks")
 
 
 class Blocks(Codes):
     """Integers of four bits that `MatMulNBits` multiplies with; a row has blocks of its own."""
 
-    word = "MatMulNBits"
+    word = "MatMulNBits, 4 bits"
 
-    def _arranged(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(self.shape[0], -1, *array.shape[1:])
+    def _arranged(self, packed: np.ndarray) -> np.ndarray:
+        return packed.reshape(self.shape[0], -1, self.block // 2)
 
     def product(self, nodes: Nodes, name: str, x: str, output: str) -> bool:
         n, k = self.shape
-        scales = nodes.cast(f"{name}.scales", f"{output}/factors")
+        scales = nodes.reshape(self._scales(nodes, name, output), f"{output}/factors", n, -1)
         nodes.add("MatMulNBits", [x, f"{name}.codes", scales], output, K=k, N=n, bits=4, block_size=self.block)
         return False
 
@@ -316,12 +349,12 @@ class NormalFloats(Codes):
 
     word = "MatMulBnb4"
 
-    def _arranged(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(-1)
+    def _arranged(self, packed: np.ndarray) -> np.ndarray:
+        return packed.reshape(-1)
 
     def product(self, nodes: Nodes, name: str, x: str, output: str) -> bool:
         n, k = self.shape
-        scales = nodes.cast(f"{name}.scales", f"{output}/factors")
+        scales = self._scales(nodes, name, output)
         nodes.add("MatMulBnb4", [x, f"{name}.codes", scales], output, K=k, N=n, block_size=self.block, quant_type=1)
         return False
 
@@ -367,13 +400,16 @@ def layout_of(parameter: Parameter, kind: Kind) -> Layout:
         return Single(shape, experts)
     if kind == torch.float16 or parameter.role == "bias":
         return Half(shape, experts)
+    multiplies = isinstance(form, LinearForm) or (isinstance(form, EmbeddingForm) and form.tied)
+    divides = multiplies and shape[1] % SMALLEST_BLOCK == 0
     if kind == torch.int8:
+        if divides:
+            return IntegerBlocks(shape, block=gcd(shape[1], LARGEST_BLOCK))
         return Integers(shape, experts, vector=parameter.role == "vector")
     assert isinstance(kind, CodeBook)
-    multiplies = isinstance(form, LinearForm) or (isinstance(form, EmbeddingForm) and form.tied)
     if kind == NF4_BOOK:
         return NormalFloats(shape, nf4=True) if multiplies else Codes(shape, experts, nf4=True)
-    if multiplies and shape[1] % SMALL_BLOCK == 0:
-        return Blocks(shape, block=GROUP if shape[1] % GROUP == 0 else SMALL_BLOCK)
+    if divides:
+        return Blocks(shape, block=gcd(shape[1], GROUP))
     return Codes(shape, experts)
 
