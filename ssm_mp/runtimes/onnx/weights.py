@@ -29,8 +29,8 @@ from ssm_mp.precisions.int8 import Int8, Int8Tensor
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 16, 256
-"""Of values with one scale in `MatMulNBits`, powers of two; rows must be a multiple."""
+SMALLEST_BLOCK = 16
+"""Values that share a scale in `MatMulNBits` at least; rows must be a multiple."""
 CONTRIB = "com.microsoft"
 """Operators that only ONNX Runtime has."""
 
@@ -67,10 +67,10 @@ class Nodes:
     def reshape(self, name: str, output: str, *shape: int) -> str:
         return self.add("Reshape", [name, self.integers(*shape)], output)
 
-    def to_parts(self, name: str, index: str, at: str, *shape: int, result: str = "") -> str:
+    def to_parts(self, name: str, index: str, output: str, *shape: int) -> str:
         """What was gathered by `index [...]`, as `[..., *shape]`."""
-        size = [self.add("Shape", [index], f"{at}/count"), self.integers(*shape)]
-        return self.add("Reshape", [name, self.add("Concat", size, f"{at}/size", axis=0)], result or f"{at}/gathered")
+        size = [self.add("Shape", [index], f"{output}/count"), self.integers(*shape)]
+        return self.add("Reshape", [name, self.add("Concat", size, f"{output}/size", axis=0)], output)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,9 @@ class Half(Layout):
 class Integers(Layout):
     """int8 with a float16 scale a row; a vector has one scale.
 
-    Never by `DequantizeLinear`: where that meets a product, ONNX Runtime rounds the product's inputs to 8 bits.
+    Not by `DequantizeLinear`: where that meets a product, ONNX Runtime rounds the product's inputs to 8 bits. Nor by
+    `MatMulNBits` of 8 bits, which unpacks the whole matrix at every step, 20 times as slow (measured). A product that
+    is out of constants alone is computed once, when the file is opened: float32 in memory, and as fast.
     """
 
     vector: bool = False
@@ -180,60 +182,33 @@ class Integers(Layout):
     def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
         assert isinstance(stored, Int8Tensor)
         scale = stored.scale.cpu().numpy().reshape(() if self.vector else self.apart[: 1 if self.experts is None else 2])
-        return {".int8": self._codes(stored.q.cpu().numpy()), ".scale": scale}
-
-    def _codes(self, q: np.ndarray) -> np.ndarray:
-        return q.reshape(self.apart)
+        return {".int8": stored.q.cpu().numpy().reshape(self.apart), ".scale": scale}
 
     def value(self, nodes: Nodes, name: str) -> None:
         scale = nodes.cast(f"{name}.scale", f"{name}/scale")
         if not self.vector:
             scale = nodes.reshape(scale, f"{name}/factors", -1, *[1] * (len(self.shape) - 1))
-        units = self._units(nodes, f"{name}.int8", name)
-        nodes.add("Mul", [nodes.reshape(units, f"{name}/whole", *self.shape), scale], name)
+        units = nodes.cast(f"{name}.int8", f"{name}/units")
+        if self.experts is not None:
+            units = nodes.reshape(units, f"{name}/joined", *self.shape)
+        nodes.add("Mul", [units, scale], name)
 
     def rows(self, nodes: Nodes, name: str, index: str, output: str) -> bool:
         """Of few rows, the integers and their scales are gathered first."""
-        self._gathered(nodes, name, index, output, self.shape[-1])
+        self._gathered(nodes, name, index, output)
         return False
 
     def matrices(self, nodes: Nodes, name: str, chosen: str, output: str) -> bool:
-        self._gathered(nodes, name, chosen, output, *self.apart[1:])
+        self._gathered(nodes, name, chosen, output)
         return False
 
-    def _gathered(self, nodes: Nodes, name: str, index: str, output: str, *shape: int) -> None:
-        """The parts of this shape that `index [...]` names: `[..., *shape]`."""
+    def _gathered(self, nodes: Nodes, name: str, index: str, output: str) -> None:
+        """The parts, `[k]` or `[n, k]`, that `index [...]` names."""
         units = nodes.add("Gather", [f"{name}.int8", index], f"{output}/int8", axis=0)
-        units = nodes.to_parts(self._units(nodes, units, output), index, output, *shape)
+        units = nodes.cast(units, f"{output}/units")
         scale = nodes.add("Gather", [f"{name}.scale", index], f"{output}/float16", axis=0)  # [...], or [..., n]
         scale = nodes.add("Unsqueeze", [nodes.cast(scale, f"{output}/scale"), nodes.integers(-1)], f"{output}/factors")
         nodes.add("Mul", [units, scale], output)
-
-    def _units(self, nodes: Nodes, codes: str, at: str) -> str:
-        """What is multiplied with the scale, float32, of codes of any arrangement."""
-        return nodes.cast(codes, f"{at}/units")
-
-
-@dataclass(frozen=True)
-class IntegerBlocks(Integers):
-    """The same where `MatMulNBits` multiplies: codes of 8 bits around 128, and a row's scale for each of its blocks."""
-
-    block: int = SMALLEST_BLOCK
-    word = "MatMulNBits, 8 bits"
-
-    def _codes(self, q: np.ndarray) -> np.ndarray:
-        return (q.astype(np.int16) + 128).astype(np.uint8).reshape(self.shape[0], -1, self.block)
-
-    def product(self, nodes: Nodes, name: str, x: str, output: str) -> bool:
-        n, k = self.shape
-        scale = nodes.reshape(nodes.cast(f"{name}.scale", f"{output}/scale"), f"{output}/factors", n, 1)
-        scale = nodes.add("Expand", [scale, nodes.integers(n, k // self.block)], f"{output}/scales")
-        nodes.add("MatMulNBits", [x, f"{name}.int8", scale], output, K=k, N=n, bits=8, block_size=self.block)
-        return False
-
-    def _units(self, nodes: Nodes, codes: str, at: str) -> str:
-        middle = nodes.constant("codes/middle", np.array(128, dtype=np.float32))
-        return nodes.add("Sub", [nodes.cast(codes, f"{at}/codes"), middle], f"{at}/units")
 
 
 @dataclass(frozen=True)
@@ -318,7 +293,7 @@ class Codes(Layout):
         scales = nodes.reshape(self._scales(nodes, name, output), f"{output}/part_scales", count, -1)
         codes = nodes.add("Gather", [codes, index], f"{output}/codes", axis=0)
         scales = nodes.add("Gather", [scales, index], f"{output}/chosen", axis=0)
-        nodes.to_parts(self._looked_up(nodes, codes, scales, output), index, output, *shape, result=output)
+        nodes.to_parts(self._looked_up(nodes, codes, scales, output), index, output, *shape)
 
     def _looked_up(self, nodes: Nodes, codes: str, scales: str, at: str) -> str:
         """Values `[blocks, block]` of codes and scales of any arrangement."""
@@ -332,7 +307,7 @@ class Codes(Layout):
 class Blocks(Codes):
     """Integers of four bits that `MatMulNBits` multiplies with; a row has blocks of its own."""
 
-    word = "MatMulNBits, 4 bits"
+    word = "MatMulNBits"
 
     def _arranged(self, packed: np.ndarray) -> np.ndarray:
         return packed.reshape(self.shape[0], -1, self.block // 2)
@@ -401,15 +376,12 @@ def layout_of(parameter: Parameter, kind: Kind) -> Layout:
     if kind == torch.float16 or parameter.role == "bias":
         return Half(shape, experts)
     multiplies = isinstance(form, LinearForm) or (isinstance(form, EmbeddingForm) and form.tied)
-    divides = multiplies and shape[1] % SMALLEST_BLOCK == 0
     if kind == torch.int8:
-        if divides:
-            return IntegerBlocks(shape, block=gcd(shape[1], LARGEST_BLOCK))
         return Integers(shape, experts, vector=parameter.role == "vector")
     assert isinstance(kind, CodeBook)
     if kind == NF4_BOOK:
         return NormalFloats(shape, nf4=True) if multiplies else Codes(shape, experts, nf4=True)
-    if divides:
+    if multiplies and shape[1] % SMALLEST_BLOCK == 0:
         return Blocks(shape, block=gcd(shape[1], GROUP))
     return Codes(shape, experts)
 
