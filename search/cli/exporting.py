@@ -12,6 +12,7 @@ from ssm_mp.runtimes.registry import FORMATS
 
 if TYPE_CHECKING:
     from ssm_mp.artifact import Artifact
+    from ssm_mp.checkpoints import Checkpoint
     from ssm_mp.data import Windows
     from ssm_mp.runtimes.transfer import Transferred
 
@@ -180,32 +181,39 @@ def formats(
     """Show the formats that a model can be written in, and what each holds of a checkpoint."""
     from search.cli.answers import formatted
     from ssm_mp.checkpoints import load_checkpoint
+    from ssm_mp.conversion.regroup import has_experts, regrouped
+
+    found = None if checkpoint is None else load_checkpoint(checkpoint, weights)
+    if found is not None and has_experts(found.config):
+        say('note: with [precision] experts = "together", as files of other runtimes hold experts')
+        found = regrouped(found, "together")
+    answer = [_described(word, found) for word in FORMATS]
+    print_answer({"formats": answer}, json_, formatted)
+
+
+def _described(word: str, found: Checkpoint | None) -> dict[str, Any]:
+    """One format, and what it holds of a checkpoint."""
     from ssm_mp.components import find_components
     from ssm_mp.runtimes.capability import table
     from ssm_mp.runtimes.registry import get_format
     from ssm_mp.runtimes.running import cannot_verify, named
 
-    found = None if checkpoint is None else load_checkpoint(checkpoint, weights)
-    answer: list[dict[str, Any]] = []
-    for word in FORMATS:
-        format_ = get_format(word)
-        about = {"format": word, "runtime": named(format_), "here": cannot_verify(format_) or "installed"}
-        if found is None:
-            answer.append(about)
-            continue
-        refused = format_.refusal(found.config)
-        rows = [] if refused else table(format_, find_components(found), found.config)
-        held = [
-            {
-                "kind": row.kind,
-                "row": row.row,
-                "components": row.components,
-                "precisions": {
-                    name: None if one is None else {"as": one.word, "bytes": one.bytes, "note": one.note}
-                    for name, one in row.encodings
-                },
-            }
-            for row in rows
-        ]
-        answer.append({**about, "refused": refused, "rows": held})
-    print_answer({"formats": answer}, json_, formatted)
+    format_ = get_format(word)
+    about = {"format": word, "runtime": named(format_), "here": cannot_verify(format_) or "installed"}
+    if found is None:
+        return about
+    refused = format_.refusal(found.config)
+    rows = [] if refused else table(format_, find_components(found), found.config)
+    held = [
+        {
+            "kind": row.kind,
+            "row": row.row,
+            "components": row.components,
+            "precisions": {
+                name: None if one is None else {"as": one.word, "bytes": one.bytes, "note": one.note}
+                for name, one in row.encodings
+            },
+        }
+        for row in rows
+    ]
+    return {**about, "refused": refused, "rows": held}

@@ -46,6 +46,11 @@ def regrouped(checkpoint: Checkpoint, experts: Grouping | None = None, split: Se
     return replace(checkpoint, config=new, tensors={p.name: tensors[p.name] for p in new.parameters()})
 
 
+def has_experts(config: Config) -> bool:
+    """Whether a layer has experts whose components can be grouped; those of the `itera` family cannot."""
+    return any(isinstance(block, Experts) for block in _blocks(config))
+
+
 def grouping_of(config: Config) -> dict[str, str]:
     """How the components of a model are grouped, such as `{"experts": "together"}`; empty where each expert is a
     component and no projection is split."""

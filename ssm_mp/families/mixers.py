@@ -163,7 +163,9 @@ def attention_block(said: Said, at: str, d_model: int, rotary: Rotary | None, he
     inside = rf"{LAYER}{at}\."
     heads = said.size("num_attention_heads")
     kv_heads = said.size("num_key_value_heads", default=heads)
-    keys, inner = said.shown(inside + r"k_proj\.weight", 0), said.shown(inside + r"(?:o|out)_proj\.weight", 1)
+    keys = said.shown(inside + r"k_proj\.weight", 0)
+    # in Nemotron-H, out_proj is of the Mamba-2 mixers, which stand under the same name
+    inner = said.shown(inside + r"o_proj\.weight", 1) or said.shown(inside + r"out_proj\.weight", 1)
     width = _width(said, (heads, kv_heads), keys, inner, head_dim) or d_model // heads
     said.require(heads % kv_heads == 0, "num_key_value_heads", f"a divisor of the {heads} heads", kv_heads)
     with_bias = said.flag("attention_bias", False)

@@ -27,26 +27,28 @@ def row_length(component: Component) -> int:
 
 
 def table(format_: Format, components: Iterable[Component], config: Config) -> list[Row]:
-    """The capability table of a model: a row for each kind and row length; bytes are of all its components."""
-    grouped: dict[tuple[str, int], list[Component]] = {}
+    """The capability table of a model: a row for the components of one kind and row length that are held alike; bytes
+    are of all of them."""
+    grouped: dict[tuple[object, ...], list[tuple[Encoding | None, ...]]] = {}
     for component in components:
-        grouped.setdefault((component.kind, row_length(component)), []).append(component)
-    rows = []
-    for (kind, row), alike in grouped.items():
-        held = tuple((name, _together(format_, alike, name, config)) for name in PRECISIONS)
-        rows.append(Row(kind, row, len(alike), held))
-    return rows
+        held = tuple(format_.encoding(component, name, config) for name in PRECISIONS)
+        alike = tuple(None if one is None else (one.word, one.note) for one in held)
+        grouped.setdefault((component.kind, row_length(component), alike), []).append(held)
+    return [
+        Row(
+            str(kind),
+            int(str(row)),
+            len(group),
+            tuple(zip(PRECISIONS, map(_sum, zip(*group, strict=True)), strict=True)),
+        )
+        for (kind, row, _), group in grouped.items()
+    ]
 
 
-def _together(format_: Format, components: Sequence[Component], precision: str, config: Config) -> Encoding | None:
-    """How several components are held, with the bytes of all of them; None where one is not."""
-    found = [format_.encoding(component, precision, config) for component in components]
-    held = [encoding for encoding in found if encoding is not None]
-    if len(held) < len(found):
-        return None
-    words = dict.fromkeys(encoding.word for encoding in held)
-    notes = dict.fromkeys(encoding.note for encoding in held if encoding.note)
-    return Encoding(", ".join(words), sum(encoding.bytes for encoding in held), "; ".join(notes))
+def _sum(held: Sequence[Encoding | None]) -> Encoding | None:
+    """One encoding with the bytes of several that differ in nothing else."""
+    found = [encoding for encoding in held if encoding is not None]
+    return replace(found[0], bytes=sum(encoding.bytes for encoding in found)) if found else None
 
 
 def sized(format_: Format, components: Iterable[Component], config: Config) -> tuple[Component, ...]:

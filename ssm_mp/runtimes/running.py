@@ -67,7 +67,7 @@ def cannot_verify(format_: Format) -> str:
     return f"not verified: this Python lacks {', '.join(dict.fromkeys(lacking))}; {install_line(format_)}"
 
 
-def run(format_: Format, path: Path, ids: np.ndarray) -> Ran:
+def run(format_: Format, path: Path, ids: np.ndarray, vocabulary: int) -> Ran:
     """Let the runtime read token ids `[w, l]`, int64, in a process of its own.
 
     Raises DisagreementError where it dies, fails, or answers in another shape.
@@ -91,6 +91,8 @@ def run(format_: Format, path: Path, ids: np.ndarray) -> Ran:
         raise DisagreementError(
             f"{path}: {named(format_)} answered {found.dtype} {list(found.shape)} to {list(ids.shape)} token ids"
         )
+    if found.shape[2] != vocabulary:
+        raise DisagreementError(f"{path}: {named(format_)} knows {found.shape[2]} tokens, the model {vocabulary}")
     return Ran(found, int(told["tokens"]), float(told["seconds"]))
 
 

@@ -246,6 +246,7 @@ _NEMOTRON_H = _cases(
     {
         "dense": {},
         "groups-3": {"n_groups": 3},
+        "own-widths": {"hybrid_override_pattern": "MM*-", "mamba_head_dim": 14},
         "biases": {"use_bias": True, "mlp_bias": True, "use_conv_bias": False},
         "experts": {"hybrid_override_pattern": "M*-E"},
         "experts-groups": {"hybrid_override_pattern": "ME*E", "n_group": 3, "topk_group": 2},

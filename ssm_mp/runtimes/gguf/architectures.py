@@ -36,10 +36,12 @@ SMALL_STEP = 1e-3
 class Architecture:
     """What llama.cpp has for a family.
 
-    word: `general.architecture`. blocks: the kinds that it computes. second_norm, final_norm: names in the file.
+    word: `general.architecture`. blocks: the kinds that it computes, a recurrent one first. second_norm, final_norm:
+    names in the file.
     biases: of projections that it adds. inner_norms: what it does to Mamba-1's step, B and C.
     gates: of Mamba-2. gated: of feed-forwards and experts. scaled: whether scores of attention may have any scale.
-    multipliers: whether the family has any that are multiplied into weights. routed: scores of its routers.
+    multipliers: whether the family has any that are multiplied into weights; granite_scales: whether it has keys for
+    those of embeddings, residual branches and logits. routed: scores of its routers.
     """
 
     word: str
@@ -69,7 +71,13 @@ _NEMOTRON_MOE = Architecture(
     "nemotron_h_moe", (Mamba2, Attention, FeedForward, Experts), biases=frozenset({"qkv", "o"}), activation="relu2",
     routed="sigmoid",
 )  # fmt: skip
-_LFM2 = Architecture("lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves")
+_LFM2 = Architecture(
+    "lfm2", (ShortConv, Attention, FeedForward), final_norm="token_embd_norm.weight", positions="halves"
+)
+_LFM2_MOE = Architecture(
+    "lfm2moe", (ShortConv, Attention, FeedForward, Experts), final_norm="token_embd_norm.weight", positions="halves",
+    routed="sigmoid",
+)  # fmt: skip
 _ARCHITECTURES = {
     "mamba": _MAMBA,
     "falcon_mamba": Architecture("mamba", (Mamba1,), inner_norms="weightless"),
@@ -85,6 +93,7 @@ _ARCHITECTURES = {
         "jamba", (Mamba1, Attention, FeedForward, Experts), inner_norms="weighted", routed="softmax"
     ),
     "lfm2": _LFM2,
+    "lfm2_moe": _LFM2_MOE,
 }  # fmt: skip
 
 
@@ -145,7 +154,7 @@ def _reasons(known: Architecture, config: Config) -> Iterator[str]:
 
 def _of_mamba1(known: Architecture, word: str, block: Mamba1, eps: float) -> Iterator[str]:
     if block.d_inner != 2 * block.d_model:
-        yield f"{word} is always twice as wide inside as outside; this model is {block.d_inner} and {block.d_model} wide"
+        yield f"{word} is always twice as wide inside as outside; this model is {block.d_inner} and {block.d_model}"
     if block.projection_bias:
         yield f"{word} has no biases of in_proj and out_proj"
     if block.d_conv < 2:
@@ -153,7 +162,6 @@ def _of_mamba1(known: Architecture, word: str, block: Mamba1, eps: float) -> Ite
     held = "weighted" if block.inner_norms is not None else "none" if block.weightless_eps is None else "weightless"
     if held != known.inner_norms:
         yield f"{word} has {known.inner_norms} norms of step, B and C for this family, this model {held} ones"
-    yield from _of_eps(word, block.weightless_eps, eps, "the norms of step, B and C")
     yield from _of_eps(word, None if block.inner_norms is None else block.inner_norms.eps, eps, "the inner norms")
 
 
@@ -241,5 +249,7 @@ def _of_layers(known: Architecture, word: str, config: Config) -> Iterator[str]:
             yield f"{word} has no layers of plain feed-forwards beside layers of experts; layer {alone[0]} is one"
         if any(len(layer[0].parts) == 1 and isinstance(layer[0].parts[0].block, Experts) for layer in layers):
             yield f"{word} has a feed-forward that every token takes beside experts, this model none"
-    if known.word == "granitehybrid" and Mamba2 not in kinds:
-        yield f"{word} has Mamba-2 layers, this model none"
+    if Attention in known.blocks and Attention not in kinds:
+        yield f"{word} has layers with attention, this model none"
+    if known.blocks[0] not in kinds:
+        yield f"{word} has layers of kind {known.blocks[0].word!r}, this model none"

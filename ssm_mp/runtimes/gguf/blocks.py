@@ -7,6 +7,7 @@ turned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -27,7 +28,8 @@ class Place:
     """Where a block stands.
 
     at: in the model, `layers.3.mamba`. blk: in the file, `blk.3`. neighbours: whether rotary positions turn pairs of
-    neighbours there, where ours turn halves. shared: whether it is the feed-forward beside experts.
+    neighbours there, where ours turn halves. shared: whether it is the feed-forward beside experts. eps: of all norms
+    in the file.
     """
 
     at: str
@@ -35,6 +37,7 @@ class Place:
     part: Part
     neighbours: bool = False
     shared: bool = False
+    eps: float = 1e-5
 
     def name(self, leaf: str) -> str:
         """A component's name in the model."""
@@ -80,7 +83,9 @@ def _mamba1(place: Place, block: Mamba1) -> Iterator[Entry]:
     d, inner, rank, state, blk = block.d_model, block.d_inner, block.dt_rank, block.d_state, place.blk
     yield from place.linear("ssm_in", "in_proj", 2 * inner, d)
     yield from place.convolution("ssm_conv1d", "conv1d", inner, block.d_conv, block.conv_bias)
-    yield from place.linear("ssm_x", "x_proj", rank + 2 * state, inner)
+    # a norm without weights and with another epsilon is that of a multiple with the file's epsilon
+    factor = 1.0 if block.weightless_eps is None else math.sqrt(place.eps / block.weightless_eps)
+    yield from place.linear("ssm_x", "x_proj", rank + 2 * state, inner, factor=factor)
     if block.inner_norms is not None:
         for name, leaf, size in (("dt", "dt_norm", rank), ("b", "B_norm", state), ("c", "C_norm", state)):
             yield entry(f"{blk}.ssm_{name}_norm.weight", (size,), f"{place.name(leaf)}.weight")
@@ -151,9 +156,7 @@ def _feed_forward(place: Place, block: FeedForward) -> Iterator[Entry]:
             yield from place.linear(f"ffn_{name}{suffix}", "input_linear", hidden, d, order=order, biased=biased)
     elif block.gated:
         factor = block.gate_multiplier
-        yield from place.linear(
-            f"ffn_gate{suffix}", "gate_proj", hidden, d, factor=factor, biased=biased, after=factor
-        )
+        yield from place.linear(f"ffn_gate{suffix}", "gate_proj", hidden, d, factor=factor, biased=biased, after=factor)
     if not block.fused:
         yield from place.linear(f"ffn_up{suffix}", "up_proj", hidden, d, biased=biased)
     factor = block.down_multiplier
@@ -167,6 +170,8 @@ def _experts(place: Place, block: Experts) -> Iterator[Entry]:
     yield entry(f"{blk}.ffn_gate_inp.weight", (block.experts, d), f"{place.name('router')}.weight")
     if block.routing.corrected:
         yield entry(f"{blk}.exp_probs_b.bias", (block.experts,), place.name("correction_bias"))
+    elif block.routing.scores == "sigmoid":  # llama.cpp asks for one wherever it has sigmoids
+        yield zeros(f"{blk}.exp_probs_b.bias", block.experts, place.name("router"))
     if block.latent is not None:
         yield from place.linear("ffn_latent_down", "latent_in", width, d, biased=block.latent_bias)
     if block.fused:

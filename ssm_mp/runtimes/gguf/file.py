@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,21 +94,21 @@ def _described(entry: Entry, word: str) -> tuple[tuple[int, ...], np.dtype[np.ge
     return (*entry.shape[:-1], row), np.dtype(np.uint8), size
 
 
-def _add(writer: object, key: str, value: Value) -> None:
+def _add(writer: Any, key: str, value: Value) -> None:
     add: Callable[..., None]
     match value:
         case bool():
-            add = writer.add_bool  # type: ignore[attr-defined]
+            add = writer.add_bool
         case int():
-            add = writer.add_uint32  # type: ignore[attr-defined]
+            add = writer.add_uint32
         case float():
-            add = writer.add_float32  # type: ignore[attr-defined]
+            add = writer.add_float32
         case str():
             if key == "general.architecture":  # the writer has written it
                 return
-            add = writer.add_string  # type: ignore[attr-defined]
+            add = writer.add_string
         case _:
-            add = writer.add_array  # type: ignore[attr-defined]
+            add = writer.add_array
     add(key, value)
 
 
@@ -115,11 +116,10 @@ def read(path: Path) -> dict[str, Callable[[], np.ndarray]]:
     """The tensors by name, dequantised by the reader when asked for."""
     import gguf
 
-    def floats(tensor: object) -> np.ndarray:
-        found = gguf.dequantize(tensor.data, tensor.tensor_type)  # type: ignore[attr-defined]
-        return np.asarray(found, dtype=np.float32)
+    def later(tensor: Any) -> Callable[[], np.ndarray]:
+        return lambda: np.asarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
 
-    return {tensor.name: (lambda tensor=tensor: floats(tensor)) for tensor in gguf.GGUFReader(path).tensors}
+    return {tensor.name: later(tensor) for tensor in gguf.GGUFReader(path).tensors}
 
 
 def tensor_bytes(path: Path) -> int:

@@ -13,8 +13,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ssm_mp.components import Component
 from ssm_mp.config import Config
 from ssm_mp.errors import ExportError
@@ -40,7 +38,9 @@ class Gguf(Format):
     runtime = "llama.cpp"
     extra = "gguf"
     packages = ("xllamacpp", "gguf")
-    modules = ("xllamacpp", "gguf")
+    writer = ("gguf",)
+    reader = ("gguf",)
+    modules = ("xllamacpp",)
     inputs = "blocks"
     suffix = ".gguf"
     largest_divergence = 1e-4
@@ -113,13 +113,13 @@ class Gguf(Format):
     def tensor_bytes(self, path: Path) -> int:
         return file.tensor_bytes(path)
 
-    def ask(self, path: Path, ids: np.ndarray, out: Path) -> list[str]:
-        raise NotImplementedError
+    def ask(self, path: Path, ids: Path, out: Path) -> list[str]:
+        return [sys.executable, "-P", str(_RUNNER), str(path), str(ids), str(out)]
 
     def command(self, path: Path, item: Exportable) -> str:
         if item.tokenizer is None:
             runner = shlex.join([sys.executable, "-P", str(_RUNNER), str(path)])
-            return f"{runner} ids.npy log-probabilities.npy  # the file has no tokenizer: token ids, int64 [windows, length]"
+            return f"{runner} ids.npy log-probabilities.npy  # it has no tokenizer: token ids, int64 [windows, length]"
         return f"llama-cli -m {shlex.quote(str(path))} -no-cnv -p 'Once upon a time' -n 64"
 
     def environment(self) -> Mapping[str, str]:

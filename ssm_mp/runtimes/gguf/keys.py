@@ -131,6 +131,7 @@ def _of_experts(config: Config) -> Iterator[tuple[str, Value]]:
         return
     routing = block.routing
     layers = next(layer for layer in config.branches if any(_with_experts(branch.parts) for branch in layer))
+    dense = config.branches.index(layers)
     parts = [part.block for branch in layers for part in branch.parts]
     shared = [other.d_hidden for other in parts if isinstance(other, FeedForward)]
     yield "expert_count", block.experts
@@ -144,6 +145,7 @@ def _of_experts(config: Config) -> Iterator[tuple[str, Value]]:
     if shared:
         yield "expert_shared_count", 1
         yield "expert_shared_feed_forward_length", shared[0]
+    yield "leading_dense_block_count", dense
     if block.latent is not None:
         yield "moe_latent_size", block.latent
 

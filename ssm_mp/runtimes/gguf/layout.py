@@ -64,8 +64,12 @@ def _entries(known: Architecture, config: Config) -> Iterator[Entry]:
             experts = any(isinstance(part.block, Experts) for part in branch.parts)
             for part in branch.parts:
                 shared = experts and not isinstance(part.block, Experts)
-                place = Place(f"layers.{i}.{part.name}", f"blk.{i}", part, known.positions == "pairs", shared)
-                yield from entries(place)
+                yield from entries(
+                    Place(
+                        f"layers.{i}.{part.name}", f"blk.{i}", part, known.positions == "pairs", shared,
+                        config.final_norm.eps,
+                    )
+                )  # fmt: skip
     # a multiplier of the logits goes into the last norm, which is float32; a tied head has the embedding's in it
     yield entry(known.final_norm, (d,), "norm.weight", factor=last / first if config.tied else last)
     if not config.tied:

@@ -44,7 +44,7 @@ class Packed:
     values: np.ndarray
     scales: np.ndarray | None = None
 
-    def taken(self, order: object) -> Packed:
+    def taken(self, order: np.ndarray) -> Packed:
         """The rows of `order`."""
         scales = None if self.scales is None else self.scales[order]
         return Packed(self.word, self.values[order], scales)
@@ -71,7 +71,7 @@ class Packed:
         """As the file holds it, uint8 `[n, bytes of a row]`."""
         if self.scales is None:
             return np.ascontiguousarray(self.values).view(np.uint8)
-        codes = self.values.view(np.uint8)
+        codes: np.ndarray = self.values.view(np.uint8)
         if self.word == "Q4_0":  # the first 16 values in the low halves of the bytes, the other 16 in the high ones
             codes = (self.values + 8).astype(np.uint8)
             codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4

@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from ctypes import (
     CFUNCTYPE,
     POINTER,
@@ -43,8 +44,10 @@ FLOAT32, FLOAT16 = 0, 1
 """Of `enum ggml_type`."""
 NO_FLASH_ATTENTION, AUTOMATIC = 0, -1
 """Of `enum llama_flash_attn_type`."""
-ERROR = 4
+WARNING, ERROR = 3, 4
 """Of `enum ggml_log_level`."""
+MOST_TOKENS = 512
+"""Tokens that are read at once, so that their logits do not fill the memory."""
 
 
 class ModelParams(Structure):
@@ -133,10 +136,11 @@ class Library:
         self.c.llama_backend_init()
 
     def _heard(self, level: int, text: bytes | None, data: object) -> None:
-        self.lines.append((text or b"").decode(errors="replace"))
+        if level in (WARNING, ERROR):
+            self.lines.append((text or b"").decode(errors="replace"))
 
     def said(self) -> str:
-        """Its last words, for a message."""
+        """Its last complaints, for a message."""
         return "".join(self.lines[-12:]).strip()
 
     def model(self, path: Path) -> int:
@@ -152,8 +156,8 @@ class Library:
         """A context for windows of `length`: keys and values float32, attention written out, so that it computes what
         is compared; by default llama.cpp rounds both to float16."""
         params = self.checked(self.c.llama_context_default_params(), _CONTEXT_DEFAULTS)
-        params.n_ctx = params.n_batch = length
-        params.n_ubatch = min(length, params.n_ubatch)
+        params.n_ctx = length
+        params.n_batch = params.n_ubatch = min(length, MOST_TOKENS)
         params.n_threads = params.n_threads_batch = _threads()
         params.flash_attn_type = NO_FLASH_ATTENTION
         params.type_k = params.type_v = FLOAT32
@@ -164,7 +168,7 @@ class Library:
             raise RunError(self._differs("n_ctx and n_ubatch of a context"))
         return made
 
-    def checked(self, params: Any, defaults: dict[str, object]) -> Any:
+    def checked(self, params: Any, defaults: Mapping[str, object]) -> Any:
         """Defaults as the library states them; raises RunError where its structures are others than those here."""
         for name, _ in params._fields_:
             value = getattr(params, name)
@@ -173,35 +177,47 @@ class Library:
         return params
 
     def _differs(self, what: str) -> str:
-        return f"xllamacpp {self.version} has other structures than expected ({what}); install the version of constraints.txt"
+        return (
+            f"xllamacpp {self.version} has other structures than expected ({what}); "
+            "install the version in constraints.txt"
+        )
 
 
 def read(library: Library, context: int, ids: np.ndarray, out: np.ndarray) -> float:
     """Log-probabilities of windows `ids [w, l]` into `out [w, l, V]`; the seconds that llama.cpp took."""
-    length, spent = ids.shape[1], 0.0
-    positions = (c_int32 * length)(*range(length))
-    one, own = (c_int32 * length)(*[1] * length), (c_int32 * 1)(0)
-    sequences = (POINTER(c_int32) * length)(*[ctypes.cast(own, POINTER(c_int32))] * length)
-    wanted = (c_int8 * length)(*[1] * length)
+    spent = 0.0
     for window, row in zip(ids, out, strict=True):
-        tokens = (c_int32 * length)(*window.tolist())
-        batch = Batch(length, tokens, None, positions, one, sequences, wanted)
-        began = time.perf_counter()
         library.c.llama_memory_clear(library.c.llama_get_memory(context), True)
-        status = library.c.llama_decode(context, batch)
-        if status:
-            raise RunError(f"llama.cpp does not decode (status {status}):\n{library.said()}")
-        logits = np.ctypeslib.as_array(library.c.llama_get_logits(context), row.shape)  # waits until they are there
-        spent += time.perf_counter() - began
-        row[:] = _log_softmax(logits)
+        for start in range(0, len(window), MOST_TOKENS):
+            part = slice(start, start + MOST_TOKENS)
+            batch = _batch(window[part], start)
+            began = time.perf_counter()
+            status = library.c.llama_decode(context, batch)
+            if status:
+                raise RunError(f"llama.cpp does not decode (status {status}):\n{library.said()}")
+            logits = library.c.llama_get_logits(context)  # waits until they are there
+            spent += time.perf_counter() - began
+            row[part] = _log_softmax(np.ctypeslib.as_array(logits, row[part].shape))
     return spent
+
+
+def _batch(ids: np.ndarray, start: int) -> Batch:
+    """Tokens of one sequence, the first at position `start`, of all of which logits are wanted."""
+    count = len(ids)
+    sequence = ctypes.pointer(c_int32(0))
+    return Batch(
+        count, (c_int32 * count)(*ids.tolist()), None, (c_int32 * count)(*range(start, start + count)),
+        (c_int32 * count)(*[1] * count), (POINTER(c_int32) * count)(*[sequence] * count),
+        (c_int8 * count)(*[1] * count),
+    )  # fmt: skip
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
     """Of `logits [l, V]`."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     sums = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    return shifted - np.log(sums).astype(np.float32)
+    found: np.ndarray = shifted - np.log(sums).astype(np.float32)
+    return found
 
 
 def _threads() -> int:
@@ -221,6 +237,8 @@ def main(arguments: list[str]) -> int:
         library = Library()
         model = library.model(file)
         vocabulary = library.c.llama_vocab_n_tokens(library.c.llama_model_get_vocab(model))
+        if ids.min() < 0 or ids.max() >= vocabulary:
+            raise RunError(f"token ids from {ids.min()} to {ids.max()}, but the file has {vocabulary} tokens")
         context = library.context(model, ids.shape[1])
         out = np.lib.format.open_memmap(out_file, mode="w+", dtype=np.float32, shape=(*ids.shape, vocabulary))
         seconds = read(library, context, ids, out)

@@ -153,9 +153,7 @@ def _beside(item: Exportable) -> Mapping[str, Any]:
     return said if isinstance(said, dict) else {}
 
 
-def _special(
-    item: Exportable, beside: Mapping[str, Any], name: str, tokens: list[str], types: list[int]
-) -> int | None:
+def _special(item: Exportable, beside: Mapping[str, Any], name: str, tokens: list[str], types: list[int]) -> int | None:
     """The id of the first or last token of a text: as the tokenizer's config says, else the model's, else the first
     special token. Without one llama.cpp would take token 11, whatever it is."""
     said = beside.get(name)

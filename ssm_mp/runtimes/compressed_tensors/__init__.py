@@ -1,0 +1,1 @@
+"""Folders in the pack-quantized format of compressed-tensors, which transformers and vLLM open."""
