@@ -132,13 +132,17 @@ def build(item: Exportable) -> Any:
     return _file(item, assembly, [s for layer in states for block in layer for s in block if not s.is_empty])
 
 
+_Value = tuple[str, int, list[int | str]]
+"""Name, type and shape of what goes in or comes out."""
+
+
 def _file(item: Exportable, assembly: Assembly, states: list[Carried]) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
     config, integers, floats = item.config, TensorProto.INT64, TensorProto.FLOAT
-    position = [(POSITION, integers, [1])] if config.position_table is not None else []
-    inputs = [(IDS, integers, ["b", 1]), *position, *((s.name, floats, ["b", *s.shape]) for s in states)]
-    outputs = [
+    position: list[_Value] = [(POSITION, integers, [1])] if config.position_table is not None else []
+    inputs: list[_Value] = [(IDS, integers, ["b", 1]), *position, *((s.name, floats, ["b", *s.shape]) for s in states)]
+    outputs: list[_Value] = [
         (LOGITS, floats, ["b", 1, config.vocabulary]),
         *((s.new, floats, ["b", *(f"{GROWING} + 1" if size == GROWING else size for size in s.shape)]) for s in states),
     ]

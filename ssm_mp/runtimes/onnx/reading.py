@@ -24,7 +24,8 @@ _AT_ONCE = 1 << 24
 
 @dataclass(frozen=True)
 class Entry:
-    """What the metadata says of a tensor: shape, its arrays, whether it is there as a whole, where it is used packed."""
+    """What the metadata says of a tensor: of how many experts it is, the names of its arrays, whether its whole value
+    is there, and where it is used packed."""
 
     shape: tuple[int, ...]
     experts: int | None
@@ -52,9 +53,12 @@ class File:
             )
         self.entries = {
             name: Entry(
-                tuple(each["shape"]), each["experts"], tuple(each["arrays"]), each["whole"],
+                tuple(each["shape"]),
+                each["experts"],
+                tuple(each["arrays"]),
+                each["whole"],
                 tuple(Use(*use) for use in each["uses"]),
-            )  # fmt: skip
+            )
             for name, each in json.loads(said["tensors"]).items()
         }
         self._initialisers = {tensor.name: tensor for tensor in self.model.graph.initializer}

@@ -23,8 +23,8 @@ class Loop:
         options = onnxruntime.SessionOptions()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        said = self.session.get_modelmeta().custom_metadata_map
-        self.states = json.loads(said["ssm_mp.states"])
+        self.said = self.session.get_modelmeta().custom_metadata_map
+        self.states = json.loads(self.said["ssm_mp.states"])
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.asks_position = "position" in {value.name for value in self.session.get_inputs()}
         sizes = {"b": sequences, "t": 0}

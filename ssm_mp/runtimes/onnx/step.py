@@ -11,9 +11,11 @@ inputs of a product, `q` inputs of an expert, `c` chosen experts.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -45,12 +47,18 @@ GROWING = "t"
 _ANY = torch.export.Dim.DYNAMIC
 
 
+Shape = tuple[int | str, ...]
+"""Of a state, without the sequences; `t` where it grows."""
+Shapes = tuple[Shape, ...]
+"""Of a block's states."""
+
+
 @dataclass(frozen=True)
 class Carried:
     """A state between tokens: its name, and its shape without the sequences, `t` where it grows."""
 
     name: str
-    shape: tuple[int | str, ...]
+    shape: Shape
 
     @property
     def new(self) -> str:
@@ -81,7 +89,7 @@ def carried(model: LanguageModel) -> tuple[tuple[tuple[Carried, ...], ...], ...]
     )
 
 
-def _shape(after_one: Tensor, after_two: Tensor) -> tuple[int | str, ...]:
+def _shape(after_one: Tensor, after_two: Tensor) -> Shape:
     sizes = zip(after_one.shape[1:], after_two.shape[1:], strict=True)
     return tuple(one if one == two else GROWING for one, two in sizes)
 
@@ -100,7 +108,7 @@ class Fragment:
 
 
 @cache
-def branch_fragment(d_model: int, branch: Branch, shapes: tuple[tuple[tuple[int | str, ...], ...], ...]) -> Fragment:
+def branch_fragment(d_model: int, branch: Branch, shapes: tuple[Shapes, ...]) -> Fragment:
     """A residual branch of any layer: `x`, `state.0.0`, … → `y`, `new.0.0`, …; its parameters are named from `AT` on.
 
     shapes: of each block's states, as `Carried` has them.
@@ -111,8 +119,9 @@ def branch_fragment(d_model: int, branch: Branch, shapes: tuple[tuple[tuple[int 
     states = [torch.empty(3, *(5 if size == GROWING else int(size) for size in shape)) for shape in held.values()]
     parameters = tuple(branch_parameters(branch, d_model))
     growing = [{0: _ANY} | {i + 1: _ANY for i, size in enumerate(shape) if size == GROWING} for shape in held.values()]
+    module = TracedBranch(branch, parameters, shapes)
     return _traced(
-        TracedBranch(branch, parameters, shapes), (torch.empty(3, 1, d_model), states), ({0: _ANY}, growing), parameters,
+        module, (torch.empty(3, 1, d_model), states), ({0: _ANY}, growing), parameters,
         ("x", *(f"state.{at}" for at in held)), ("y", *(f"new.{at}" for at in held)),
     )  # fmt: skip
 
@@ -148,29 +157,45 @@ def _traced(
     Raises ExportError where torch is too old, or cannot trace it.
     """
     if not hasattr(torch.onnx, "ops"):
-        raise ExportError(f"onnx: torch 2.8 or later is needed to trace a step; found {torch.__version__}")
+        raise ExportError(
+            f"onnx: torch 2.8 or later is needed to trace a step, found {torch.__version__}; update torch"
+        )
     weights = [torch.empty(parameter.shape) for parameter in parameters]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _quietly():
             program = torch.onnx.export(
                 module.eval(), (*inputs, weights), dynamo=True, opset_version=OPSET, verbose=False,
                 dynamic_shapes=(*dynamic, [None] * len(weights)),
                 input_names=[*names, *(parameter.name for parameter in parameters)], output_names=list(outputs),
             )  # fmt: skip
     except torch.onnx.OnnxExporterError as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise ExportError(f"onnx: torch {torch.__version__} cannot trace the step: {cause}") from error
+        cause = (str(error.__cause__ or error).splitlines() or ["no reason given"])[0]
+        raise ExportError(
+            f"onnx: torch {torch.__version__} cannot trace {type(module).__name__} with {len(weights)} tensors, the "
+            f"first {parameters[0].name}: {cause}; export another format, or the artifact"
+        ) from error
     assert program is not None
     return Fragment(program.model_proto, names, outputs, parameters)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's remarks on its own machinery."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 class TracedBranch(nn.Module):
     """A residual branch with its weights as arguments."""
 
-    def __init__(
-        self, branch: Branch, parameters: Sequence[Parameter], shapes: tuple[tuple[tuple[int | str, ...], ...], ...]
-    ) -> None:
+    def __init__(self, branch: Branch, parameters: Sequence[Parameter], shapes: tuple[Shapes, ...]) -> None:
         super().__init__()
         self.branch = branch
         self.parameters_of = tuple(parameters)
@@ -326,7 +351,8 @@ def all_experts(mixing: ExpertsMixing, inputs: Tensor, weights: Tensor, chosen: 
     numbers; of those that are components each, all are computed, and those not chosen left out of the sum."""
     if not isinstance(mixing.outward, EachExpert):
         hidden = mixing.hidden.of(*(project(inputs, chosen) for project in mixing.inward))  # [m, c, E]
-        return (mixing.outward(hidden, chosen) * weights[..., None]).sum(dim=1)
+        shares: Tensor = mixing.outward(hidden, chosen) * weights[..., None]  # [m, c, q]
+        return shares.sum(dim=1)
     out = torch.zeros_like(inputs)
     for expert in range(mixing.experts):
         here = chosen == expert  # [m, c]

@@ -181,7 +181,9 @@ class Integers(Layout):
 
     def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
         assert isinstance(stored, Int8Tensor)
-        scale = stored.scale.cpu().numpy().reshape(() if self.vector else self.apart[: 1 if self.experts is None else 2])
+        scale = (
+            stored.scale.cpu().numpy().reshape(() if self.vector else self.apart[: 1 if self.experts is None else 2])
+        )
         return {".int8": stored.q.cpu().numpy().reshape(self.apart), ".scale": scale}
 
     def value(self, nodes: Nodes, name: str) -> None:
@@ -384,4 +386,3 @@ def layout_of(parameter: Parameter, kind: Kind) -> Layout:
     if multiplies and shape[1] % SMALLEST_BLOCK == 0:
         return Blocks(shape, block=gcd(shape[1], GROUP))
     return Codes(shape, experts)
-
