@@ -39,7 +39,7 @@ from tests.tiny import MAMBA, MAMBAS, write_checkpoint
 ALL = ("int8", "int4", "nf4", "int3", "fp16")
 FAMILIES = (
     "falcon_mamba/plain", "bamba/plain", "nemotron_h/experts-latent-together", "falcon_h1/norm-then-gate",
-    "jamba/experts", "lfm2_moe/plain", "qwen3_next/many-experts", "itera", "granitemoehybrid/many-experts",
+    "jamba/experts", "lfm2_moe/plain", "qwen3_next/many-experts", "itera",
     "mamba2/biases-split",
 )  # fmt: skip
 """Every block with every option that its graph depends on, between them."""
@@ -105,10 +105,10 @@ def test_the_real_checkpoints_at_eight_bits(study: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["odd", "untied"])
-def test_sizes_that_fill_nothing_and_a_state_that_holds_nothing(kind: str, tmp_path: Path) -> None:
-    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBAS[kind]))
-    checked(ONNX, item_of(checkpoint, mixed_rules(ONNX, checkpoint, *ALL)), tmp_path, ids_of(64, length=12))
+def test_a_state_that_holds_nothing(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBAS["untied"]))
+    done = checked(ONNX, item_of(checkpoint, mixed_rules(ONNX, checkpoint, *ALL)), tmp_path, ids_of(64, length=12))
+    assert "layers.0.ssm.state.0" not in [value.name for value in onnx.load(done.path).graph.input]
 
 
 def test_the_metadata_tells_how_to_write_the_loop(file: Path, item: Exportable) -> None:
