@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,8 @@ from ssm_mp.blocks.block import Mixing, Observer, Parts, Scan, State
 from ssm_mp.config import Branch, Config
 from ssm_mp.errors import DataError
 from ssm_mp.modules.embedding import BlockedEmbedding, blocked_embedding
-from ssm_mp.modules.linear import Projection
+from ssm_mp.modules.inputs import Multiplied, Rounding
+from ssm_mp.modules.linear import Multiplier, Projection
 from ssm_mp.modules.parameter import Form
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
 
@@ -146,20 +147,38 @@ class LanguageModel(nn.Module):
         return x + positions
 
     def final(self, x: Tensor) -> Tensor:
-        """Last hidden state `[..., d]` → what the head multiplies: normalised, logits' multiplier included."""
+        """Last hidden state `[..., d]` → what the head multiplies: normalised, logits' multiplier included, unless the
+        head rounds its inputs, which comes first."""
         normed: Tensor = self.norm(x)
-        return normed if self.config.logit_multiplier == 1.0 else normed * self.config.logit_multiplier
+        if self.config.logit_multiplier == 1.0 or self._head_rounding is not None:
+            return normed
+        return normed * self.config.logit_multiplier
+
+    @property
+    def _head_rounding(self) -> Rounding | None:
+        head = self.embedding if self.lm_head is None else self.lm_head
+        return head.rounding if isinstance(head, Multiplier) else None
+
+    def _head_projection(self) -> Projection:
+        """The head for many calls."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        projection: Projection = head.projection()  # type: ignore[operator]  # nn.Module attributes are untyped
+        rounding = self._head_rounding
+        if rounding is None or self.config.logit_multiplier == 1.0:
+            return projection
+        return replace(projection, rounding=Multiplied(rounding, self.config.logit_multiplier))
 
     def scores(self, x: Tensor) -> Tensor:
         """Last hidden state `[..., d]` → logits `[..., V]` in the head's own order, which `columns` tells."""
+        if self._head_rounding is not None:
+            return self._head_projection()(self.final(x))
         head = self.embedding.project if self.lm_head is None else self.lm_head
         logits: Tensor = head(self.final(x))  # type: ignore[operator]  # nn.Module attributes are untyped
         return logits
 
     def scorer(self) -> Scorer:
         """`scores` for many calls: the head's weights are unpacked once."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        return Scorer(self.final, head.projection(), self.head_tokens)  # type: ignore[operator]
+        return Scorer(self.final, self._head_projection(), self.head_tokens)
 
     def columns(self, ids: Tensor) -> Tensor:
         """Where the logits of tokens stand in `scores`; anywhere but in a tied head of blocks, at their ids."""

@@ -9,6 +9,7 @@ from typing import Any
 from ssm_mp.components import Component
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.errors import InfeasibleError
+from ssm_mp.files.shown import listed
 from ssm_mp.precision_map import PINNED_TO, PrecisionMap
 
 
@@ -62,6 +63,13 @@ class Space:
         """The free components' precisions of a map: what a trial's parameters are."""
         held = precision_map.to_json()
         return {component.name: held[component.name] for component in self.free}
+
+    def never(self) -> list[str]:
+        """What was asked for and cannot be, in words: a line for each reason."""
+        alike: dict[tuple[str, str], list[str]] = {}
+        for (name, precision), reason in self.infeasible.items():
+            alike.setdefault((precision, reason), []).append(name)
+        return [f"{listed(names, 4)} is never {precision}: {reason}" for (precision, reason), names in alike.items()]
 
     def to_json(self) -> dict[str, Any]:
         """Component → choices, for the fingerprint."""

@@ -143,8 +143,8 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
             pins,
             lambda component, asked: not_worth(format_, component, asked, config),
         )
-    for (name, precision), reason in space.infeasible.items():
-        say(f"note: {name} is never {precision}: {reason}")
+    for line in space.never():
+        say(f"note: {line}")
     return Workspace(spec, checkpoint, model, splits, converter, space)
 
 
@@ -157,11 +157,13 @@ def target_of(spec: StudySpec, config: Config) -> Format | None:
     if refused is not None:
         raise StudyError(f"[export] target = {format_.word!r}: {refused}")
     components = find_components(_Configured(config))
+    free = [component for component in components if component.pin is None]
+    left_out = [not_worth(format_, component, spec.precision.choices, config) for component in free]
     for precision in spec.precision.choices:
-        if all(format_.encoding(component, precision, config) is None for component in components):
+        if all(precision in out for out in left_out):
             raise StudyError(
-                f"[export] target = {format_.word!r} holds no component at {precision}; take it out of [precision] "
-                f"choices (`ssm-mp formats` shows what a format holds)"
+                f"[export] target = {format_.word!r} holds no component at {precision}, or none in fewer bytes than "
+                "wider; take it out of [precision] choices (`ssm-mp formats CHECKPOINT` shows what is held)"
             )
     return format_
 

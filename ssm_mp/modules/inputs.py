@@ -79,6 +79,19 @@ class HalfInput(Rounding):
         return x.half().float()
 
 
+class Multiplied(Rounding):
+    """Rounds, and multiplies what is rounded: for a runtime that multiplies the product afterwards."""
+
+    def __init__(self, rounding: Rounding, by: float) -> None:
+        super().__init__()
+        self.rounding = rounding
+        self.by = by
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.rounding(x) * self.by
+        return product
+
+
 InputQuantizer = StaticInput | DynamicInput | Rounding
 
 

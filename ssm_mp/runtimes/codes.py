@@ -55,7 +55,8 @@ class Codes:
             return (self.packed.int() - self.zero).to(torch.int8)
         flat = self.packed.flatten(0, -2)
         codes = torch.cat([unpack_reference(part, self.bits).to(torch.int8) for part in flat.split(_ROWS)])
-        return (codes - self.zero).unflatten(0, self.packed.shape[:-1])
+        values: Tensor = (codes - self.zero).unflatten(0, self.packed.shape[:-1])
+        return values
 
     def tensor(self) -> Tensor:
         """Dequantised, float32 `[…, n, k]`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,16 +59,24 @@ def wholes(config: Config) -> tuple[Whole, ...]:
     """The tensors of a model, in the order of the data flow: experts in one, the pieces of in_proj together."""
     grouped: dict[str, list[Parameter]] = {}
     for parameter in config.parameters():
-        grouped.setdefault(_whole_name(parameter.name), []).append(parameter)
+        grouped.setdefault(whole_name(parameter.name), []).append(parameter)
     return tuple(Whole(name, tuple(parts), _experts(parts)) for name, parts in grouped.items())
 
 
-def _whole_name(name: str) -> str:
+def whole_name(name: str) -> str:
+    """The canonical name of a tensor without an expert's number or the letter of a piece of in_proj."""
     if expert := _EXPERT.fullmatch(name):
         return f"{expert[1]}.{expert[3]}"
     if piece := _PIECE.fullmatch(name):
         return f"{piece[1]}.{piece[2]}"
     return name
+
+
+def is_first(parameter: Parameter) -> bool:
+    """Whether a part is the first of what makes one tensor, as most that are alone."""
+    if expert := _EXPERT.fullmatch(parameter.name):
+        return expert[2] == "0"
+    return whole_name(parameter.name) in (parameter.name, parameter.name.replace(".in_proj.z.", ".in_proj."))
 
 
 def _experts(parts: list[Parameter]) -> int | None:
@@ -113,16 +122,16 @@ def stacked(whole: Whole, tensor: Tensor) -> Tensor:
     return tensor if whole.experts is None else tensor.unflatten(0, (whole.experts, -1))
 
 
-def divided(config: Config) -> str | None:
-    """Which tensors of the file are several components of ours, so that these must have one precision; None: none."""
+def divided(config: Config, experts: bool = True) -> str | None:
+    """Which tensors of the file are several components of ours, so that these must have one precision, and what to do;
+    None where none are. experts: whether theirs may have several."""
     several = [whole for whole in wholes(config) if len(set(whole.components)) > 1]
-    if not several:
-        return None
-    kinds = sorted({"experts" if whole.experts else "in_proj" for whole in several})
-    advice = {"experts": "set experts = 'together' under [precision]", "in_proj": "leave out split = ['in_proj']"}
-    return (
-        f"{' and '.join(kinds)}: several components are one tensor there; {'; '.join(advice[kind] for kind in kinds)}"
-    )
+    advice = []
+    if experts and any(whole.experts for whole in several):
+        advice.append("the experts of a layer are one tensor there: set experts = 'together' under [precision]")
+    if any(whole.experts is None for whole in several):
+        advice.append("in_proj is one tensor there: leave out split = ['in_proj'] under [precision]")
+    return "; ".join(advice) or None
 
 
 def mixed(item: Exportable) -> str | None:
@@ -143,6 +152,7 @@ def write_beside(folder: Path, config: Mapping[str, Any], item: Exportable) -> N
         if Path(name).name == name and name not in (WEIGHTS, CONFIG, TOKENIZER):
             (folder / name).write_bytes(content)
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read what it writes
     if item.tokenizer is None:
         return
     (folder / TOKENIZER).write_bytes(item.tokenizer)

@@ -82,15 +82,16 @@ def _mamba(config: Config) -> Values:
     assert block is not None
     falcon = {} if block.weightless_eps is None else {"mixer_rms_eps": block.weightless_eps}
     return {
-        "intermediate_size": block.d_inner, "expand": _factor(block.d_inner, config.d_model),
+        **_expansion("expand", block.d_inner, config.d_model), "intermediate_size": block.d_inner,
         "state_size": block.d_state, "conv_kernel": block.d_conv, "time_step_rank": block.dt_rank,
         "use_bias": block.projection_bias, "use_conv_bias": block.conv_bias, "hidden_act": "silu",
         "layer_norm_epsilon": config.final_norm.eps, **falcon,
     }  # fmt: skip
 
 
-def _factor(inner: int, width: int) -> float | int:
-    return inner // width if inner % width == 0 else inner / width
+def _expansion(key: str, inner: int, width: int) -> Values:
+    """How many times as wide a mixer is, which must be a whole number there; nothing where it is none."""
+    return {key: inner // width} if inner % width == 0 else {}
 
 
 def _limits(block: Mamba2) -> list[float]:
@@ -102,7 +103,7 @@ def _mamba2(config: Config) -> Values:
     block = first(config, Mamba2)
     assert block is not None
     return {
-        "intermediate_size": block.d_inner, "expand": _factor(block.d_inner, config.d_model),
+        **_expansion("expand", block.d_inner, config.d_model), "intermediate_size": block.d_inner,
         "num_heads": block.n_heads, "head_dim": block.head_dim, "state_size": block.d_state,
         "n_groups": block.n_groups, "conv_kernel": block.d_conv, "use_bias": block.projection_bias,
         "use_conv_bias": block.conv_bias, "time_step_rank": "auto", "time_step_limit": _limits(block),
@@ -118,7 +119,7 @@ def _mamba_keys(config: Config) -> Values:
     return {
         "mamba_n_heads": block.n_heads, "mamba_d_head": block.head_dim, "mamba_d_state": block.d_state,
         "mamba_n_groups": block.n_groups, "mamba_d_conv": block.d_conv,
-        "mamba_expand": _factor(block.d_inner, config.d_model), "mamba_conv_bias": block.conv_bias,
+        **_expansion("mamba_expand", block.d_inner, config.d_model), "mamba_conv_bias": block.conv_bias,
         "mamba_proj_bias": block.projection_bias, "time_step_limit": _limits(block),
     }  # fmt: skip
 

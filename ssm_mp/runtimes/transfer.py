@@ -185,7 +185,7 @@ def _confirmed(format_: Format, item: Exportable, path: Path, windows: np.ndarra
         found = verdict(format_, item, path, windows)
         if found.agrees:
             return found
-        problem = f"{found.sentence}; the gate is a mean KL of {format_.largest_divergence:g}"
+        problem = f"{found.sentence}; the gate is a mean KL of {found.gate:.1g}"
     except DisagreementError as error:
         problem = str(error)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from shlex import quote
@@ -21,11 +22,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ssm_mp.blocks.experts import Experts
 from ssm_mp.components import Component
 from ssm_mp.config import Config
 from ssm_mp.modules.linear import LinearForm
 from ssm_mp.runtimes.codes import HALF, Codes, packed_rows
+from ssm_mp.runtimes.compressed_tensors.families import unfit
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
 from ssm_mp.runtimes.huggingface import (
@@ -35,31 +36,21 @@ from ssm_mp.runtimes.huggingface import (
     divided,
     held,
     in_family,
+    is_first,
     mixed,
     stacked,
     wholes,
     write_beside,
 )
-from ssm_mp.runtimes.huggingface_config import first, huggingface_config
+from ssm_mp.runtimes.huggingface_config import huggingface_config
 
 _BITS = {"int8": 8, "int4": 4, "int3": 4}
 """What each is packed in: three bits in four, which the kernels of servers know."""
 _FLOATS = {"fp16": 2, "fp32": 4}
 _SHAPE_BYTES = 16
-_PLAIN_KINDS = ("router", "token_gate")
-_BROKEN = "transformers 5.23 fails to load it: its initialisation asks packed layers for their weight"
-_REFUSED = {
-    "mamba": _BROKEN,
-    "mamba2": _BROKEN,
-    "falcon_mamba": _BROKEN,
-    "jamba": "transformers 5.23 fails to convert its tensors beside packed ones",
-    "qwen3_next": "transformers 5.23 fails to convert its experts beside packed layers",
-    "qwen3_5_moe_text": "not compared with transformers",
-    "lfm2_moe": "not compared with transformers",
-    "itera": "it is of this project alone, transformers does not know it",
-}
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 """Layers that vLLM makes one of, which must then be packed alike."""
+_PLAIN_KINDS = ("router", "token_gate")
 
 
 class CompressedTensors(Format):
@@ -77,22 +68,10 @@ class CompressedTensors(Format):
     largest_divergence = 1e-6
 
     def refusal(self, config: Config) -> str | None:
-        return self._never(config) or _divided(config)
+        return _never(config) or divided(config, experts=False)  # of experts all are float16
 
     def refusal_of(self, item: Exportable) -> str | None:
-        return self._never(item.config) or mixed(item)
-
-    def _never(self, config: Config) -> str | None:
-        if config.embedding_blocks:
-            return "the embedding is in blocks (embedding_blocks); it is one float16 table there, leave them out"
-        if config.family in _REFUSED:
-            return f"family {config.family}: {_REFUSED[config.family]}"
-        if config.family == "nemotron_h" and first(config, Experts) is not None:
-            return (
-                "nemotron_h with experts: transformers 5.23 reports them as missing and takes random ones; only models "
-                "without experts are written"
-            )
-        return None
+        return _never(item.config) or mixed(item)
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         size, word = 0, ""
@@ -109,7 +88,7 @@ class CompressedTensors(Format):
                 if bits is None or group is None or not _is_linear(component):
                     return None
                 n, k = parameter.shape
-                size += n * (-(-k * bits // 32) * 4 + k // group * 2) + _SHAPE_BYTES
+                size += n * (-(-k * bits // 32) * 4 + k // group * 2) + (_SHAPE_BYTES if is_first(parameter) else 0)
                 word = f"W{bits}, {'a scale a row' if group == k else f'groups of {group}'}"
         return Encoding(word, size)
 
@@ -143,7 +122,7 @@ class CompressedTensors(Format):
             values = torch.cat([stored[parameter.name][1].tensor().cpu() for parameter in whole.parameters])
             return stacked(whole, values).numpy()
 
-        return {_name(item.config, whole): (lambda whole=whole: of(whole)) for whole in wholes(item.config)}
+        return {_name(item.config, whole): partial(of, whole) for whole in wholes(item.config)}
 
     def read(self, path: Path) -> Arrays:
         quantization = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("quantization_config", {})
@@ -155,15 +134,16 @@ class CompressedTensors(Format):
         def of(name: str) -> np.ndarray:
             with safe_open(path / WEIGHTS, "pt") as file:
                 if not name.endswith(".weight_packed"):
-                    return file.get_tensor(name).float().numpy()
+                    plain: np.ndarray = file.get_tensor(name).float().numpy()
+                    return plain
                 module = name.removesuffix(".weight_packed")
-                held_ = [file.get_tensor(f"{module}.weight_{leaf}") for leaf in ("packed", "scale", "shape")]
+                layer = {leaf: file.get_tensor(f"{module}.weight_{leaf}") for leaf in ("packed", "scale", "shape")}
             how = next(weights for pattern, weights in groups if pattern.match(_in_memory(module)))
-            return _dequantised(*held_, how)
+            return _dequantised(layer, how)
 
         with safe_open(path / WEIGHTS, "pt") as file:
             names = [name for name in file.keys() if not name.endswith((".weight_scale", ".weight_shape"))]  # noqa: SIM118
-        return {name.replace(".weight_packed", ".weight"): (lambda name=name: of(name)) for name in names}
+        return {name.replace(".weight_packed", ".weight"): partial(of, name) for name in names}
 
     def tensor_bytes(self, path: Path) -> int:
         with safe_open(path / WEIGHTS, "pt") as file:
@@ -173,16 +153,29 @@ class CompressedTensors(Format):
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
 
     def command(self, path: Path, item: Exportable) -> str:
-        return f"vllm serve {quote(str(path))}"
+        if _joins_alike(item):
+            return f"vllm serve {quote(str(path))}"
+        load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({str(path)!r}))"
+        return f"python -c {quote(load)}  # vLLM needs one precision for q, k and v, and one for gate and up"
 
 
-def _divided(config: Config) -> str | None:
-    """Why pieces of in_proj must be of one precision; experts are float16 all, whatever they are to us."""
-    return divided(config) if any(whole.experts is None for whole in _several(config)) else None
+def _never(config: Config) -> str | None:
+    """Why no map of models of this configuration can be written."""
+    if config.embedding_blocks:
+        return "the embedding is in blocks (embedding_blocks); it is one float16 table there, leave them out"
+    return unfit(config)
 
 
-def _several(config: Config) -> Iterable[Whole]:
-    return (whole for whole in wholes(config) if len(set(whole.components)) > 1)
+def _joins_alike(item: Exportable) -> bool:
+    """Whether the layers that vLLM makes one of are packed alike."""
+    precisions = {whole.name: item.precision(whole.first.component) for whole in wholes(item.config)}
+    for name in precisions:
+        for leaves in _FUSED:
+            at, leaf = name.removesuffix(f".{leaves[0]}.weight"), leaves[0]
+            beside = {precisions.get(f"{at}.{other}.weight") for other in leaves}
+            if name.endswith(f".{leaf}.weight") and len({_BITS.get(str(one), 0) for one in beside}) > 1:
+                return False
+    return True
 
 
 def _name(config: Config, whole: Whole) -> str:
@@ -222,13 +215,16 @@ def _arrays(codes: Codes) -> dict[str, Tensor]:
     return {"packed": packed_rows(raised, bits).view(torch.int32), "scale": codes.scale.contiguous(), "shape": shape}
 
 
-def _dequantised(packed: Tensor, scale: Tensor, shape: Tensor, how: Mapping[str, Any]) -> np.ndarray:
+def _dequantised(layer: Mapping[str, Tensor], how: Mapping[str, Any]) -> np.ndarray:
+    """What compressed-tensors makes of a layer, float32 `[n, k]`."""
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     from compressed_tensors.quantization import QuantizationArgs
     from compressed_tensors.quantization.lifecycle.forward import dequantize
 
-    values = unpack_from_int32(packed, how["num_bits"], torch.Size(shape.tolist()))
-    found: np.ndarray = dequantize(values, scale.float(), args=QuantizationArgs(**how), dtype=torch.float32).numpy()
+    values = unpack_from_int32(layer["packed"], how["num_bits"], torch.Size(layer["shape"].tolist()))
+    found: np.ndarray = dequantize(
+        values, layer["scale"].float(), args=QuantizationArgs(**how), dtype=torch.float32
+    ).numpy()
     return found
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +21,8 @@ from transformers import AutoModelForCausalLM
 def main(folder: str, ids_file: str, out_file: str) -> None:
     """Ids `[w, l]` → float32 log-probabilities `[w, l, V]`, one window after another."""
     ids = np.load(ids_file)
-    model, report = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "conversion_errors", "error_msgs"):
         if report.get(kind):
             sys.exit(f"transformers says {kind}: {list(report[kind])[:5]}")

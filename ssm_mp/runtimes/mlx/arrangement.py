@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,9 +27,7 @@ from ssm_mp.runtimes.huggingface import Whole, in_family, stacked, wholes
 
 _LFM2 = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "granitemoehybrid": (
-        (r"\.block_sparse_moe\.experts\.output_linear\.", ".block_sparse_moe.switch_mlp.down_proj."),
-    ),
+    "granitemoehybrid": ((r"\.block_sparse_moe\.experts\.output_linear\.", ".block_sparse_moe.switch_mlp.down_proj."),),
     "nemotron_h": (
         (r"\.mixer\.experts\.up_proj\.", ".mixer.switch_mlp.fc1."),
         (r"\.mixer\.experts\.down_proj\.", ".mixer.switch_mlp.fc2."),
@@ -40,7 +39,10 @@ _RENAMED: Mapping[str, tuple[tuple[str, str], ...]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), ((r"\.mlp\.experts\.", ".mlp.switch_mlp."),)),
 }
 """Names of transformers → names of mlx-lm's modules: regular expressions and replacements, one after another."""
-_DENSE_GRANITE = ((r"\.shared_mlp\.input_linear\.", ".mlp.gate_up."), (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."))
+_DENSE_GRANITE = (
+    (r"\.shared_mlp\.input_linear\.", ".mlp.gate_up."),
+    (r"\.shared_mlp\.output_linear\.", ".mlp.down_proj."),
+)
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ def is_multiplied(parameter: Parameter) -> bool:
     return isinstance(parameter.form, LinearForm | EmbeddingForm | ExpertsForm)
 
 
+@lru_cache(maxsize=4)
 def factors(config: Config) -> dict[str, Tensor]:
     """What the rows of a tensor are multiplied with there, for its config's multipliers are in the weights already:
     canonical name of a whole → float32 `[n]`, without those that are multiplied with one."""

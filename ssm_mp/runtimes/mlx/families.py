@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from ssm_mp.blocks.attention import Attention
 from ssm_mp.blocks.delta_rule import DeltaRule
 from ssm_mp.blocks.experts import Experts
+from ssm_mp.blocks.feed_forward import FeedForward
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.blocks.mamba2 import Mamba2
 from ssm_mp.config import Config
 from ssm_mp.runtimes.huggingface_config import first, layers_of, parts
 
 _ABSENT = {
-    "jamba": "its mlx-lm takes the softmax of the chosen experts alone, and computes something else",
+    "jamba": "with experts mlx-lm computes another model (a softmax of the chosen ones alone); without, not compared",
     "bamba": "mlx-lm does not know it",
     "itera": "it is of this project alone",
 }
@@ -107,15 +108,12 @@ def _nemotron_h(config: Config) -> Iterator[str]:
     experts = first(config, Experts)
     if experts is not None and experts.routing.groups > 1:
         yield f"n_group = {experts.routing.groups}: mlx-lm may choose experts of the groups that are left out"
-    biases = {getattr(part.block, "projection_bias", None) for part in parts(config) if _is_forward(part.name, part)}
-    if experts is not None:
-        biases |= {experts.latent_bias} if experts.latent is not None else set()
+    forwards = [part.block for part in parts(config) if isinstance(part.block, FeedForward)]
+    biases = {forward.projection_bias for forward in forwards}
+    if experts is not None and experts.latent is not None:
+        biases.add(experts.latent_bias)
     if len(biases) > 1:
         yield "some feed-forwards have biases and others have none; mlx-lm has one key for all"
-
-
-def _is_forward(name: str, part: object) -> bool:
-    return type(getattr(part, "block", None)).__name__ == "FeedForward"
 
 
 def _lfm2(config: Config) -> Iterator[str]:

@@ -9,6 +9,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from math import prod
 from pathlib import Path
 from shlex import quote
@@ -26,7 +27,7 @@ from ssm_mp.precisions.stored import Stored
 from ssm_mp.runtimes.codes import Codes
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
-from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, mixed, write_beside
+from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, mixed, whole_name, write_beside
 from ssm_mp.runtimes.huggingface_config import huggingface_config
 from ssm_mp.runtimes.mlx.arrangement import Entry, entries, factors, is_matrix, is_multiplied
 from ssm_mp.runtimes.mlx.families import unfit
@@ -114,29 +115,30 @@ class Mlx(Format):
             values = [stored[parameter.name][1].tensor().cpu() for parameter in entry.whole.parameters]
             return entry.value(torch.cat(values)).float().numpy()
 
-        return {entry.name: (lambda entry=entry: of(entry)) for entry in entries(item.config)}
+        return {entry.name: partial(of, entry) for entry in entries(item.config)}
 
     def read(self, path: Path) -> Arrays:
         import mlx.core as mx
 
-        tensors = mx.load(str(path / WEIGHTS))
+        tensors: Any = mx.load(str(path / WEIGHTS))
         modules = json.loads((path / CONFIG).read_text(encoding="utf-8")).get("quantization", {})
 
         def of(name: str) -> np.ndarray:
             module = name.removesuffix(".weight")
             if f"{module}.scales" not in tensors or name == module:
                 return np.array(tensors[name].astype(mx.float32))
-            packed = [tensors[f"{module}.{leaf}"] for leaf in ("weight", "scales", "biases")]
+            weight, scales, biases = (tensors[f"{module}.{leaf}"] for leaf in ("weight", "scales", "biases"))
             how = modules[module]
-            return np.array(mx.dequantize(*packed, group_size=how["group_size"], bits=how["bits"]))
+            return np.array(mx.dequantize(weight, scales, biases, how["group_size"], how["bits"]))
 
         names = [name for name in tensors if not name.endswith((".scales", ".biases"))]
-        return {name: (lambda name=name: of(name)) for name in names}
+        return {name: partial(of, name) for name in names}
 
     def tensor_bytes(self, path: Path) -> int:
         import mlx.core as mx
 
-        return sum(int(tensor.nbytes) for tensor in mx.load(str(path / WEIGHTS)).values())
+        tensors: Any = mx.load(str(path / WEIGHTS))
+        return sum(int(tensor.nbytes) for tensor in tensors.values())
 
     def ask(self, path: Path, ids: Path, out: Path) -> list[str]:
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
@@ -150,10 +152,12 @@ def mlx_config(config: Config, source: Mapping[str, Any], modules: Mapping[str, 
     values = huggingface_config(config, source)
     if config.family in ("qwen3_5_text", "qwen3_5_moe_text"):  # mlx-lm has the language model within one of both
         kind = config.family.removesuffix("_text")
-        outer = {key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values}
+        outer: dict[str, Any] = {
+            key: values[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in values
+        }
         values = {
-            "architectures": [f"{'Qwen3_5Moe' if 'moe' in kind else 'Qwen3_5'}ForConditionalGeneration"],
-            "model_type": kind, "tie_word_embeddings": config.tied, **outer, "text_config": values,
+            **outer, "architectures": [f"{'Qwen3_5Moe' if 'moe' in kind else 'Qwen3_5'}ForConditionalGeneration"],
+            "model_type": kind, "tie_word_embeddings": config.tied, "text_config": values,
         }  # fmt: skip
     if modules:
         most = Counter((how["group_size"], how["bits"]) for how in modules.values()).most_common(1)[0][0]
@@ -168,7 +172,7 @@ def _may_be_packed(component: Component, config: Config) -> bool:
 
 
 def _is_scaled(parameter: Parameter, scaled: Mapping[str, Tensor]) -> bool:
-    return parameter.name in scaled
+    return whole_name(parameter.name) in scaled
 
 
 def _placed(

@@ -39,8 +39,7 @@ from tests.tiny import MAMBA, MAMBAS, write_checkpoint
 ALL = ("int8", "int4", "nf4", "int3", "fp16")
 FAMILIES = (
     "falcon_mamba/plain", "bamba/plain", "nemotron_h/experts-latent-together", "falcon_h1/norm-then-gate",
-    "jamba/experts", "lfm2_moe/plain", "qwen3_next/many-experts", "itera",
-    "mamba2/biases-split",
+    "jamba/experts", "lfm2_moe/plain", "qwen3_next/many-experts", "itera", "mamba2/biases-split",
 )  # fmt: skip
 """Every block with every option that its graph depends on, between them."""
 

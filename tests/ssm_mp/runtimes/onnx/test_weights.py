@@ -128,5 +128,5 @@ def test_only_codes_of_three_bits_take_more_than_ours(precision: str) -> None:
 
 
 def test_a_precision_from_outside_has_no_layout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PRECISIONS.homes, "fp8", "tests.ssm_mp.precisions.fp8:FP8")  # type: ignore[arg-type]
+    monkeypatch.setitem(PRECISIONS.homes, "fp8", "tests.ssm_mp.precisions.fp8:FP8")
     assert kind_of("fp8") is None
