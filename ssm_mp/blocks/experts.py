@@ -77,7 +77,7 @@ class Experts(Block):
         return Hidden(self.d_hidden, self.activation, self.gated, self.fused)
 
     def module(self, parts: Parts, scan: Scan | None = None) -> ExpertsMixing:
-        return ExpertsMixing(self, parts)
+        return ExpertsMixing(self, parts, scan or chosen_experts)
 
     @property
     def token_floats(self) -> int:
@@ -86,10 +86,11 @@ class Experts(Block):
 
 
 class ExpertsMixing(Mixing):
-    """The module of `Experts`; it carries nothing."""
+    """The module of `Experts`; it carries nothing. Its `scan`, as `chosen_experts`, adds up what experts make."""
 
-    def __init__(self, block: Experts, parts: Parts) -> None:
+    def __init__(self, block: Experts, parts: Parts, scan: Scan) -> None:
         super().__init__()
+        self.scan = scan
         self.routing, self.top_k, self.experts = block.routing, block.top_k, block.experts
         self.hidden = block.hidden
         self.router = parts["router"]
@@ -104,28 +105,29 @@ class ExpertsMixing(Mixing):
         correction = None if self.correction_bias is None else self.correction_bias.tensor()
         weights, chosen = self.routing(self.router(v), correction, self.top_k)  # [m, c] each
         inputs = v if self.latent_in is None else self.latent_in(v)  # [m, q]
-        out = self._mixed(inputs, weights, chosen)
+        out: Tensor = self.scan(self, inputs, weights, chosen)
         return (out if self.latent_out is None else self.latent_out(out)).reshape(u.shape), ()
 
-    def _mixed(self, inputs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
-        """`inputs [m, q]` → `[m, q]`: each token's experts, one after another.
 
-        A token's summands are added in the order of its experts' numbers, whatever other tokens there are; a token
-        comes once in an expert's share, so that no sum depends on the order in which threads get to it.
-        """
-        out = torch.zeros_like(inputs)
-        flat = chosen.flatten()
-        shares = torch.bincount(flat, minlength=self.experts).tolist()
-        order = flat.argsort(stable=True)  # the choices, expert after expert, and in the order of tokens for each
-        tokens, factors = order // chosen.shape[1], weights.flatten()[order]
-        start = 0
-        for expert, share in enumerate(shares):
-            if share:
-                part = slice(start, start + share)
-                x, start = inputs[tokens[part]], start + share
-                hidden = self.hidden.of(*(project(x, expert) for project in self.inward))
-                out.index_add_(0, tokens[part], self.outward(hidden, expert) * factors[part, None])
-        return out
+def chosen_experts(mixing: ExpertsMixing, inputs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+    """`inputs [m, q]`, weights and numbers of experts `[m, c]` → `[m, q]`: each token's experts, one after another.
+
+    A token's summands are added in the order of its experts' numbers, whatever other tokens there are; a token
+    comes once in an expert's share, so that no sum depends on the order in which threads get to it.
+    """
+    out = torch.zeros_like(inputs)
+    flat = chosen.flatten()
+    shares = torch.bincount(flat, minlength=mixing.experts).tolist()
+    order = flat.argsort(stable=True)  # the choices, expert after expert, and in the order of tokens for each
+    tokens, factors = order // chosen.shape[1], weights.flatten()[order]
+    start = 0
+    for expert, share in enumerate(shares):
+        if share:
+            part = slice(start, start + share)
+            x, start = inputs[tokens[part]], start + share
+            hidden = mixing.hidden.of(*(project(x, expert) for project in mixing.inward))
+            out.index_add_(0, tokens[part], mixing.outward(hidden, expert) * factors[part, None])
+    return out
 
 
 def _projection(block: Experts, parts: Parts, leaf: str) -> nn.Module:

@@ -14,11 +14,13 @@ from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_mp.kernels.compiler import library
 
 _LOG2_E = math.log2(math.e)
+
+_IN_MEMORY = (Tensor, nn.Parameter)
 
 MOST_KEYS = 1024
 """Largest size of a key head that `delta_rule` takes: it keeps some of each on the stack."""
@@ -95,10 +97,13 @@ def compiled() -> bool:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels can compute with these tensors: compiled, on the CPU, float32, no gradient asked for."""
+    """Whether the kernels can compute with these tensors: compiled, on the CPU, float32, no gradient asked for, and no
+    stand-ins without memory, with which a graph is traced."""
     wanted = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor.device.type != "cpu" or tensor.dtype != torch.float32 or (wanted and tensor.requires_grad):
+            return False
+        if type(tensor) not in _IN_MEMORY:
             return False
     return compiled()
 

@@ -25,6 +25,7 @@ FORMATS = {
     "gguf": Home("ssm_mp.runtimes.gguf.format:GGUF", inputs="blocks"),
     "mlx": Home("ssm_mp.runtimes.mlx.format:MLX"),
     "compressed-tensors": Home("ssm_mp.runtimes.compressed_tensors.format:COMPRESSED_TENSORS"),
+    "onnx": Home("ssm_mp.runtimes.onnx.format:ONNX"),
 }
 """Every format's home, the most used first."""
 
