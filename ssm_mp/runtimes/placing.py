@@ -11,15 +11,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ssm_mp.errors import ExportError
 
-VERDICT = "ssm-mp.json"
+METRICS = "metrics.json"
 """What was written, and what its runtime said of it: in a folder under this name, beside a file with it as suffix."""
+_OURS = {"written_by": "ssm-mp"}
 
 
 def told_beside(path: Path, suffix: str) -> Path:
     """Where what was found of an exported file or folder stands."""
-    return path.with_name(f"{path.name}.{VERDICT}") if suffix else path / VERDICT
+    return path.with_name(f"{path.name}.{METRICS}") if suffix else path / METRICS
+
+
+def _is_ours(path: Path, suffix: str) -> bool:
+    """Whether what stands at `path` is a file, or a folder, that this tool wrote."""
+    if path.is_symlink() or path.is_dir() == bool(suffix):
+        return False
+    try:
+        told = json.loads(told_beside(path, suffix).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and _OURS.items() <= told.items()
 
 
 def require_free(path: Path, suffix: str, replace: bool) -> None:
@@ -30,7 +44,7 @@ def require_free(path: Path, suffix: str, replace: bool) -> None:
         return
     if not replace:
         raise ExportError(f"{path} already exists; replace it with --force, or choose another name")
-    if path.is_symlink() or path.is_dir() == bool(suffix) or not told_beside(path, suffix).is_file():
+    if not _is_ours(path, suffix):
         raise ExportError(
             f"{path} was not written by this tool as it stands there; move it away, or choose another name"
         )
@@ -47,10 +61,10 @@ def put(path: Path, suffix: str, write: Callable[[Path], Mapping[str, Any]], *, 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ssm-mp.export-", dir=path.parent) as folder:
             new = Path(folder, path.name)
-            told = write(new)
+            told = {**_OURS, **write(new)}
             told_beside(new, suffix).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             _place(new, path, suffix, Path(folder))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ExportError(f"{path}: it could not be written ({error}); nothing was left behind") from None
     finally:
         if not os.path.lexists(path):

@@ -94,7 +94,9 @@ class Gguf(Format):
             folded = folded or any(rows.factor != 1.0 for _, rows in found)
         size += sum(_FLOAT32 * prod(entry.shape) for entry in layout.fillers.get(component.name, ()))
         what = "values" if word == "F16" else "scales"
-        note = f"{what} times the model's multipliers, rounded to float16 anew" if folded and word != "F32" else ""
+        note = (
+            f"{what} times what llama.cpp has no key for, rounded to float16 anew" if folded and word != "F32" else ""
+        )
         return Encoding(word, size, note)
 
     def write(self, item: Exportable, path: Path) -> None:

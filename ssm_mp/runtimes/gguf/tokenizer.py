@@ -121,7 +121,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
     try:
         said = json.loads(content)
     except ValueError as error:
-        raise ExportError(f"GGUF: tokenizer.json is not JSON ({error})") from None
+        raise ExportError(f"tokenizer.json is not JSON ({error})") from None
     if not isinstance(said, dict):
         raise _refused("an object", type(said).__name__)
     return said
@@ -134,7 +134,7 @@ def _section(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _refused(expected: str, found: object) -> ExportError:
     return ExportError(
-        f"GGUF: tokenizer.json: expected {expected}, found {found!r}; export without the tokenizer and give token ids"
+        f"tokenizer.json: expected {expected}, found {found!r}; export without the tokenizer and give token ids"
     )
 
 

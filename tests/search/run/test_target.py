@@ -60,7 +60,7 @@ def test_every_size_of_the_search_is_the_files(searched: Path) -> None:
             format_.encoding(component, precisions[component.name], EVEN) for component in workspace.space.components
         ]
         assert point["bytes"] == sum(one.bytes for one in held if one is not None)
-    told = json.loads((searched / "run/winner.gguf.ssm-mp.json").read_text())
+    told = json.loads((searched / "run/winner.gguf.metrics.json").read_text())
     winner = next(point for point in front["front"] if point["trial"] == front["winner"])
     assert told["bytes"] == winner["bytes"]
     assert told["certificate_is_of_this_file"] is True
@@ -172,7 +172,7 @@ def test_the_arithmetic_of_a_file_is_that_of_its_artifact(searched: Path) -> Non
     """The artifact of a search for llama.cpp rounds inputs as that does; the model of its file alike."""
     workspace = workspace_of(searched, "gguf")
     artifact, windows = load_artifact(searched / "run/winner"), workspace.splits.search
-    told = json.loads((searched / "run/winner.gguf.ssm-mp.json").read_text())
+    told = json.loads((searched / "run/winner.gguf.metrics.json").read_text())
     precision_map = PrecisionMap(tuple(told["map"].items()))
     rebuilt = with_inputs(Exportable("x", artifact, precision_map), "blocks")
     assert evaluate(rebuilt.model, windows).perplexity == evaluate(artifact, windows).perplexity

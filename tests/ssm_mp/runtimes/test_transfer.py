@@ -49,12 +49,12 @@ def test_what_is_written_is_confirmed_and_told_beside_it(tmp_path: Path) -> None
     assert done.verdict is not None
     assert done.verdict.agrees
     assert done.verdict.perplexity == pytest.approx(evaluate(done.item.model, WINDOWS).perplexity, rel=1e-5)
-    told = json.loads((tmp_path / "x.npz.ssm-mp.json").read_text())
+    told = json.loads((tmp_path / "x.npz.metrics.json").read_text())
     assert told["verified"] is True
     assert told["trial"] == 3
     assert told["bytes"] == done.plan.bytes
     assert told["file_bytes"] == (tmp_path / "x.npz").stat().st_size
-    assert left(tmp_path) == ["x.npz", "x.npz.ssm-mp.json"]
+    assert left(tmp_path) == ["x.npz", "x.npz.metrics.json"]
 
 
 def test_a_map_that_is_not_held_is_refused_by_name_and_written_wider_only_when_asked(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_a_map_that_is_not_held_is_refused_by_name_and_written_wider_only_when_a
     assert done.plan.widened["layers.1.ssm.out_proj"] == ("nf4", "int8")
     assert "layers.0.ssm.in_proj" not in done.plan.widened
     assert done.item.precision("layers.1.ssm.out_proj") == "int8"
-    assert json.loads((tmp_path / "x.npz.ssm-mp.json").read_text())["widened"]["layers.0.ssm.dt_proj"] == [
+    assert json.loads((tmp_path / "x.npz.metrics.json").read_text())["widened"]["layers.0.ssm.dt_proj"] == [
         "int8",
         "fp16",
     ]

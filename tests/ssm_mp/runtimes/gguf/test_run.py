@@ -48,33 +48,33 @@ def test_a_damaged_file_is_refused_in_llama_cpps_words(file: Path, damage: Calla
     file.write_bytes(damage(file.read_bytes()))
 
     with pytest.raises(DisagreementError, match=said):
-        run(GGUF, file, ids_of(VOCABULARY).numpy())
+        run(GGUF, file, ids_of(VOCABULARY).numpy(), VOCABULARY)
 
 
 def test_a_token_that_the_file_has_not_is_refused(file: Path) -> None:
     with pytest.raises(DisagreementError, match="token ids from 500 to 500, but the file has 101 tokens"):
-        run(GGUF, file, np.full((1, 4), 500, dtype=np.int64))
+        run(GGUF, file, np.full((1, 4), 500, dtype=np.int64), VOCABULARY)
 
 
 def test_windows_that_are_read_in_parts_give_what_they_give_in_one(
     file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     ids = ids_of(VOCABULARY, windows=2, length=40).numpy()
-    whole = run(GGUF, file, ids)
+    whole = run(GGUF, file, ids, VOCABULARY)
     short = tmp_path / "run.py"
     source = Path(runner.__file__).read_text(encoding="utf-8")
     short.write_text(source.replace("MOST_TOKENS = 512", "MOST_TOKENS = 7"), encoding="utf-8")
     assert "MOST_TOKENS = 7" in short.read_text(encoding="utf-8")
     monkeypatch.setattr("ssm_mp.runtimes.gguf.format._RUNNER", short)
 
-    parts = run(GGUF, file, ids)
+    parts = run(GGUF, file, ids, VOCABULARY)
 
     assert whole.tokens == parts.tokens == 80
     assert np.abs(whole.log_probabilities - parts.log_probabilities).max() < 1e-4
 
 
 def test_rows_are_log_probabilities(file: Path) -> None:
-    found = run(GGUF, file, ids_of(VOCABULARY).numpy()).log_probabilities
+    found = run(GGUF, file, ids_of(VOCABULARY).numpy(), VOCABULARY).log_probabilities
 
     assert np.abs(np.exp(found.astype(np.float64)).sum(axis=-1) - 1).max() < 1e-5
 

@@ -1,0 +1,192 @@
+"""What every format of the registry keeps, on a dense hybrid that each of them holds."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ssm_mp.components import find_components
+from ssm_mp.conversion.convert import Converter
+from ssm_mp.errors import DisagreementError, ExportError
+from ssm_mp.model import build
+from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.runtimes.capability import not_worth, sized, table
+from ssm_mp.runtimes.exportable import Exportable, twin
+from ssm_mp.runtimes.format import Arrays, Format
+from ssm_mp.runtimes.registry import FORMATS, get_format
+from ssm_mp.runtimes.running import cannot_verify
+from ssm_mp.runtimes.transfer import planned, transfer
+from ssm_mp.runtimes.verify import unequal_weights
+from ssm_mp.scheme import Scheme
+from tests.ssm_mp.runtimes.checking import checked, ids_of, item_of, mixed_rules
+from tests.ssm_mp.runtimes.gguf.models import checkpoint_of
+
+MODEL = "granitemoehybrid"
+every = pytest.mark.parametrize("word", FORMATS)
+every_runtime = pytest.mark.parametrize(
+    "word", [word if word == "gguf" else pytest.param(word, marks=pytest.mark.slow) for word in FORMATS]
+)
+"""A test that lets runtimes answer, which take long to start."""
+
+
+def mixed(format_: Format, *precisions: str) -> Exportable:
+    checkpoint = checkpoint_of(MODEL)
+    return item_of(checkpoint, mixed_rules(format_, checkpoint, *(precisions or ("int8", "int4", "fp16"))))
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@every
+def test_names_and_packages_are_those_of_the_registry(word: str) -> None:
+    format_ = get_format(word)
+    assert format_.word == word
+    assert format_.inputs == FORMATS[word].inputs
+    assert all(version(package) for package in format_.packages)
+    assert cannot_verify(format_) == ""  # the extra is installed where the tests run
+
+
+@every_runtime
+def test_a_mixed_map_is_written_read_back_equal_and_confirmed(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item = mixed(format_)
+    assert {precision for _, precision in item.precision_map or ()} == {"int8", "int4", "fp16"}
+    done = checked(format_, item, tmp_path)
+    assert done.plan.widened == {}
+    assert item.precision_map is not None
+    components = sized(format_, item.components, item.config)
+    assert done.plan.bytes == item.precision_map.bytes(components, "none") == format_.tensor_bytes(done.path)
+
+
+@every
+def test_the_same_model_is_the_same_file(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item = mixed(format_)
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        format_.write(item, tmp_path / name / f"model{format_.suffix}")
+    first, second = (
+        {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        for folder in (tmp_path / "a", tmp_path / "b")
+    )
+    assert first.keys() == second.keys()
+    assert [name for name in first if first[name] != second[name]] == []
+
+
+@every
+def test_another_model_is_seen_in_what_is_read_back(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item, path = mixed(format_), tmp_path / f"model{format_.suffix}"
+    format_.write(item, path)
+    checkpoint = checkpoint_of(MODEL)
+    tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    tensors["layers.0.mamba.in_proj.weight"][3, 5] += 1.0
+    other = item_of(replace(checkpoint, tensors=tensors), dict(item.precision_map or ()))
+    assert unequal_weights(format_, item, path) == []
+    assert len(unequal_weights(format_, other, path)) == 1
+
+
+@every_runtime
+def test_the_runtimes_answers_are_held_against_ours(word: str, tmp_path: Path) -> None:
+    """A format whose reader is deceived is still found out by its runtime."""
+
+    class Spoilt(type(get_format(word))):  # type: ignore[misc]  # a class that is found at run time
+        def write(self, item: Exportable, path: Path) -> None:
+            checkpoint = checkpoint_of(MODEL)
+            tensors = {**checkpoint.tensors, "norm.weight": checkpoint.tensors["norm.weight"] * 4}
+            spoilt = item_of(replace(checkpoint, tensors=tensors), dict(item.precision_map or {"*": "fp16"}))
+            super().write(twin(spoilt) if item.precision_map is None else spoilt, path)
+
+        def read(self, path: Path) -> Arrays:
+            return self.expected(twin(told) if path.name.startswith("twin") else told)
+
+    format_ = Spoilt()
+    told = mixed(format_)
+    out = tmp_path / f"model{format_.suffix}"
+    with pytest.raises(DisagreementError, match=r"not confirmed by .* names or arrangement is at fault"):
+        transfer(format_, told, out, windows=ids_of(told.config.vocabulary).numpy())
+    assert left(tmp_path) == []
+
+
+@every
+def test_every_precision_is_held_or_refused_and_the_table_says_which(word: str) -> None:
+    format_, checkpoint = get_format(word), checkpoint_of(MODEL)
+    converter = Converter(build(checkpoint.config, checkpoint.tensors), Scheme(activations="none"))
+    rows = table(format_, converter.components, checkpoint.config)
+    assert sum(row.components for row in rows) == len(converter.components)
+    for name in PRECISIONS:
+        precision_map = PrecisionMap.uniform(name, converter.components)
+        item = Exportable("tiny", converter.convert(precision_map), precision_map, checkpoint.source)
+        missing = [
+            component.name
+            for component in converter.components
+            if format_.encoding(component, precision_map[component.name], checkpoint.config) is None
+        ]
+        if missing:
+            with pytest.raises(ExportError, match=f"{word} cannot hold {missing[0]} at {name}"):
+                planned(format_, item, widen=False)
+        wide = planned(format_, item, widen=True)
+        assert sorted(wide.widened) == sorted(missing)
+
+
+@every
+def test_what_a_search_may_choose_is_ever_smaller(word: str) -> None:
+    format_, checkpoint = get_format(word), checkpoint_of(MODEL)
+    for component in find_components(checkpoint):
+        out = not_worth(format_, component, tuple(PRECISIONS), checkpoint.config)
+        held = [format_.encoding(component, name, checkpoint.config) for name in PRECISIONS if name not in out]
+        sizes = [encoding.bytes for encoding in held if encoding is not None]
+        assert sizes == sorted(set(sizes), reverse=True)
+        assert sizes
+
+
+@every
+def test_a_full_disk_leaves_nothing_behind(word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    format_ = get_format(word)
+    item = mixed(format_)
+    write = type(format_).write
+
+    def full(self: Format, item: Exportable, path: Path) -> None:
+        write(self, item, path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(format_), "write", full)
+    with pytest.raises(ExportError, match="could not be written .*No space left on device.*nothing was left behind"):
+        transfer(format_, item, tmp_path / "new" / f"model{format_.suffix}")
+    assert left(tmp_path) == []
+
+
+@every
+def test_what_is_written_is_told_beside_it_and_may_be_replaced(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    out = tmp_path / f"model{format_.suffix}"
+    done = transfer(format_, mixed(format_), out, unverified="not asked")
+    beside = tmp_path / f"model{format_.suffix}.metrics.json" if format_.suffix else out / "metrics.json"
+    told = json.loads(beside.read_text())
+    assert told["written_by"] == "ssm-mp"
+    assert told["bytes"] == done.plan.bytes
+    assert told["verdict"] == "not asked"
+    assert str(out) in done.command
+    with pytest.raises(ExportError, match="already exists; replace it with --force"):
+        transfer(format_, mixed(format_), out)
+    again = transfer(format_, mixed(format_, "fp16"), out, replace=True)
+    assert json.loads(beside.read_text())["bytes"] == again.plan.bytes > done.plan.bytes
+
+
+@every
+def test_a_twin_is_all_float32(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    whole = twin(mixed(format_))
+    path = tmp_path / f"twin{format_.suffix}"
+    format_.write(whole, path)
+    assert unequal_weights(format_, whole, path) == []
+    sizes = [np.asarray(read()).size for read in format_.read(path).values()]
+    assert format_.tensor_bytes(path) >= 4 * sum(sizes)
