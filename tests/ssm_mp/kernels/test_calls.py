@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssm_mp.kernels import calls
 from ssm_mp.modules.convolution import DepthwiseConv, conv_silu_reference
@@ -117,3 +118,10 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, three) for one, three in zip(*found, strict=True))
+
+
+def test_a_tensor_without_memory_is_not_for_kernels() -> None:
+    """As a traced graph has them: they would be read at an address of nothing."""
+    with FakeTensorMode():
+        assert not calls.usable(torch.ones(2, 3))
+    assert calls.usable(torch.ones(2, 3)) == calls.compiled()
