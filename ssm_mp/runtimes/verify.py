@@ -23,8 +23,10 @@ from ssm_mp.runtimes.running import Ran, named, run
 _MOST_NUMBERS = 1 << 26
 """Log-probabilities that are compared at most: 256 MB of them."""
 _SHOWN = 5
-_AMPLIFIED = 2.0
-"""How many times the cost of rounding inputs two right implementations of it may be apart."""
+_LARGEST_NLL = 700.0
+"""Nats; exp of more is no float64."""
+_AMPLIFIED, _MOST_AMPLIFIED = 2.0, 1e-2
+"""How many times the cost of rounding inputs two right implementations of it may be apart, and how far at most."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def perplexity(log_probabilities: np.ndarray, ids: np.ndarray) -> float:
     if ids.shape[1] < 2:
         return math.nan
     chosen = np.take_along_axis(log_probabilities[:, :-1], ids[:, 1:, None], axis=2)  # [w, l-1, 1]
-    return math.exp(-float(chosen.astype(np.float64).mean()))
+    nll = -float(chosen.astype(np.float64).mean())
+    return math.exp(nll) if nll < _LARGEST_NLL else math.inf
 
 
 def divergences(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
@@ -128,7 +131,8 @@ def verdict(format_: Format, item: Exportable, path: Path, ids: np.ndarray) -> V
     ids = fitting(ids, item.config.vocabulary)
     there = run(format_, path, ids, item.config.vocabulary)
     mine = ours(with_inputs(item, format_.inputs).model, ids)
-    gate = max(format_.largest_divergence, _AMPLIFIED * _cost_of_rounding(format_, item, ids, mine))
+    amplified = _AMPLIFIED * _cost_of_rounding(format_, item, ids, mine)
+    gate = max(format_.largest_divergence, min(amplified, _MOST_AMPLIFIED))
     kl = divergences(mine.log_probabilities, there.log_probabilities)
     mean = float(kl.mean())
     return Verdict(

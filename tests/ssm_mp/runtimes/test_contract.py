@@ -101,12 +101,13 @@ def test_the_runtimes_answers_are_held_against_ours(word: str, tmp_path: Path) -
     class Spoilt(type(get_format(word))):  # type: ignore[misc]  # a class that is found at run time
         def write(self, item: Exportable, path: Path) -> None:
             checkpoint = checkpoint_of(MODEL)
-            tensors = {**checkpoint.tensors, "norm.weight": checkpoint.tensors["norm.weight"] * 4}
+            tensors = {**checkpoint.tensors, "norm.weight": -checkpoint.tensors["norm.weight"]}
             spoilt = item_of(replace(checkpoint, tensors=tensors), dict(item.precision_map or {"*": "fp16"}))
             super().write(twin(spoilt) if item.precision_map is None else spoilt, path)
 
         def read(self, path: Path) -> Arrays:
-            return self.expected(twin(told) if path.name.startswith("twin") else told)
+            found: Arrays = self.expected(twin(told) if path.name.startswith("twin") else told)
+            return found
 
     format_ = Spoilt()
     told = mixed(format_)
