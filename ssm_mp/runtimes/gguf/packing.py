@@ -16,9 +16,9 @@ import torch
 
 from ssm_mp.errors import ExportError
 from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, GroupedTensor
-from ssm_mp.precisions.groups import GROUP
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.runtimes.codes import codes_of
 from ssm_mp.runtimes.gguf.tensors import BLOCK
 
 WORDS = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0", "int3": "Q4_0"}
@@ -101,27 +101,12 @@ def packed(stored: Stored) -> Packed:
     shape = tuple(stored.shape)
     if word is None or len(shape) != 2 or row_bytes(word, shape[1]) is None:
         raise ExportError(f"GGUF has no type for a {type(stored).__name__} of shape {list(shape)}")
-    n, k = shape
     if isinstance(stored, FloatTensor):
-        return Packed(word, stored.value.detach().numpy())
-    blocks = (n, k // BLOCK)
-    if isinstance(stored, Int8Tensor):
-        scales = stored.scale.numpy()
-        return Packed(word, stored.q.numpy().reshape(*blocks, BLOCK), np.broadcast_to(scales[:, None], blocks))
-    assert isinstance(stored, GroupedTensor)
-    codes = _codes(stored.q.numpy(), stored.book.bits)[: n * k].view(np.int8)
-    values = (codes - np.int8(stored.book.limit)).reshape(*blocks, BLOCK)  # the books are −limit … limit
-    groups = (np.arange(n * k // BLOCK) * BLOCK // GROUP).reshape(blocks)
-    return Packed(word, values, stored.scale.numpy()[groups])
-
-
-def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of 3 or 4 bits, the first in the lowest bits of `packed [g, 8·bits]`: uint8 `[64·g]`."""
-    if bits == 4:
-        return np.stack((packed & 15, packed >> 4), axis=-1).reshape(-1)
-    first, second, third = (packed.reshape(-1, 3)[:, i].astype(np.uint32) for i in range(3))
-    eight = (first | second << 8 | third << 16)[:, None] >> np.arange(0, 24, 3, dtype=np.uint32)  # [8g, 8]
-    return (eight & 7).astype(np.uint8).reshape(-1)
+        return Packed(word, stored.value.detach().cpu().numpy())
+    codes = codes_of(stored)
+    assert codes is not None
+    values = codes.values().numpy().reshape(shape[0], -1, BLOCK)
+    return Packed(word, values, np.repeat(codes.scale.numpy(), codes.group // BLOCK, axis=1))
 
 
 def _times(values: np.ndarray, factor: float) -> np.ndarray:

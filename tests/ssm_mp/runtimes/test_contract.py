@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import Converter
@@ -79,6 +80,34 @@ def test_the_same_model_is_the_same_file(word: str, tmp_path: Path) -> None:
     )
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that, as one of a GPU, has to be brought to the CPU before numpy sees it; what is computed of it too."""
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+@every
+def test_a_model_on_a_gpu_is_the_same_file(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item, files = mixed(format_), []
+    for name in "ab":
+        path = tmp_path / name / f"model{format_.suffix}"
+        path.parent.mkdir()
+        format_.write(item, path)
+        assert unequal_weights(format_, item, path) == []
+        weights = path / "model.safetensors" if path.is_dir() else path
+        files.append(weights.read_bytes())
+        for module in item.model.modules():
+            for key, tensor in module._buffers.items():  # noqa: SLF001, so that they are no other modules
+                module._buffers[key] = None if tensor is None else tensor.as_subclass(Elsewhere)  # noqa: SLF001
+    assert any(isinstance(tensor, Elsewhere) for tensor in item.model.buffers())
+    assert files[0] == files[1]
 
 
 @every
