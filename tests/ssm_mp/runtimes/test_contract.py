@@ -21,6 +21,7 @@ from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.runtimes.capability import not_worth, sized, table
 from ssm_mp.runtimes.exportable import Exportable, twin
 from ssm_mp.runtimes.format import Arrays, Format
+from ssm_mp.runtimes.placing import remove
 from ssm_mp.runtimes.registry import FORMATS, get_format
 from ssm_mp.runtimes.running import cannot_verify
 from ssm_mp.runtimes.transfer import planned, transfer
@@ -209,6 +210,37 @@ def test_what_is_written_is_told_beside_it_and_may_be_replaced(word: str, tmp_pa
         transfer(format_, mixed(format_), out)
     again = transfer(format_, mixed(format_, "fp16"), out, replace=True)
     assert json.loads(beside.read_text())["bytes"] == again.plan.bytes > done.plan.bytes
+
+
+@every
+def test_what_the_tool_did_not_write_is_never_replaced_or_removed(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    out = tmp_path / f"model{format_.suffix}"
+    transfer(format_, mixed(format_), out)
+    if format_.suffix:
+        beside = tmp_path / f"model{format_.suffix}.metrics.json"
+        beside.write_text('{"mine": 1}')
+        said, kept = "model.*metrics.json was not written by this tool", beside
+        others = [out.name, beside.name]
+    else:
+        kept = out / "mine.txt"
+        kept.write_text("mine")
+        said, others = "holds what this tool did not write: mine.txt; move", ["mine.txt"]
+    before = kept.read_bytes()
+    with pytest.raises(ExportError, match=said):
+        transfer(format_, mixed(format_), out, replace=True)
+    remove(out, format_.suffix)
+    assert kept.read_bytes() == before
+    assert set(others) <= set(left(tmp_path))
+
+
+@every
+def test_what_was_written_is_removed_whole(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    out = tmp_path / f"model{format_.suffix}"
+    transfer(format_, mixed(format_), out)
+    remove(out, format_.suffix)
+    assert left(tmp_path) == []
 
 
 @every
