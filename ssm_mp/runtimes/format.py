@@ -79,6 +79,11 @@ class Format(ABC):
         """
         return self.refusal(item.config)
 
+    def refusal_of_tokenizer(self, tokenizer: bytes, config: Config) -> str | None:
+        """Why a `tokenizer.json` cannot go into a file of such a model; None where it can. A study whose text needs it
+        is refused by it at its start."""
+        return None
+
     @abstractmethod
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         """How a component at a precision is held with all its values; None where the format has no way.

@@ -25,7 +25,7 @@ from ssm_mp.runtimes.gguf.architectures import unknown
 from ssm_mp.runtimes.gguf.layout import known_layout, layout_of
 from ssm_mp.runtimes.gguf.packing import WORDS, row_bytes, word_of
 from ssm_mp.runtimes.gguf.tensors import Entry
-from ssm_mp.runtimes.gguf.tokenizer import tokenizer_keys
+from ssm_mp.runtimes.gguf.tokenizer import require_known
 
 _FLOAT32 = 4
 _ADVICE = '[precision] experts = "together", and no [precision] split'
@@ -68,9 +68,12 @@ class Gguf(Format):
             if len(set(words.values())) > 1:
                 said = listed(f"{part} {item.precision(part)}" for part in parts)
                 return f"{entry.name} is one tensor of one type, found {said}; use {_ADVICE}"
+        refused = None if item.tokenizer is None else self.refusal_of_tokenizer(item.tokenizer, item.config)
+        return refused and f"{refused}; --no-tokenizer leaves it out, and the file then takes token ids"
+
+    def refusal_of_tokenizer(self, tokenizer: bytes, config: Config) -> str | None:
         try:
-            for _ in tokenizer_keys(item):
-                pass
+            require_known(tokenizer, config.vocabulary)
         except ExportError as error:
             return str(error)
         return None
