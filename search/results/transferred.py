@@ -16,7 +16,7 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.exportable import Exportable, with_inputs
 from ssm_mp.runtimes.format import Format
-from ssm_mp.runtimes.transfer import Transferred, transfer
+from ssm_mp.runtimes.transfer import Transferred, planned, transfer
 
 ASKED_WINDOWS = 4
 """Windows that a runtime is asked about."""
@@ -46,7 +46,7 @@ def transfer_map(
     further = {
         "map": precision_map.to_json(),
         "certificate": None if certificate is None else certificate.to_json(),
-        "certificate_is_of_this_file": speaks_of(workspace, format_, widen),
+        "certificate_is_of_this_file": speaks_of(workspace, format_, bool(planned(format_, item, widen).widened)),
         "provenance": dict(provenance or {}),
     }
     windows = asked_windows(workspace.splits.certify) if verify else None
@@ -84,9 +84,9 @@ def asked_windows(windows: Windows) -> np.ndarray:
     return found
 
 
-def speaks_of(workspace: Workspace, format_: Format, widen: bool) -> bool:
+def speaks_of(workspace: Workspace, format_: Format, widened: bool) -> bool:
     """Whether what the study measured is what this file computes: it was for this format, and nothing was widened."""
-    return workspace.spec.export.target == format_.word and not widen
+    return workspace.spec.export.target == format_.word and not widened
 
 
 def perplexity_on_search(workspace: Workspace, done: Transferred) -> float:
