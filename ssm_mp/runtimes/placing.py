@@ -94,6 +94,7 @@ def put(path: Path, suffix: str, write: Callable[[Path], Mapping[str, Any]], *, 
     """
     require_free(path, suffix, replace)
     parents = [parent for parent in path.parents if not parent.exists()]
+    new = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".ssm-mp.export-", dir=path.parent) as folder:
@@ -103,6 +104,8 @@ def put(path: Path, suffix: str, write: Callable[[Path], Mapping[str, Any]], *, 
                 told["files"] = sorted(file.name for file in new.iterdir())
             told_beside(new, suffix).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
             _place(new, path, suffix, Path(folder))
+    except ExportError as error:  # of a file that is gone, at a name that nobody has asked for
+        raise type(error)(str(error).replace(str(new), str(path))) from None
     except (OSError, SafetensorError) as error:
         raise ExportError(f"{path}: it could not be written ({error}); nothing was left behind") from None
     finally:

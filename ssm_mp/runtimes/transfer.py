@@ -197,6 +197,6 @@ def _confirmed(format_: Format, item: Exportable, path: Path, windows: np.ndarra
             said = (
                 f"a float32 twin of the same writer is {difference:.1g} off in log-probability, so {fault} is at fault"
             )
-        except DisagreementError as error:
+        except (ExportError, OSError) as error:
             said = f"and of a float32 twin of the same writer: {error}"
     raise DisagreementError(f"{problem}; {said}; it was not kept")

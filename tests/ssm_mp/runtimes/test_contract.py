@@ -105,8 +105,8 @@ def test_a_model_on_a_gpu_is_the_same_file(word: str, tmp_path: Path) -> None:
         weights = path / "model.safetensors" if path.is_dir() else path
         files.append(weights.read_bytes())
         for module in item.model.modules():
-            for key, tensor in module._buffers.items():  # noqa: SLF001, so that they are no other modules
-                module._buffers[key] = None if tensor is None else tensor.as_subclass(Elsewhere)  # noqa: SLF001
+            for key, tensor in module._buffers.items():
+                module._buffers[key] = None if tensor is None else tensor.as_subclass(Elsewhere)
     assert any(isinstance(tensor, Elsewhere) for tensor in item.model.buffers())
     assert files[0] == files[1]
 

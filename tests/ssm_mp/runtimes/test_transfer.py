@@ -99,6 +99,19 @@ def test_of_a_runtime_that_disagrees_the_twin_tells_whether_names_are_at_fault(t
     assert left(tmp_path) == []
 
 
+def test_a_disagreement_is_told_where_there_can_be_no_twin(tmp_path: Path) -> None:
+    with pytest.raises(
+        DisagreementError, match=r"not confirmed by .* a float32 twin .*: plain holds none: no room; it"
+    ):
+        transfer(replace(PLAIN, off=20.0, twins=False), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
+
+
+def test_what_went_wrong_is_told_of_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DisagreementError) as found:
+        transfer(replace(PLAIN, ending="dies"), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
+    assert str(found.value).startswith(f"{tmp_path / 'x.npz'}: numpy")
+
+
 def test_a_distribution_that_is_not_a_number_is_never_confirmed(tmp_path: Path) -> None:
     with pytest.raises(DisagreementError, match="not confirmed"):
         transfer(replace(PLAIN, off=math.nan), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
