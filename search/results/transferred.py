@@ -23,7 +23,7 @@ ASKED_WINDOWS = 4
 NOT_ASKED = "not verified: the runtime was not asked, as --no-verify says"
 
 
-def transfer_map(
+def transfer_map(  # noqa: PLR0913, an option of the command most of them
     workspace: Workspace,
     precision_map: PrecisionMap,
     format_: Format,
@@ -33,6 +33,7 @@ def transfer_map(
     provenance: Mapping[str, Any] | None = None,
     widen: bool = False,
     verify: bool = True,
+    tokenizer: bool = True,
     replace: bool = False,
 ) -> Transferred:
     """Convert a map of the study and write it for another runtime, which is asked about windows of the certify split.
@@ -41,7 +42,8 @@ def transfer_map(
     """
     item = Exportable(
         workspace.spec.name, workspace.converter.convert(precision_map), precision_map, workspace.checkpoint.source,
-        tokenizer_json(workspace.spec, workspace.checkpoint.config), accompanying(workspace.spec),
+        tokenizer_json(workspace.spec, workspace.checkpoint.config) if tokenizer else None,
+        accompanying(workspace.spec),
     )  # fmt: skip
     further = {
         "map": precision_map.to_json(),
@@ -62,14 +64,15 @@ def transfer_artifact(
     windows: Windows | None,
     *,
     widen: bool,
+    tokenizer: bool = True,
     unverified: str,
     replace: bool,
 ) -> Transferred:
     """Write an artifact's model for another runtime, which is asked about some of the windows."""
-    tokenizer = None if artifact.tokenizer is None else artifact.tokenizer.read_bytes()
+    content = artifact.tokenizer.read_bytes() if tokenizer and artifact.tokenizer is not None else None
     files = {name: (artifact.path / name).read_bytes() for name in ACCOMPANYING if (artifact.path / name).is_file()}
     item = Exportable(
-        artifact.path.resolve().name, artifact.model, artifact.precision_map, artifact.source, tokenizer, files
+        artifact.path.resolve().name, artifact.model, artifact.precision_map, artifact.source, content, files
     )
     asked = None if windows is None else asked_windows(windows)
     further = {"map": artifact.precision_map.to_json()}

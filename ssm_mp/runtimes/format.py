@@ -6,6 +6,7 @@ them, so that a format is known, and its table printed, where neither is install
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -119,6 +120,13 @@ class Format(ABC):
     @abstractmethod
     def command(self, path: Path, item: Exportable) -> str:
         """What the user types next."""
+
+    def command_on_ids(self, path: Path) -> str:
+        """What the user of a file without a tokenizer types next."""
+        return (
+            f"{shlex.join(self.ask(path, Path('ids.npy'), Path('log-probabilities.npy')))}  "
+            "# it has no tokenizer: token ids, int64 [windows, length]"
+        )
 
     def environment(self) -> Mapping[str, str]:
         """Variables that the runtime's process needs."""

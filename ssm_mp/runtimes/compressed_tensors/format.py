@@ -153,6 +153,8 @@ class CompressedTensors(Format):
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
 
     def command(self, path: Path, item: Exportable) -> str:
+        if item.tokenizer is None:
+            return self.command_on_ids(path)
         if _joins_alike(item):
             return f"vllm serve {quote(str(path))}"
         load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({str(path)!r}))"

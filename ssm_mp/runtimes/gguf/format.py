@@ -123,8 +123,7 @@ class Gguf(Format):
 
     def command(self, path: Path, item: Exportable) -> str:
         if item.tokenizer is None:
-            runner = shlex.join([sys.executable, "-P", str(_RUNNER), str(path)])
-            return f"{runner} ids.npy log-probabilities.npy  # it has no tokenizer: token ids, int64 [windows, length]"
+            return self.command_on_ids(path)
         return f"llama-cli -m {shlex.quote(str(path))} -no-cnv -p 'Once upon a time' -n 64"
 
     def environment(self) -> Mapping[str, str]:

@@ -144,6 +144,8 @@ class Mlx(Format):
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
 
     def command(self, path: Path, item: Exportable) -> str:
+        if item.tokenizer is None:
+            return self.command_on_ids(path)
         return f"mlx_lm.generate --model {quote(str(path))} --prompt 'Once upon a time' --max-tokens 100"
 
 
