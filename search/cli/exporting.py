@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.options import Force, Json, Overrides, RunDir, StudyPath, Weights, opened_study, print_answer, say
+from search.cli.options import (
+    Force,
+    Json,
+    Overrides,
+    RunDir,
+    StudyPath,
+    Target,
+    Weights,
+    opened_study,
+    print_answer,
+    say,
+)
 from ssm_mp.runtimes.registry import FORMATS
 
 if TYPE_CHECKING:
@@ -51,7 +62,7 @@ def export(  # noqa: PLR0913, PLR0917, an option of the command each
     tokenizer: WithTokenizer = True,
     run_dir: RunDir = None,
     set_: Overrides = None,
-    target: Annotated[str | None, typer.Option(help="The target that the search was given with --target.")] = None,
+    target: Target = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:

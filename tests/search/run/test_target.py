@@ -21,7 +21,7 @@ from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from search.run.finish import for_target
-from ssm_mp.artifact import load_artifact
+from ssm_mp.artifact import load_artifact, read_artifact
 from ssm_mp.errors import MissingError
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.families.mamba import MambaConfig
@@ -72,6 +72,25 @@ def test_every_size_of_the_search_is_the_files(searched: Path) -> None:
     assert told["bytes"] == winner["bytes"]
     assert told["certificate_is_of_this_file"] is True
     assert told["verified"] is True
+
+
+def test_the_artifact_beside_it_tells_its_own_size(searched: Path) -> None:
+    told = json.loads((searched / "run/winner/metrics.json").read_text())
+    artifact = read_artifact(searched / "run/winner")
+    assert told["compression"] == told["fp32_bytes"] / artifact.tensor_bytes
+    of_file = json.loads((searched / "run/winner.gguf.metrics.json").read_text())["bytes"]
+    assert artifact.tensor_bytes != of_file
+
+
+def test_front_and_plots_are_shown_of_the_target_that_is_named(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/tiny-gguf").symlink_to(searched / "run")
+    assert answered("front", searched / "tiny.toml", "--target", "gguf")["winner"] is not None
+    with pytest.raises(StudyError, match="no search has been run here yet; .*; there is one with --target gguf"):
+        CliRunner().invoke(app, ["front", str(searched / "tiny.toml")], catch_exceptions=False)
 
 
 def test_the_winners_file_passes_its_gate_and_stands_in_the_report(searched: Path) -> None:
