@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,10 @@ class Format(ABC):
         """Why a `tokenizer.json` cannot go into a file of such a model; None where it can. A study whose text needs it
         is refused by it at its start."""
         return None
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        """Components that are one tensor in the file, so that they must be stored alike."""
+        return ()
 
     @abstractmethod
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:

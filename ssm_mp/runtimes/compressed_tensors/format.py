@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -36,6 +36,7 @@ from ssm_mp.runtimes.huggingface import (
     divided,
     held,
     in_family,
+    in_one_tensor,
     is_first,
     mixed,
     stacked,
@@ -72,6 +73,9 @@ class CompressedTensors(Format):
 
     def refusal_of(self, item: Exportable) -> str | None:
         return _never(item.config) or mixed(item)
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        return in_one_tensor(config)
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         size, word = 0, ""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ class Gguf(Format):
             words = {name: word_of(stored[name]) for name in dict.fromkeys(rows.tensor for rows in entry.rows)}
             if len(set(words.values())) > 1:
                 said = listed(f"{part} {item.precision(part)}" for part in parts)
-                return f"{entry.name} is one tensor of one type, found {said}; use {_ADVICE}"
+                return (
+                    f"{entry.name} is one tensor of one type, found {said}; --widen stores all as the widest; or use "
+                    f"{_ADVICE}"
+                )
         refused = None if item.tokenizer is None else self.refusal_of_tokenizer(item.tokenizer, item.config)
         return refused and f"{refused}; --no-tokenizer leaves it out, and the file then takes token ids"
 
@@ -77,6 +80,9 @@ class Gguf(Format):
         except ExportError as error:
             return str(error)
         return None
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        return [] if known_layout(config) is None else [tuple(parts) for _, parts in _shared(config)]
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         layout = None if config.embedding_blocks else known_layout(config)

@@ -14,6 +14,7 @@ import torch
 
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import Converter
+from ssm_mp.conversion.regroup import regrouped
 from ssm_mp.errors import DisagreementError, ExportError
 from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
@@ -166,6 +167,26 @@ def test_every_precision_is_held_or_refused_and_the_table_says_which(word: str) 
                 planned(format_, item, widen=False)
         wide = planned(format_, item, widen=True)
         assert sorted(wide.widened) == sorted(missing)
+
+
+@every
+def test_parts_of_one_tensor_are_stored_as_the_widest_of_them_when_asked(word: str, tmp_path: Path) -> None:
+    format_, checkpoint = get_format(word), regrouped(checkpoint_of("granitemoehybrid/experts"), "each", ("in_proj",))
+    rules = {"*": "int8", "*.experts.1.*": "fp16", "*.in_proj.B": "int4", "*.in_proj.z": "fp16"}
+    item = item_of(checkpoint, rules)
+    out = tmp_path / f"model{format_.suffix}"
+    parts = {part for group in format_.joined(item.config) for part in group}
+    if not parts:
+        assert planned(format_, item, widen=False).widened == {}
+        return
+    with pytest.raises(ExportError, match="one tensor .*--widen stores all as the widest"):
+        transfer(format_, item, out)
+    done = transfer(format_, item, out, widen=True)
+    for group in format_.joined(item.config):
+        assert {done.item.precision(part) for part in group} == {"fp16"}
+    named = [name for name in parts if item.precision(name) != "fp16"]
+    assert {done.plan.widened[name] for name in named} == {("int8", "fp16"), ("int4", "fp16")}
+    assert format_.tensor_bytes(out) == done.plan.bytes
 
 
 @every
