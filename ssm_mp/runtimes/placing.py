@@ -107,7 +107,9 @@ def put(path: Path, suffix: str, write: Callable[[Path], Mapping[str, Any]], *, 
     except ExportError as error:  # of a file that is gone, at a name that nobody has asked for
         raise type(error)(str(error).replace(str(new), str(path))) from None
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"{path}: it could not be written ({error}); nothing was left behind") from None
+        # numpy, which writes GGUF's tensors, says only that it wrote less than it was asked to
+        full = "; the disk may be full" if isinstance(error, OSError) and error.errno is None else ""
+        raise ExportError(f"{path}: it could not be written ({error}{full}); nothing was left behind") from None
     finally:
         if not os.path.lexists(path):
             for parent in parents:

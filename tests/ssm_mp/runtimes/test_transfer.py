@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -110,6 +111,24 @@ def test_what_went_wrong_is_told_of_the_name_that_was_asked_for(tmp_path: Path) 
     with pytest.raises(DisagreementError) as found:
         transfer(replace(PLAIN, ending="dies"), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
     assert str(found.value).startswith(f"{tmp_path / 'x.npz'}: numpy")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("64 requested and 32 written"), r"\(64 requested and 32 written; the disk may be full\); nothing"),
+        (OSError(errno.EACCES, "Permission denied"), r"\(\[Errno 13\] Permission denied\); nothing"),
+    ],
+)
+def test_what_the_disk_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def refused(self: Plain, one: Exportable, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(Plain, "write", refused)
+    with pytest.raises(ExportError, match=said):
+        transfer(PLAIN, item(*EIGHT), tmp_path / "x.npz")
 
 
 def test_a_distribution_that_is_not_a_number_is_never_confirmed(tmp_path: Path) -> None:
