@@ -157,10 +157,8 @@ class CompressedTensors(Format):
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
 
     def command(self, path: Path, item: Exportable) -> str:
-        if item.tokenizer is None:
-            return self.command_on_ids(path)
         if _joins_alike(item):
-            return f"vllm serve {quote(str(path))}"
+            return f"vllm serve {quote(str(path))}{' --skip-tokenizer-init' if item.tokenizer is None else ''}"
         load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({str(path)!r}))"
         return f"python -c {quote(load)}  # vLLM needs one precision for q, k and v, and one for gate and up"
 

@@ -234,6 +234,17 @@ def test_what_is_written_is_told_beside_it_and_may_be_replaced(word: str, tmp_pa
 
 
 @every
+def test_the_next_command_of_a_file_without_a_tokenizer_takes_token_ids(word: str) -> None:
+    format_, item = get_format(word), mixed(get_format(word))
+    out = Path(f"x/model{format_.suffix}")
+    alone, with_one = format_.command(out, item), format_.command(out, replace(item, tokenizer=b"{}"))
+    assert str(out) in alone
+    assert "token ids" in alone or "--skip-tokenizer-init" in alone or "from_pretrained" in alone
+    assert "token ids" not in with_one
+    assert "--skip-tokenizer-init" not in with_one
+
+
+@every
 def test_what_the_tool_did_not_write_is_never_replaced_or_removed(word: str, tmp_path: Path) -> None:
     format_ = get_format(word)
     out = tmp_path / f"model{format_.suffix}"
