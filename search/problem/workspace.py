@@ -45,7 +45,7 @@ from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.model import LanguageModel, build
 from ssm_mp.modules.embedding import BlockedEmbedding
 from ssm_mp.precision_map import PrecisionMap, pinned_names
-from ssm_mp.runtimes.capability import not_worth, sized
+from ssm_mp.runtimes.capability import holds, not_worth, sized
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.registry import get_format
 from ssm_mp.runtimes.running import require_writer
@@ -167,12 +167,11 @@ def target_of(spec: StudySpec, config: Config) -> Format | None:
         )
     components = find_components(_Configured(config))
     free = [component for component in components if component.pin is None]
-    left_out = [not_worth(format_, component, spec.precision.choices, config) for component in free]
     for precision in spec.precision.choices:
-        if all(precision in out for out in left_out):
+        if not any(holds(format_, component, precision, config) for component in free):
             raise StudyError(
-                f"[export] target = {format_.word!r} holds no component at {precision}, or none in fewer bytes than "
-                "wider; take it out of [precision] choices (`ssm-mp formats CHECKPOINT` shows what is held)"
+                f"[export] target = {format_.word!r} holds no component of this model at {precision}; take it out of "
+                "[precision] choices (`ssm-mp formats CHECKPOINT` shows what is held)"
             )
     return format_
 

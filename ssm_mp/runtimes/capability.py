@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from ssm_mp.components import Component
 from ssm_mp.config import Config
+from ssm_mp.precision_map import PINNED_TO
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.runtimes.format import Encoding, Format
 
@@ -58,6 +59,13 @@ def sized(format_: Format, components: Iterable[Component], config: Config) -> t
         held = ((name, format_.encoding(component, name, config)) for name in PRECISIONS)
         found.append(replace(component, sizes=tuple((name, one.bytes) for name, one in held if one is not None)))
     return tuple(found)
+
+
+def holds(format_: Format, component: Component, precision: str, config: Config) -> bool:
+    """Whether a precision is worth anything for a component in the format: whether it takes fewer bytes than fp16
+    there, or is fp16 itself."""
+    found, wide = (format_.encoding(component, name, config) for name in (precision, PINNED_TO))
+    return found is not None and (precision == PINNED_TO or wide is None or found.bytes < wide.bytes)
 
 
 def not_worth(format_: Format, component: Component, asked: Sequence[str], config: Config) -> dict[str, str]:
