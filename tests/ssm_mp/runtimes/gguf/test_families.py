@@ -39,8 +39,8 @@ def test_a_mixed_map_is_held_exactly_in_the_bytes_foretold_and_confirmed_by_llam
     tmp_path: Path, name: str
 ) -> None:
     checkpoint = together(checkpoint_of(name))
-    item = item_of(checkpoint, mixed_rules(GGUF, checkpoint, "int8", "int4", "fp16", "int3"))
-    assert {item.precision(one.name) for one in item.components} == {"int8", "int4", "int3", "fp16"}
+    item = item_of(checkpoint, mixed_rules(GGUF, checkpoint, "int8", "int5", "int4", "fp16", "int6", "int3"))
+    assert {item.precision(one.name) for one in item.components} == {"int8", "int6", "int5", "int4", "int3", "fp16"}
 
     done = checked(GGUF, item, tmp_path, ids_of(VOCABULARY, length=12, seed=5))
 
