@@ -131,12 +131,13 @@ def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
     """Codes of 3 to 6 bits, the first in the lowest bits of `packed [g, 8·bits]`: uint8 `[64·g]`."""
     if bits == 4:
         return np.stack((packed & 15, packed >> 4), axis=-1).reshape(-1)
-    kind = np.uint32 if bits == 3 else np.uint64
-    words = np.zeros(packed.size // bits, dtype=kind)  # [8g], of eight codes each
+    octets = packed.reshape(-1, bits)  # eight codes each
+    words = np.zeros(len(octets), dtype=np.uint64)
     for byte in range(bits):
-        words |= packed.reshape(-1, bits)[:, byte].astype(kind) << kind(8 * byte)
-    eight = words[:, None] >> np.arange(0, 8 * bits, bits, dtype=kind)  # [8g, 8]
-    return (eight & kind((1 << bits) - 1)).astype(np.uint8).reshape(-1)
+        words |= octets[:, byte].astype(np.uint64) << np.uint64(8 * byte)
+    eight = words[:, None] >> np.arange(0, 8 * bits, bits, dtype=np.uint64)  # [8g, 8]
+    codes: np.ndarray = (eight & np.uint64((1 << bits) - 1)).astype(np.uint8).reshape(-1)
+    return codes
 
 
 def _times(values: np.ndarray, factor: float) -> np.ndarray:

@@ -39,12 +39,23 @@ def test_a_mixed_map_is_held_exactly_in_the_bytes_foretold_and_confirmed_by_llam
     tmp_path: Path, name: str
 ) -> None:
     checkpoint = together(checkpoint_of(name))
-    item = item_of(checkpoint, mixed_rules(GGUF, checkpoint, "int8", "int5", "int4", "fp16", "int6", "int3"))
-    assert {item.precision(one.name) for one in item.components} == {"int8", "int6", "int5", "int4", "int3", "fp16"}
+    item = item_of(checkpoint, mixed_rules(GGUF, checkpoint, "int8", "int4", "fp16", "int3"))
+    assert {item.precision(one.name) for one in item.components} == {"int8", "int4", "int3", "fp16"}
 
     done = checked(GGUF, item, tmp_path, ids_of(VOCABULARY, length=12, seed=5))
 
     assert not done.plan.widened
+
+
+@pytest.mark.parametrize("name", ["mamba2/groups-2", "granitemoehybrid/experts", "falcon_h1/plain", "lfm2_moe/plain"])
+def test_five_and_six_bits_are_held_exactly_and_confirmed_by_llama_cpp(tmp_path: Path, name: str) -> None:
+    checkpoint = together(checkpoint_of(name))
+    item = item_of(checkpoint, mixed_rules(GGUF, checkpoint, "int5", "int6"))
+
+    checked(GGUF, item, tmp_path, ids_of(VOCABULARY, length=12, seed=5))
+
+    words = {GGUF.encoding(one, item.precision(one.name), item.config).word for one in item.components}  # type: ignore[union-attr]
+    assert {"Q5_0", "Q8_0"} < words
 
 
 def test_every_family_that_has_an_architecture_is_run_here() -> None:
