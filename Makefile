@@ -1,6 +1,7 @@
 # make search  install, run the reference study, export its winner
 # make test    install, run every test
-# make check   a developer's loop: format, lint, imports, types, fast tests
+# make lint    format, lint, imports, types
+# make check   a developer's loop: lint and the fast tests
 
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-.PHONY: install search test check format clean
+.PHONY: install search test lint check format clean
 
 install: $(INSTALLED)
 
@@ -29,11 +30,13 @@ search: $(INSTALLED)
 test: $(INSTALLED_DEV)
 	$(BIN)/pytest -n 2 --dist loadgroup
 
-check: $(INSTALLED_DEV)
+lint: $(INSTALLED_DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/pytest -n 2 -m 'not slow'
 
 format: $(INSTALLED_DEV)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -79,7 +79,26 @@ def opened(name: str) -> tuple[Checkpoint, torch.Tensor, bytes | None]:
         made.save_pretrained(folder)
         checkpoint = load_checkpoint(folder)
     generator = torch.Generator().manual_seed(0)
+    checkpoint = replace(checkpoint, tensors=dict(_calmed(checkpoint, generator)))
     return checkpoint, torch.randint(checkpoint.config.vocabulary, _SMALL_WINDOWS, generator=generator), None
+
+
+_OUTWARD = ("out_proj", "o_proj", "output_linear", "down_proj")
+
+
+def _calmed(checkpoint: Checkpoint, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors with matrices as Mamba's own training begins with them (Gu & Dao 2023, section 3.6).
+
+    Those of transformers are several times as large, so that logits are far from any model's and rounding grows from
+    layer to layer.
+    """
+    for parameter in checkpoint.config.parameters():
+        tensor = checkpoint.tensors[parameter.name]
+        if parameter.role == "weight" and len(parameter.shape) == 2 and parameter.kind != "A_log":
+            std = 0.02 if parameter.kind == "embedding" else (3 * parameter.shape[1]) ** -0.5
+            std /= (2 * checkpoint.config.n_layers) ** 0.5 if parameter.kind in _OUTWARD else 1.0
+            tensor = torch.randn(tensor.shape, generator=generator) * std
+        yield parameter.name, tensor
 
 
 def mixed(format_: Format, converter: Converter) -> PrecisionMap:

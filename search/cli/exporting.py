@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.options import Force, Json, Overrides, RunDir, StudyPath, Weights, opened_study, print_answer, say
+from search.cli.options import (
+    Force,
+    Json,
+    Overrides,
+    RunDir,
+    StudyPath,
+    Target,
+    Weights,
+    opened_study,
+    print_answer,
+    say,
+)
 from ssm_mp.runtimes.registry import FORMATS
 
 if TYPE_CHECKING:
+    from optuna.study import Study
+
+    from search.problem.run_directory import RunDirectory
+    from search.problem.spec import StudySpec
     from ssm_mp.artifact import Artifact
     from ssm_mp.checkpoints import Checkpoint
     from ssm_mp.data import Windows
+    from ssm_mp.runtimes.format import Format
     from ssm_mp.runtimes.transfer import Transferred
 
 ARTIFACT = "artifact"
@@ -22,6 +39,9 @@ FormatName = Annotated[
 ]  # fmt: skip
 Widen = Annotated[
     bool, typer.Option("--widen", help="Store what the format cannot hold in the next wider form, and say so.")
+]
+WithTokenizer = Annotated[
+    bool, typer.Option("--tokenizer/--no-tokenizer", help="Put the tokenizer into the file of another runtime.")
 ]
 Verify = Annotated[bool, typer.Option("--verify/--no-verify", help="Let the runtime itself read the file.")]
 
@@ -39,9 +59,10 @@ def export(  # noqa: PLR0913, PLR0917, an option of the command each
     ] = "smallest",
     widen: Widen = False,
     verify: Verify = True,
+    tokenizer: WithTokenizer = True,
     run_dir: RunDir = None,
     set_: Overrides = None,
-    target: Annotated[str | None, typer.Option(help="The target that the search was given with --target.")] = None,
+    target: Target = None,
     force: Force = False,
     json_: Json = False,
 ) -> None:
@@ -50,12 +71,10 @@ def export(  # noqa: PLR0913, PLR0917, an option of the command each
     from search.run.picking import export_pick
     from ssm_mp.runtimes.registry import get_format
 
-    if format_ != ARTIFACT:
-        get_format(format_)  # a wrong name is said before anything is opened
+    how = None if format_ == ARTIFACT else _How(get_format(format_), out, widen, verify, tokenizer, force)
     spec, run, trials = opened_study(study, run_dir, set_, target)
-    if format_ != ARTIFACT:
-        content = _exported_for(format_, spec, run, trials, pick, out, widen=widen, verify=verify, force=force)
-        print_answer(content, json_, listed)
+    if how is not None:
+        print_answer(_exported_for(how, spec, run, trials, pick), json_, listed)
         return
     exported, verdict = export_pick(spec, run, trials, pick, out, replace=force, say=say)
     content = {
@@ -74,36 +93,50 @@ def export(  # noqa: PLR0913, PLR0917, an option of the command each
     print_answer(content, json_, listed)
 
 
-def _exported_for(
-    word: str, spec: Any, run: Any, trials: Any, pick: str, out: Path, *, widen: bool, verify: bool, force: bool
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _How:
+    """How a file for another runtime is to be written."""
+
+    format: Format
+    out: Path
+    widen: bool
+    verify: bool
+    tokenizer: bool
+    force: bool
+
+
+def _exported_for(how: _How, spec: StudySpec, run: RunDirectory, trials: Study, pick: str) -> dict[str, Any]:
     """The answer of `export` for another runtime."""
     from search.results.transferred import perplexity_on_search, speaks_of, transfer_map
     from search.run.picking import picked
     from ssm_mp.components import fp32_bytes
     from ssm_mp.runtimes.placing import require_free
-    from ssm_mp.runtimes.registry import get_format
     from ssm_mp.runtimes.running import require_writer
 
-    format_ = get_format(word)
-    require_free(out, format_.suffix, force)
+    format_ = how.format
+    require_free(how.out, format_.suffix, how.force)
     require_writer(format_)
     found = picked(spec, run, trials, pick, say)
     workspace = found.workspace
     done = transfer_map(
-        workspace, workspace.space.map(found.point.map), format_, out, certificate=found.certificate,
-        provenance={"trial": found.point.trial}, widen=widen, verify=verify, replace=force,
+        workspace, workspace.space.map(found.point.map), format_, how.out, certificate=found.certificate,
+        provenance={"trial": found.point.trial}, widen=how.widen, verify=how.verify, tokenizer=how.tokenizer,
+        replace=how.force,
     )  # fmt: skip
-    if not speaks_of(workspace, format_, bool(done.plan.widened)):
+    its_own = speaks_of(workspace, format_, bool(done.plan.widened))
+    if done.plan.widened:
+        say("note: components are wider in the file than in the map, so the map's certificate is not the file's")
+    elif not its_own:
         say(
-            f"note: the study was not for {word}, so its certificate is of another arithmetic (inputs "
-            f"{spec.precision.activations}) than this file's; a search with --target {word} certifies the file itself"
+            f"note: the study was not for {format_.word}, so its certificate is of another arithmetic (inputs "
+            f"{spec.precision.activations}) than this file's; a search with --target {format_.word} certifies the file "
+            "itself"
         )
     return {
         **_told(done),
         "compression": fp32_bytes(workspace.converter.components) / done.plan.bytes,
         "perplexity_on_search": perplexity_on_search(workspace, done),
-        "certificate": found.verdict if speaks_of(workspace, format_, bool(done.plan.widened)) else "of another file",
+        "certificate": found.verdict if its_own else "of another file",
     }
 
 
@@ -114,6 +147,7 @@ def transfer(
     study: Annotated[Path | None, typer.Option(help="Study whose certify windows the runtime is asked about.")] = None,
     widen: Widen = False,
     verify: Verify = True,
+    tokenizer: WithTokenizer = True,
     force: Force = False,
     json_: Json = False,
 ) -> None:
@@ -123,13 +157,17 @@ def transfer(
     from ssm_mp.artifact import read_artifact
     from ssm_mp.runtimes.placing import require_free
     from ssm_mp.runtimes.registry import get_format
+    from ssm_mp.runtimes.running import require_writer
 
     chosen = get_format(format_)
     require_free(out, chosen.suffix, force)
+    require_writer(chosen)
     found = read_artifact(artifact)
     windows = _windows(found, study) if verify else None
     why = NOT_ASKED if not verify else "not verified: the artifact has no tokenizer; --study names windows to ask about"
-    done = transfer_artifact(found, chosen, out, windows, widen=widen, unverified=why, replace=force)
+    done = transfer_artifact(
+        found, chosen, out, windows, widen=widen, tokenizer=tokenizer, unverified=why, replace=force
+    )
     print_answer(_told(done), json_, listed)
 
 

@@ -26,6 +26,7 @@ from search.cli.options import (
     RunDir,
     StudyOption,
     StudyPath,
+    Target,
     Trials,
     Weights,
     opened_study,
@@ -220,9 +221,7 @@ def search(
     workers: Annotated[int, typer.Option(min=1, help="Processes that run trials on this machine.")] = 1,
     run_dir: RunDir = None,
     set_: Overrides = None,
-    target: Annotated[
-        str | None, typer.Option(help="Search for the file of another runtime (`ssm-mp formats` lists them).")
-    ] = None,
+    target: Target = None,
     force: ForceBaseline = False,
     json_: Json = False,
 ) -> None:
@@ -248,7 +247,9 @@ def search(
 
 
 @app.command(epilog="Example:  ssm-mp front studies/reference.toml --json")
-def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+def front(
+    study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, target: Target = None, json_: Json = False
+) -> None:
     """Show the Pareto front so far, while a search runs or after it."""
     from search.base.front import pareto_front
     from search.cli.answers import fronted
@@ -258,7 +259,7 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
     from search.run.stored import stored_baseline, stored_certificate
     from search.trials.read_back import points
 
-    spec, run, trials = opened_study(study, run_dir, set_)
+    spec, run, trials = opened_study(study, run_dir, set_, target)
     found = points(trials, run.space())
     within = pareto_front(found, spec.search.budget_percent)
     certificate = stored_certificate(run, spec, within)
@@ -277,12 +278,14 @@ def front(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json
 
 
 @app.command(epilog="Example:  ssm-mp plot studies/reference.toml")
-def plot(study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, json_: Json = False) -> None:
+def plot(
+    study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, target: Target = None, json_: Json = False
+) -> None:
     """Draw the plots again from what the run directory holds."""
     from search.cli.answers import listed
     from search.run.stored import redraw
 
-    spec, run, trials = opened_study(study, run_dir, set_)
+    spec, run, trials = opened_study(study, run_dir, set_, target)
     print_answer({path.name: str(path) for path in redraw(spec, run, trials)}, json_, listed)
 
 

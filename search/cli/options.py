@@ -34,6 +34,9 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an artifact that i
 ForceBaseline = Annotated[
     bool, typer.Option("--force", help="Go on with a baseline that predicts no better than guessing.")
 ]
+Target = Annotated[
+    str | None, typer.Option(help="The runtime whose file the search is for (`ssm-mp formats` lists them).")
+]
 Trials = Annotated[int | None, typer.Option(min=1, help="Number of finished trials to reach.")]
 
 

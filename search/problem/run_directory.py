@@ -15,6 +15,7 @@ from search.base.file_lock import FileLock
 from search.base.paths import shown
 from search.problem.spec import StudySpec
 from ssm_mp.errors import MachineError
+from ssm_mp.runtimes.registry import FORMATS
 
 FINGERPRINT = "study.json"
 PROBES = "probes.jsonl"
@@ -90,7 +91,9 @@ class RunDirectory:
     def require(self) -> None:
         """Raise StudyError where nothing has been run here yet."""
         if not (self / FINGERPRINT).exists():
-            raise StudyError(f"{self.path}: no search has been run here yet; start one with `ssm-mp search`")
+            aimed = [word for word in FORMATS if (self.path.parent / f"{self.path.name}-{word}" / FINGERPRINT).exists()]
+            other = f"; there is one with --target {' and one with --target '.join(aimed)}" if aimed else ""
+            raise StudyError(f"{self.path}: no search has been run here yet; start one with `ssm-mp search`{other}")
 
     def check_fingerprint(self, fingerprint: dict[str, Any]) -> None:
         """Store a study's fingerprint, or refuse, saying what changed, where another one is stored."""

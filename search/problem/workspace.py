@@ -48,6 +48,7 @@ from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.runtimes.capability import not_worth, sized
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.registry import get_format
+from ssm_mp.runtimes.running import require_writer
 
 _LONGEST_DEFAULT_WINDOW = 1024
 _DEFAULT_WINDOW = 256
@@ -149,13 +150,21 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
 
 
 def target_of(spec: StudySpec, config: Config) -> Format | None:
-    """The format that a study is for. Raises StudyError where it cannot hold the maps that the study asks for."""
+    """The format that a study is for. Raises StudyError where it cannot hold the maps that the study asks for, or its
+    tokenizer, and MissingError where it cannot be written here."""
     if spec.export.target is None:
         return None
     format_ = get_format(spec.export.target)
+    require_writer(format_)
     refused = format_.refusal(config)
     if refused is not None:
         raise StudyError(f"[export] target = {format_.word!r}: {refused}")
+    tokenizer = tokenizer_json(spec, config)
+    refused = None if tokenizer is None else format_.refusal_of_tokenizer(tokenizer, config)
+    if refused is not None:
+        raise StudyError(
+            f"[export] target = {format_.word!r}: {refused}; a text of token ids (.npy) goes without a tokenizer"
+        )
     components = find_components(_Configured(config))
     free = [component for component in components if component.pin is None]
     left_out = [not_worth(format_, component, spec.precision.choices, config) for component in free]

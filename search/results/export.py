@@ -70,15 +70,15 @@ def export(
     measured = Objective(workspace, baseline)(precision_map)
     model = workspace.converter.convert(precision_map)
     speed = benchmark(model, workspace.model, workspace.splits.search)
+    scheme, components = workspace.spec.precision.scheme, find_components(workspace.model)
+    predicted = precision_map.bytes(components, scheme.activations)  # of our own file, whatever the study's target
     metrics = {
-        **_measured_metrics(workspace, baseline, measured),
+        **_measured_metrics(workspace, baseline, measured, predicted),
         "certificate": certificate.to_json() if certificate else None,
         "benchmark": speed.to_json(),
         **({} if latency is None else {"latency": _latency(latency, precision_map)}),
         "provenance": {**provenance_of(workspace), **(provenance or {})},
     }
-    scheme, components = workspace.spec.precision.scheme, find_components(workspace.model)  # sizes of our own file
-    predicted = precision_map.bytes(components, scheme.activations)
 
     def verify(folder: Path) -> None:
         artifact = read_artifact(folder, device=workspace.spec.search.device)
@@ -89,22 +89,14 @@ def export(
                 f"{measured.perplexity!r}, {artifact.tensor_bytes} bytes for {predicted}"
             )
 
+    extra = {
+        PICTURE: allocation_png(components, precision_map, scheme.activations), **_tokenizer(workspace),
+        **_source(workspace), **accompanying(workspace.spec),
+    }  # fmt: skip
     save_artifact(
-        out,
-        model,
-        precision_map,
-        scheme,
-        metrics,
-        pins=workspace.space.pins,
-        extra={
-            PICTURE: allocation_png(components, precision_map, scheme.activations),
-            **_tokenizer(workspace),
-            **_source(workspace),
-            **accompanying(workspace.spec),
-        },
-        replace=replace,
+        out, model, precision_map, scheme, metrics, pins=workspace.space.pins, extra=extra, replace=replace,
         verify=verify,
-    )
+    )  # fmt: skip
     artifact = read_artifact(out, device=workspace.spec.search.device)
     facts = Facts(
         compression=baseline.bytes / artifact.tensor_bytes,
@@ -113,15 +105,9 @@ def export(
     )
     predicted_latency = None if latency is None else latency.predict(precision_map.to_json())
     return Exported(
-        artifact,
-        facts.compression,
-        measured.perplexity,
-        measured.increase.percent,
-        speed,
-        facts,
-        predicted_latency,
+        artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts, predicted_latency,
         metrics.get("source_compression"),
-    )
+    )  # fmt: skip
 
 
 def _tokenizer(workspace: Workspace) -> dict[str, bytes]:
@@ -139,14 +125,14 @@ def _source(workspace: Workspace) -> dict[str, bytes]:
         return {}
 
 
-def _measured_metrics(workspace: Workspace, baseline: Baseline, measured: Measured) -> dict[str, Any]:
-    """Sizes and perplexities, with the interval of the increase."""
+def _measured_metrics(workspace: Workspace, baseline: Baseline, measured: Measured, size: int) -> dict[str, Any]:
+    """Sizes of a file of `size` bytes and perplexities, with the interval of the increase."""
     lower, upper = bounds(measured.increase, 1 - workspace.spec.search.confidence)
     source = source_of(workspace.checkpoint)
-    own = {} if source is None else {**source.to_json(), "source_compression": source.bytes / measured.bytes}
+    own = {} if source is None else {**source.to_json(), "source_compression": source.bytes / size}
     return {
         "fp32_bytes": baseline.bytes,
-        "compression": measured.compression,
+        "compression": baseline.bytes / size,
         **own,
         "baseline_perplexity": baseline.perplexity,
         "perplexity": measured.perplexity,

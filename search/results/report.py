@@ -129,7 +129,12 @@ def _summary(result: Result) -> str:
         f"{result.counts.finished} precision maps were converted and evaluated, {result.counts.stopped} of them "
         f"stopped early ({result.counts.failed} failed), with "
         f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
-        f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %.",
+        f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %"
+        + (
+            "."
+            if spec.export.target is None
+            else f", for the bytes and the arithmetic of `{spec.export.target}` files."
+        ),
     ]
     if result.doubt is not None:
         lines.append(f"**Forced:** {result.doubt}.")
@@ -264,9 +269,12 @@ def _file(result: Result) -> str:
         encoding = done.plan.encodings[component.name]
         held.setdefault((component.kind, encoding.word), []).append(encoding.bytes)
     rows = [(kind, word, str(len(sizes)), f"{sum(sizes):,}") for (kind, word), sizes in held.items()]
+    rates = ""
+    if done.verdict is not None:
+        rates = f", {done.verdict.rate:,.0f} tokens a second ({done.verdict.rate_here:,.0f} here)"
     lines = [
         f"`{done.path.name}`: {done.plan.bytes:,} bytes of tensors, as predicted, {done.file_bytes:,} in the file, "
-        f"{result.baseline_bytes / done.plan.bytes:.2f}× smaller than FP32. **{said[0].upper()}{said[1:]}.**",
+        f"{result.baseline_bytes / done.plan.bytes:.2f}× smaller than FP32. **{said[0].upper()}{said[1:]}**{rates}.",
         *(f"Not bit for bit: {note}." for note in done.plan.notes),
         f"```\n{done.command}\n```",
         _table(("kind", "stored as", "components", "bytes"), rows, left=2),

@@ -16,14 +16,14 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.exportable import Exportable, with_inputs
 from ssm_mp.runtimes.format import Format
-from ssm_mp.runtimes.transfer import Transferred, transfer
+from ssm_mp.runtimes.transfer import Transferred, planned, transfer
 
 ASKED_WINDOWS = 4
 """Windows that a runtime is asked about."""
 NOT_ASKED = "not verified: the runtime was not asked, as --no-verify says"
 
 
-def transfer_map(
+def transfer_map(  # noqa: PLR0913, an option of the command most of them
     workspace: Workspace,
     precision_map: PrecisionMap,
     format_: Format,
@@ -33,6 +33,7 @@ def transfer_map(
     provenance: Mapping[str, Any] | None = None,
     widen: bool = False,
     verify: bool = True,
+    tokenizer: bool = True,
     replace: bool = False,
 ) -> Transferred:
     """Convert a map of the study and write it for another runtime, which is asked about windows of the certify split.
@@ -41,12 +42,13 @@ def transfer_map(
     """
     item = Exportable(
         workspace.spec.name, workspace.converter.convert(precision_map), precision_map, workspace.checkpoint.source,
-        tokenizer_json(workspace.spec, workspace.checkpoint.config), accompanying(workspace.spec),
+        tokenizer_json(workspace.spec, workspace.checkpoint.config) if tokenizer else None,
+        accompanying(workspace.spec),
     )  # fmt: skip
     further = {
         "map": precision_map.to_json(),
         "certificate": None if certificate is None else certificate.to_json(),
-        "certificate_is_of_this_file": speaks_of(workspace, format_, widen),
+        "certificate_is_of_this_file": speaks_of(workspace, format_, bool(planned(format_, item, widen).widened)),
         "provenance": dict(provenance or {}),
     }
     windows = asked_windows(workspace.splits.certify) if verify else None
@@ -62,14 +64,15 @@ def transfer_artifact(
     windows: Windows | None,
     *,
     widen: bool,
+    tokenizer: bool = True,
     unverified: str,
     replace: bool,
 ) -> Transferred:
     """Write an artifact's model for another runtime, which is asked about some of the windows."""
-    tokenizer = None if artifact.tokenizer is None else artifact.tokenizer.read_bytes()
+    content = artifact.tokenizer.read_bytes() if tokenizer and artifact.tokenizer is not None else None
     files = {name: (artifact.path / name).read_bytes() for name in ACCOMPANYING if (artifact.path / name).is_file()}
     item = Exportable(
-        artifact.path.resolve().name, artifact.model, artifact.precision_map, artifact.source, tokenizer, files
+        artifact.path.resolve().name, artifact.model, artifact.precision_map, artifact.source, content, files
     )
     asked = None if windows is None else asked_windows(windows)
     further = {"map": artifact.precision_map.to_json()}
@@ -84,9 +87,9 @@ def asked_windows(windows: Windows) -> np.ndarray:
     return found
 
 
-def speaks_of(workspace: Workspace, format_: Format, widen: bool) -> bool:
+def speaks_of(workspace: Workspace, format_: Format, widened: bool) -> bool:
     """Whether what the study measured is what this file computes: it was for this format, and nothing was widened."""
-    return workspace.spec.export.target == format_.word and not widen
+    return workspace.spec.export.target == format_.word and not widened
 
 
 def perplexity_on_search(workspace: Workspace, done: Transferred) -> float:

@@ -37,6 +37,7 @@ from ssm_mp.errors import ArtifactError, DataError, ExportError
 from ssm_mp.evaluation.evaluate import Increase, evaluate, paired_increase
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
+from ssm_mp.runtimes.placing import remove
 from ssm_mp.runtimes.registry import get_format
 from ssm_mp.runtimes.transfer import Transferred
 
@@ -62,9 +63,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
             say(f"error: {failure}")
     else:
         clear_winner(run / WINNER, say)
-    transferred, runtime = None, None
-    if winner is not None and spec.export.target is not None and not failure:
-        transferred, runtime = for_target(workspace, run, winner, certificate, say)
+    transferred, runtime = for_target(workspace, run, None if failure else winner, certificate, say)
     facts = None if exported is None else exported.facts
     if facts is not None and transferred is not None:
         facts = replace(facts, compression=baseline.bytes / transferred.plan.bytes)
@@ -102,13 +101,20 @@ def target_path(run: RunDirectory, format_: Format) -> Path:
 
 
 def for_target(
-    workspace: Workspace, run: RunDirectory, winner: Point, certificate: Certificate | None, say: Say
-) -> tuple[Transferred | None, Gate]:
-    """The winner's file for the study's target, None where it could not be, and the gate that it makes."""
+    workspace: Workspace, run: RunDirectory, winner: Point | None, certificate: Certificate | None, say: Say
+) -> tuple[Transferred | None, Gate | None]:
+    """The winner's file for the study's target, None where there is none, and the gate that it makes.
+
+    A file of a former winner, or one that could not be replaced, does not stay: it would be taken for the winner's.
+    """
     target = workspace.spec.export.target
-    assert target is not None
+    if target is None:
+        return None, None
     format_ = get_format(target)
     out = target_path(run, format_)
+    if winner is None:
+        _clear_target(out, format_, say)
+        return None, None
     say(f"writing {out} and asking {format_.runtime} about it")
     try:
         done = transfer_map(
@@ -117,10 +123,19 @@ def for_target(
         )  # fmt: skip
     except (ExportError, DataError) as error:  # the report must still say what was found, and that this failed
         say(f"error: {error}")
+        _clear_target(out, format_, say)
         return None, Gate(target, "fail", str(error))
     if done.verdict is None:
         return done, Gate(target, "warn", done.unverified)
     return done, Gate(target, "pass", done.verdict.sentence)
+
+
+def _clear_target(out: Path, format_: Format, say: Say) -> None:
+    """Remove the file of a former winner."""
+    try:
+        remove(out, format_.suffix)
+    except OSError as error:  # the report must still be written
+        say(f"note: {out} is of a former winner and cannot be removed ({error})")
 
 
 def clear_winner(folder: Path, say: Say) -> None:
@@ -178,7 +193,9 @@ def draw(
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
     front = pareto_front(found, budget)
-    picture = plot_front(found, budget, winner, describe(certificate, bool(front)), baseline_bytes)
+    target = spec.export.target
+    sentence = describe(certificate, bool(front)) + ("" if target is None else f"; bytes of the {target} file")
+    picture = plot_front(found, budget, winner, sentence, baseline_bytes)
     paths = save(picture, run.path, "front")
     if probes:
         paths += save(plot_sensitivities(probes, components), run.path, "sensitivities")

@@ -52,7 +52,7 @@ class Codes:
     def values(self) -> Tensor:
         """The integers, int8 `[…, n, k]`."""
         if self.bits == 8:
-            return (self.packed.int() - self.zero).to(torch.int8)
+            return (self.packed ^ self.zero).view(torch.int8)  # less 128, without wider numbers
         flat = self.packed.flatten(0, -2)
         codes = torch.cat([unpack_reference(part, self.bits).to(torch.int8) for part in flat.split(_ROWS)])
         values: Tensor = (codes - self.zero).unflatten(0, self.packed.shape[:-1])
@@ -69,7 +69,7 @@ def codes_of(held: Stored) -> Codes | None:
         return None
     rows, width = held.shape
     if isinstance(held, Int8Tensor):
-        return Codes((held.q.cpu().int() + 128).to(torch.uint8), held.scale.cpu()[:, None], 8, 128)
+        return Codes(held.q.cpu().view(torch.uint8) ^ 128, held.scale.cpu()[:, None], 8, 128)
     if not isinstance(held, GroupedTensor) or held.book not in INTEGER_BOOKS or width % HALF:
         return None
     bits, group = held.book.bits, GROUP if width % GROUP == 0 else HALF

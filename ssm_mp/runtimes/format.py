@@ -6,8 +6,9 @@ them, so that a format is known, and its table printed, where neither is install
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,15 @@ class Format(ABC):
         """
         return self.refusal(item.config)
 
+    def refusal_of_tokenizer(self, tokenizer: bytes, config: Config) -> str | None:
+        """Why a `tokenizer.json` cannot go into a file of such a model; None where it can. A study whose text needs it
+        is refused by it at its start."""
+        return None
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        """Components that are one tensor in the file, so that they must be stored alike."""
+        return ()
+
     @abstractmethod
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         """How a component at a precision is held with all its values; None where the format has no way.
@@ -114,6 +124,13 @@ class Format(ABC):
     @abstractmethod
     def command(self, path: Path, item: Exportable) -> str:
         """What the user types next."""
+
+    def command_on_ids(self, path: Path) -> str:
+        """What the user of a file without a tokenizer types next."""
+        return (
+            f"{shlex.join(self.ask(path, Path('ids.npy'), Path('log-probabilities.npy')))}  "
+            "# it has no tokenizer: token ids, int64 [windows, length]"
+        )
 
     def environment(self) -> Mapping[str, str]:
         """Variables that the runtime's process needs."""

@@ -143,7 +143,16 @@ def mixed(item: Exportable) -> str | None:
             found.append(f"{whole.name.removesuffix('.weight')} at {' and '.join(precisions)}")
     if not found:
         return None
-    return f"components that are one tensor there must have one precision; found {listed(found, 4)}"
+    return (
+        f"components that are one tensor there must have one precision; found {listed(found, 4)}; --widen stores all "
+        "as the widest"
+    )
+
+
+def in_one_tensor(config: Config) -> list[tuple[str, ...]]:
+    """Components that are one tensor in the file."""
+    parts = (tuple(dict.fromkeys(whole.components)) for whole in wholes(config))
+    return [components for components in parts if len(components) > 1]
 
 
 def write_beside(folder: Path, config: Mapping[str, Any], item: Exportable) -> None:

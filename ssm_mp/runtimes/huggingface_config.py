@@ -6,6 +6,7 @@ or whose config leaves keys to defaults that have changed since, gets a whole co
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -46,7 +47,7 @@ def huggingface_config(config: Config, source: Mapping[str, Any]) -> Values:
     own = {key: value for key, value in own.items() if not key.endswith("_config")}
     if own.get("model_type") not in (config.family, config.family.removesuffix("_text")) or "ssm_cfg" in own:
         own = {key: value for key, value in own.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    own = {key: value for key, value in own.items() if key not in _NOT_OURS}
+    own = {key: value for key, value in own.items() if key not in _NOT_OURS and _is_json(value)}
     common = {
         "architectures": [_CLASSES[config.family]], "model_type": config.family, "vocab_size": config.vocabulary,
         "hidden_size": config.d_model, "num_hidden_layers": config.n_layers, "tie_word_embeddings": config.tied,
@@ -55,6 +56,15 @@ def huggingface_config(config: Config, source: Mapping[str, Any]) -> Values:
     if config.max_tokens is not None:
         common["max_position_embeddings"] = config.max_tokens
     return {**own, **common, **_FAMILIES[config.family](config)}
+
+
+def _is_json(value: object) -> bool:
+    """Whether JSON has a word for a value: a pickled config may hold others, such as a type of torch's."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def parts(config: Config) -> Iterator[Part]:

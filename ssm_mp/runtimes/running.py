@@ -78,7 +78,7 @@ def run(format_: Format, path: Path, ids: np.ndarray, vocabulary: int) -> Ran:
         done = subprocess.run(
             format_.ask(path, asked, answered),
             env={**os.environ, **format_.environment()},
-            capture_output=True, text=True, errors="replace", check=False, stdin=subprocess.DEVNULL,
+            capture_output=True, encoding="utf-8", errors="replace", check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if done.returncode != 0:
             ended = _ended(done.returncode)

@@ -83,6 +83,9 @@ def planned(format_: Format, item: Exportable, widen: bool) -> Plan:
 
     Raises ExportError where it does not know the model, or cannot hold some component's precision, with all of these.
     """
+    asked_of = {component.name: item.precision(component.name) for component in item.components}
+    if widen:
+        item = _alike(format_, item)
     refused = format_.refusal_of(item)
     if refused is not None:
         raise ExportError(f"{format_.word}: {refused}")
@@ -96,8 +99,8 @@ def planned(format_: Format, item: Exportable, widen: bool) -> Plan:
             missing.append((component.name, asked))
             continue
         stored, encodings[component.name] = found
-        if stored != asked:
-            widened[component.name] = (asked, stored)
+        if stored != asked_of[component.name]:
+            widened[component.name] = (asked_of[component.name], stored)
     if missing:
         raise ExportError(
             f"{format_.word} holds {_listed(missing)} in no precision at all; export another map, or another format"
@@ -109,6 +112,22 @@ def planned(format_: Format, item: Exportable, widen: bool) -> Plan:
             f'that costs, and a search for it, [export] target = "{format_.word}", finds maps that it holds'
         )
     return Plan(encodings, widened)
+
+
+def _alike(format_: Format, item: Exportable) -> Exportable:
+    """The same model with components that are one tensor in the file at the widest precision of theirs."""
+    names, changes = list(PRECISIONS), dict[str, str]()
+    for parts in format_.joined(item.config):
+        widest = min((changes.get(part, item.precision(part)) for part in parts), key=names.index)
+        changes |= {part: widest for part in parts if item.precision(part) != widest}
+    return _widened(format_, item, changes)
+
+
+def _widened(format_: Format, item: Exportable, changes: Mapping[str, str]) -> Exportable:
+    try:
+        return at_precisions(item, changes) if changes else item
+    except InfeasibleError as error:
+        raise ExportError(f"{format_.word}: a component cannot be widened: {error}") from None
 
 
 def _listed(named: Sequence[tuple[str, str]]) -> str:
@@ -145,12 +164,8 @@ def transfer(
     """
     require_writer(format_)
     plan = planned(format_, item, widen)
-    item = with_inputs(item, "none")
-    if plan.widened:
-        try:
-            item = at_precisions(item, {name: stored for name, (_, stored) in plan.widened.items()})
-        except InfeasibleError as error:
-            raise ExportError(f"{format_.word}: a component cannot be widened: {error}") from None
+    changes = {name: stored for name, (_, stored) in plan.widened.items()}
+    item = _widened(format_, with_inputs(item, "none"), changes)
     made: list[Transferred] = []
 
     def write(path: Path) -> Mapping[str, Any]:
@@ -200,6 +215,6 @@ def _confirmed(format_: Format, item: Exportable, path: Path, windows: np.ndarra
             said = (
                 f"a float32 twin of the same writer is {difference:.1g} off in log-probability, so {fault} is at fault"
             )
-        except DisagreementError as error:
+        except (ExportError, OSError) as error:
             said = f"and of a float32 twin of the same writer: {error}"
     raise DisagreementError(f"{problem}; {said}; it was not kept")

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ssm_mp.errors import DisagreementError
+from ssm_mp.errors import DisagreementError, ExportError
 from ssm_mp.model import LanguageModel
 from ssm_mp.runtimes.exportable import Exportable, twin, with_inputs
 from ssm_mp.runtimes.format import Format
@@ -97,8 +97,10 @@ def fitting(ids: np.ndarray, vocabulary: int) -> np.ndarray:
 
 def ours(model: LanguageModel, ids: np.ndarray) -> Ran:
     """Log-probabilities of our own evaluation: float32 `[w, l, V]`, window after window."""
-    found, began = [], time.perf_counter()
+    found = []
     with torch.inference_mode():
+        model(torch.from_numpy(ids[:1, :1]).to(model.device))  # what is prepared once is no part of a rate
+        began = time.perf_counter()
         for window in torch.from_numpy(ids):
             logits = model(window[None].to(model.device))[0]  # [l, V]
             found.append(torch.log_softmax(logits.float(), dim=-1).cpu().numpy())
@@ -117,9 +119,10 @@ def perplexity(log_probabilities: np.ndarray, ids: np.ndarray) -> float:
 def divergences(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
     """KL(reference ‖ found) of each distribution: float64 `[w, l]`; never below 0, whatever `found` sums up to."""
     kl = np.empty(reference.shape[:2])
-    for i, (one, other) in enumerate(zip(reference, found, strict=True)):  # a window at a time, for memory
+    for at in np.ndindex(kl.shape):  # a distribution at a time, for memory
+        one, other = reference[at], found[at]
         p, difference = np.exp(one.astype(np.float64)), other.astype(np.float64) - one
-        kl[i] = (p * (np.expm1(difference) - difference)).sum(axis=-1)  # Bregman's form: each term at least 0
+        kl[at] = (p * (np.expm1(difference) - difference)).sum()  # Bregman's form: each term at least 0
     return kl
 
 
@@ -165,9 +168,14 @@ def _cost_of_rounding(format_: Format, item: Exportable, ids: np.ndarray, rounde
 def twin_difference(format_: Format, item: Exportable, folder: Path, ids: np.ndarray) -> float:
     """Largest difference of log-probabilities between the runtime on a file of the float32 twin, and ours of the same.
 
+    Raises ExportError where there can be no such file, DisagreementError where reader or runtime deny it.
+
     Small where only a quantised product's arithmetic is at fault; large where names or arrangement are.
     """
     whole, path = twin(item), folder / f"twin{format_.suffix}"
+    refused = format_.refusal_of(whole)  # it is up to eight times as large
+    if refused is not None:
+        raise ExportError(f"{format_.word} holds none: {refused}")
     format_.write(whole, path)
     require_equal_weights(format_, whole, path)
     ids = fitting(ids, item.config.vocabulary)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -36,6 +36,7 @@ from ssm_mp.runtimes.huggingface import (
     divided,
     held,
     in_family,
+    in_one_tensor,
     is_first,
     mixed,
     stacked,
@@ -72,6 +73,9 @@ class CompressedTensors(Format):
 
     def refusal_of(self, item: Exportable) -> str | None:
         return _never(item.config) or mixed(item)
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        return in_one_tensor(config)
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         size, word = 0, ""
@@ -154,7 +158,7 @@ class CompressedTensors(Format):
 
     def command(self, path: Path, item: Exportable) -> str:
         if _joins_alike(item):
-            return f"vllm serve {quote(str(path))}"
+            return f"vllm serve {quote(str(path))}{' --skip-tokenizer-init' if item.tokenizer is None else ''}"
         load = f"from transformers import AutoModelForCausalLM as M; print(M.from_pretrained({str(path)!r}))"
         return f"python -c {quote(load)}  # vLLM needs one precision for q, k and v, and one for gate and up"
 

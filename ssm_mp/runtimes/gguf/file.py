@@ -60,7 +60,7 @@ def floats_of(entry: Entry, stored: dict[str, Stored]) -> np.ndarray:
         return np.zeros(entry.shape, dtype=np.float32)
     if entry.matrix and any(rows.factor != 1.0 for rows in entry.rows):
         return np.concatenate([part.floats() for part in _packed(entry, stored)]).reshape(entry.shape)
-    parts = [_taken(stored[rows.tensor].tensor(), rows, entry.change) for rows in entry.rows]
+    parts = [_taken(stored[rows.tensor].tensor().cpu(), rows, entry.change) for rows in entry.rows]
     return torch.cat([part.flatten() for part in parts]).reshape(entry.shape).numpy()
 
 

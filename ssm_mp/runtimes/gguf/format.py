@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ssm_mp.runtimes.gguf.architectures import unknown
 from ssm_mp.runtimes.gguf.layout import known_layout, layout_of
 from ssm_mp.runtimes.gguf.packing import WORDS, row_bytes, word_of
 from ssm_mp.runtimes.gguf.tensors import Entry
-from ssm_mp.runtimes.gguf.tokenizer import tokenizer_keys
+from ssm_mp.runtimes.gguf.tokenizer import require_known
 
 _FLOAT32 = 4
 _ADVICE = '[precision] experts = "together", and no [precision] split'
@@ -67,13 +67,22 @@ class Gguf(Format):
             words = {name: word_of(stored[name]) for name in dict.fromkeys(rows.tensor for rows in entry.rows)}
             if len(set(words.values())) > 1:
                 said = listed(f"{part} {item.precision(part)}" for part in parts)
-                return f"{entry.name} is one tensor of one type, found {said}; use {_ADVICE}"
+                return (
+                    f"{entry.name} is one tensor of one type, found {said}; --widen stores all as the widest; or use "
+                    f"{_ADVICE}"
+                )
+        refused = None if item.tokenizer is None else self.refusal_of_tokenizer(item.tokenizer, item.config)
+        return refused and f"{refused}; --no-tokenizer leaves it out, and the file then takes token ids"
+
+    def refusal_of_tokenizer(self, tokenizer: bytes, config: Config) -> str | None:
         try:
-            for _ in tokenizer_keys(item):
-                pass
+            require_known(tokenizer, config.vocabulary)
         except ExportError as error:
             return str(error)
         return None
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        return [] if known_layout(config) is None else [tuple(parts) for _, parts in _shared(config)]
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         layout = None if config.embedding_blocks else known_layout(config)
@@ -120,8 +129,7 @@ class Gguf(Format):
 
     def command(self, path: Path, item: Exportable) -> str:
         if item.tokenizer is None:
-            runner = shlex.join([sys.executable, "-P", str(_RUNNER), str(path)])
-            return f"{runner} ids.npy log-probabilities.npy  # it has no tokenizer: token ids, int64 [windows, length]"
+            return self.command_on_ids(path)
         return f"llama-cli -m {shlex.quote(str(path))} -no-cnv -p 'Once upon a time' -n 64"
 
     def environment(self) -> Mapping[str, str]:

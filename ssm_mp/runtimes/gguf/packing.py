@@ -16,9 +16,9 @@ import torch
 
 from ssm_mp.errors import ExportError
 from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, INT5_BOOK, INT6_BOOK, GroupedTensor
-from ssm_mp.precisions.groups import GROUP
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.runtimes.codes import codes_of
 from ssm_mp.runtimes.gguf.tensors import BLOCK
 
 WORDS = {
@@ -113,31 +113,12 @@ def packed(stored: Stored) -> Packed:
     shape = tuple(stored.shape)
     if word is None or len(shape) != 2 or row_bytes(word, shape[1]) is None:
         raise ExportError(f"GGUF has no type for a {type(stored).__name__} of shape {list(shape)}")
-    n, k = shape
     if isinstance(stored, FloatTensor):
-        return Packed(word, stored.value.detach().numpy())
-    blocks = (n, k // BLOCK)
-    if isinstance(stored, Int8Tensor):
-        scales = stored.scale.numpy()
-        return Packed(word, stored.q.numpy().reshape(*blocks, BLOCK), np.broadcast_to(scales[:, None], blocks))
-    assert isinstance(stored, GroupedTensor)
-    codes = _codes(stored.q.numpy(), stored.book.bits)[: n * k].view(np.int8)
-    values = (codes - np.int8(stored.book.limit)).reshape(*blocks, BLOCK)  # the books are −limit … limit
-    groups = (np.arange(n * k // BLOCK) * BLOCK // GROUP).reshape(blocks)
-    return Packed(word, values, stored.scale.numpy()[groups])
-
-
-def _codes(packed: np.ndarray, bits: int) -> np.ndarray:
-    """Codes of 3 to 6 bits, the first in the lowest bits of `packed [g, 8·bits]`: uint8 `[64·g]`."""
-    if bits == 4:
-        return np.stack((packed & 15, packed >> 4), axis=-1).reshape(-1)
-    octets = packed.reshape(-1, bits)  # eight codes each
-    words = np.zeros(len(octets), dtype=np.uint64)
-    for byte in range(bits):
-        words |= octets[:, byte].astype(np.uint64) << np.uint64(8 * byte)
-    eight = words[:, None] >> np.arange(0, 8 * bits, bits, dtype=np.uint64)  # [8g, 8]
-    codes: np.ndarray = (eight & np.uint64((1 << bits) - 1)).astype(np.uint8).reshape(-1)
-    return codes
+        return Packed(word, stored.value.detach().cpu().numpy())
+    codes = codes_of(stored)
+    assert codes is not None
+    values = codes.values().numpy().reshape(shape[0], -1, BLOCK)
+    return Packed(word, values, np.repeat(codes.scale.numpy(), codes.group // BLOCK, axis=1))
 
 
 def _times(values: np.ndarray, factor: float) -> np.ndarray:

@@ -47,6 +47,14 @@ numbers off the blank before them, which comes to the same where no token has bo
 """
 
 
+def require_known(tokenizer: bytes, vocabulary: int) -> None:
+    """Raise ExportError where llama.cpp has no way for a `tokenizer.json`, whatever stands beside it."""
+    said = _parsed(tokenizer)
+    pre_tokenizer(said)
+    _around(said)
+    _vocabulary(said, _section(said, "model"), vocabulary)
+
+
 def tokenizer_keys(item: Exportable) -> Iterator[tuple[str, Value]]:
     """The keys of a file's vocabulary. Raises ExportError for a tokenizer that llama.cpp has no way for."""
     if item.tokenizer is None:
@@ -62,12 +70,11 @@ def tokenizer_keys(item: Exportable) -> Iterator[tuple[str, Value]]:
     yield "tokenizer.ggml.token_type", types
     yield "tokenizer.ggml.merges", [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     beside = _beside(item)
-    starts, ends = _added_around(said, tokens)
-    for key, name, added in (("bos", "bos_token", starts), ("eos", "eos_token", ends)):
-        token = _special(item, beside, name, tokens, types)
+    for key, added in zip(("bos", "eos"), _around(said), strict=True):
+        token = tokens.index(added) if added in tokens else _special(item, beside, f"{key}_token", tokens, types)
         if token is not None:
             yield f"tokenizer.ggml.{key}_token_id", token
-        yield f"tokenizer.ggml.add_{key}_token", added
+        yield f"tokenizer.ggml.add_{key}_token", added is not None
     template = _template(item, beside)
     if template is not None:
         yield "tokenizer.chat_template", template
@@ -133,9 +140,7 @@ def _section(said: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _refused(expected: str, found: object) -> ExportError:
-    return ExportError(
-        f"tokenizer.json: expected {expected}, found {found!r}; export without the tokenizer and give token ids"
-    )
+    return ExportError(f"tokenizer.json: expected {expected}, found {found!r}")
 
 
 def _vocabulary(said: Mapping[str, Any], model: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -167,22 +172,35 @@ def _special(item: Exportable, beside: Mapping[str, Any], name: str, tokens: lis
     content = said.get("content") if isinstance(said, dict) else said
     if isinstance(content, str) and content in tokens:
         return tokens.index(content)
-    stated = item.source.get(f"{name}_id")
+    inside = _section(item.source, "text_config")  # of a model of text and images
+    stated = item.source.get(f"{name}_id", inside.get(f"{name}_id"))
     first = stated[0] if isinstance(stated, list) and stated else stated
     if isinstance(first, int) and 0 <= first < len(tokens):
         return first
     return types.index(CONTROL) if CONTROL in types else None
 
 
-def _added_around(said: Mapping[str, Any], tokens: list[str]) -> tuple[bool, bool]:
-    """Whether a token is added before every text, and one after it."""
+def _around(said: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The token that is added before every text, and the one after it. Raises ExportError where that is another."""
     processor = _section(said, "post_processor")
     steps = processor.get("processors") if processor.get("type") == "Sequence" else [processor]
+    found: tuple[str | None, str | None] = None, None
     for step in steps or ():
-        single = step.get("single") if isinstance(step, dict) else None
-        if step.get("type") == "TemplateProcessing" and isinstance(single, list) and single:
-            return "SpecialToken" in single[0], "SpecialToken" in single[-1]
-    return False, False
+        kind = step.get("type") if isinstance(step, dict) else None
+        if kind == "TemplateProcessing":
+            found = _of_template(step)
+        elif kind not in (None, "ByteLevel"):
+            raise _refused("a post_processor of type 'TemplateProcessing' or 'ByteLevel'", kind)
+    return found
+
+
+def _of_template(step: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    pieces = step.get("single") or []
+    tokens = [piece["SpecialToken"]["id"] if "SpecialToken" in piece else None for piece in pieces]
+    if tokens.count(None) != 1 or len(tokens) > 3 or tokens.index(None) > 1 or len(tokens) - tokens.index(None) > 2:
+        raise _refused("at most one token before a text and one after it", tokens)
+    at = tokens.index(None)
+    return (tokens[0] if at else None), (tokens[-1] if at < len(tokens) - 1 else None)
 
 
 def _template(item: Exportable, beside: Mapping[str, Any]) -> str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -27,7 +27,7 @@ from ssm_mp.precisions.stored import Stored
 from ssm_mp.runtimes.codes import Codes
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
-from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, mixed, whole_name, write_beside
+from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, in_one_tensor, mixed, whole_name, write_beside
 from ssm_mp.runtimes.huggingface_config import huggingface_config
 from ssm_mp.runtimes.mlx.arrangement import Entry, entries, factors, is_matrix, is_multiplied
 from ssm_mp.runtimes.mlx.families import unfit
@@ -65,6 +65,9 @@ class Mlx(Format):
         if config.embedding_blocks:
             return "the embedding is in blocks (embedding_blocks); MLX has one precision for the table, leave them out"
         return unfit(config)
+
+    def joined(self, config: Config) -> Iterable[tuple[str, ...]]:
+        return in_one_tensor(config)
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         size, words, note = 0, set(), ""
@@ -144,6 +147,8 @@ class Mlx(Format):
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
 
     def command(self, path: Path, item: Exportable) -> str:
+        if item.tokenizer is None:
+            return self.command_on_ids(path)
         return f"mlx_lm.generate --model {quote(str(path))} --prompt 'Once upon a time' --max-tokens 100"
 
 

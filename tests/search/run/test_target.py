@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
 from search.base.errors import StudyError
+from search.base.front import Point
 from search.cli.main import app
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
-from ssm_mp.artifact import load_artifact
+from search.run.finish import for_target
+from ssm_mp.artifact import load_artifact, read_artifact
+from ssm_mp.errors import MissingError
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
@@ -65,6 +72,25 @@ def test_every_size_of_the_search_is_the_files(searched: Path) -> None:
     assert told["bytes"] == winner["bytes"]
     assert told["certificate_is_of_this_file"] is True
     assert told["verified"] is True
+
+
+def test_the_artifact_beside_it_tells_its_own_size(searched: Path) -> None:
+    told = json.loads((searched / "run/winner/metrics.json").read_text())
+    artifact = read_artifact(searched / "run/winner")
+    assert told["compression"] == told["fp32_bytes"] / artifact.tensor_bytes
+    of_file = json.loads((searched / "run/winner.gguf.metrics.json").read_text())["bytes"]
+    assert artifact.tensor_bytes != of_file
+
+
+def test_front_and_plots_are_shown_of_the_target_that_is_named(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("runs").mkdir()
+    Path("runs/tiny-gguf").symlink_to(searched / "run")
+    assert answered("front", searched / "tiny.toml", "--target", "gguf")["winner"] is not None
+    with pytest.raises(StudyError, match="no search has been run here yet; .*; there is one with --target gguf"):
+        CliRunner().invoke(app, ["front", str(searched / "tiny.toml")], catch_exceptions=False)
 
 
 def test_the_winners_file_passes_its_gate_and_stands_in_the_report(searched: Path) -> None:
@@ -134,6 +160,58 @@ def test_a_family_that_the_target_does_not_know_is_refused(tmp_path: Path) -> No
     study = write_study(tmp_path, extra='[export]\ntarget = "gguf"\n')  # LayerNorm and positions
     with pytest.raises(StudyError, match=r"\[export\] target = 'gguf': "):
         open_workspace(load_spec(study))
+
+
+def test_a_tokenizer_that_the_target_has_no_way_for_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    study = write_study(tmp_path, config=EVEN, extra='[export]\ntarget = "gguf"\n')
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("w1 w2 w3 " * 4000)
+    study.write_text(study.read_text().replace("tokens.npy", "text.txt"))
+    told = list[str]()
+    with pytest.raises(StudyError, match=r"'gguf': tokenizer\.json: expected a model of type 'BPE', found 'WordLevel'"):
+        open_workspace(load_spec(study), told.append)
+    assert not any("calibrating" in line for line in told)
+
+
+def test_a_target_that_cannot_be_written_here_is_refused_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(get_format("gguf")), "writer", ("no_such_writer",))
+    study = write_study(tmp_path, config=EVEN, extra='[export]\ntarget = "gguf"\n')
+    with pytest.raises(MissingError, match=r"gguf needs no_such_writer.* pip install .*\[gguf\]"):
+        open_workspace(load_spec(study))
+
+
+def test_a_file_of_a_former_winner_does_not_stay(searched: Path, tmp_path: Path) -> None:
+    workspace = workspace_of(searched, "gguf")
+    run = RunDirectory(tmp_path)
+    for name in ("winner.gguf", "winner.gguf.metrics.json"):
+        (tmp_path / name).write_bytes((searched / "run" / name).read_bytes())
+    assert for_target(workspace, run, None, None, lambda line: None) == (None, None)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "winner.gguf").write_text("mine")
+    for_target(workspace, run, None, None, lambda line: None)
+    assert (tmp_path / "winner.gguf").read_text() == "mine"
+
+
+def test_a_file_that_fails_leaves_none_of_a_former_winner(
+    searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = json.loads((searched / "run/front.json").read_text())
+    told = next(point for point in front["front"] if point["trial"] == front["winner"])
+    winner = SimpleNamespace(trial=told["trial"], map=told["map"])
+    for name in ("winner.gguf", "winner.gguf.metrics.json"):
+        (tmp_path / name).write_bytes((searched / "run" / name).read_bytes())
+    monkeypatch.setattr(type(get_format("gguf")), "ask", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"])
+    done, gate = for_target(
+        workspace_of(searched, "gguf"), RunDirectory(tmp_path), cast("Point", winner), None, lambda line: None
+    )
+    assert done is None
+    assert gate is not None
+    assert gate.verdict == "fail"
+    assert "failed with exit code 3" in gate.figures
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_search_that_was_for_no_runtime_is_exported_too_and_says_whose_certificate_it_has(tmp_path: Path) -> None:

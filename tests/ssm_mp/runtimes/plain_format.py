@@ -41,12 +41,14 @@ class Plain(Format):
 
     ids: the windows whose answers it writes into the file, `[w, l]`. ending: what its runtime does.
     off: what is added to the answers' logits of the first token. spoils: whether what is written is not what was asked.
+    twins: whether it has room for a model of float32.
     """
 
     ids: np.ndarray
     ending: str = "answers"
     off: float = 0.0
     spoils: bool = False
+    twins: bool = True
 
     word, runtime, extra, packages = "plain", "numpy", "plain", ("numpy",)
     inputs, suffix, largest_divergence = "none", ".npz", 1e-6
@@ -56,6 +58,9 @@ class Plain(Format):
 
     def refusal(self, config: Config) -> str | None:
         return "an embedding in blocks is one table here" if config.embedding_blocks else None
+
+    def refusal_of(self, item: Exportable) -> str | None:
+        return "no room" if item.precision_map is None and not self.twins else super().refusal_of(item)
 
     def encoding(self, component: Component, precision: str, config: Config) -> Encoding | None:
         first = component.parameters[0]

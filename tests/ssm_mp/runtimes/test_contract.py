@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import Converter
+from ssm_mp.conversion.regroup import regrouped
 from ssm_mp.errors import DisagreementError, ExportError
 from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
@@ -20,6 +22,7 @@ from ssm_mp.precisions.registry import PRECISIONS, get_precision
 from ssm_mp.runtimes.capability import not_worth, sized, table
 from ssm_mp.runtimes.exportable import Exportable, twin
 from ssm_mp.runtimes.format import Arrays, Format
+from ssm_mp.runtimes.placing import remove
 from ssm_mp.runtimes.registry import FORMATS, get_format
 from ssm_mp.runtimes.running import cannot_verify
 from ssm_mp.runtimes.transfer import planned, transfer
@@ -79,6 +82,34 @@ def test_the_same_model_is_the_same_file(word: str, tmp_path: Path) -> None:
     )
     assert first.keys() == second.keys()
     assert [name for name in first if first[name] != second[name]] == []
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that, as one of a GPU, has to be brought to the CPU before numpy sees it; what is computed of it too."""
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self, *, force: bool = False) -> np.ndarray:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+
+@every
+def test_a_model_on_a_gpu_is_the_same_file(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item, files = mixed(format_), []
+    for name in "ab":
+        path = tmp_path / name / f"model{format_.suffix}"
+        path.parent.mkdir()
+        format_.write(item, path)
+        assert unequal_weights(format_, item, path) == []
+        weights = path / "model.safetensors" if path.is_dir() else path
+        files.append(weights.read_bytes())
+        for module in item.model.modules():
+            for key, tensor in module._buffers.items():
+                module._buffers[key] = None if tensor is None else tensor.as_subclass(Elsewhere)
+    assert any(isinstance(tensor, Elsewhere) for tensor in item.model.buffers())
+    assert files[0] == files[1]
 
 
 @every
@@ -141,6 +172,26 @@ def test_every_precision_is_held_or_refused_and_the_table_says_which(word: str) 
 
 
 @every
+def test_parts_of_one_tensor_are_stored_as_the_widest_of_them_when_asked(word: str, tmp_path: Path) -> None:
+    format_, checkpoint = get_format(word), regrouped(checkpoint_of("granitemoehybrid/experts"), "each", ("in_proj",))
+    rules = {"*": "int8", "*.experts.1.*": "fp16", "*.in_proj.B": "int4", "*.in_proj.z": "fp16"}
+    item = item_of(checkpoint, rules)
+    out = tmp_path / f"model{format_.suffix}"
+    parts = {part for group in format_.joined(item.config) for part in group}
+    if not parts:
+        assert planned(format_, item, widen=False).widened == {}
+        return
+    with pytest.raises(ExportError, match="one tensor .*--widen stores all as the widest"):
+        transfer(format_, item, out)
+    done = transfer(format_, item, out, widen=True)
+    for group in format_.joined(item.config):
+        assert {done.item.precision(part) for part in group} == {"fp16"}
+    named = [name for name in parts if item.precision(name) != "fp16"]
+    assert {done.plan.widened[name] for name in named} == {("int8", "fp16"), ("int4", "fp16")}
+    assert format_.tensor_bytes(out) == done.plan.bytes
+
+
+@every
 def test_what_a_search_may_choose_is_ever_smaller(word: str) -> None:
     format_, checkpoint = get_format(word), checkpoint_of(MODEL)
     for component in find_components(checkpoint):
@@ -182,6 +233,48 @@ def test_what_is_written_is_told_beside_it_and_may_be_replaced(word: str, tmp_pa
         transfer(format_, mixed(format_), out)
     again = transfer(format_, mixed(format_, "fp16"), out, replace=True)
     assert json.loads(beside.read_text())["bytes"] == again.plan.bytes > done.plan.bytes
+
+
+@every
+def test_the_next_command_of_a_file_without_a_tokenizer_takes_token_ids(word: str) -> None:
+    format_, item = get_format(word), mixed(get_format(word))
+    out = Path(f"x/model{format_.suffix}")
+    alone, with_one = format_.command(out, item), format_.command(out, replace(item, tokenizer=b"{}"))
+    assert str(out) in alone
+    assert "token ids" in alone or "--skip-tokenizer-init" in alone or "from_pretrained" in alone
+    assert "token ids" not in with_one
+    assert "--skip-tokenizer-init" not in with_one
+
+
+@every
+def test_what_the_tool_did_not_write_is_never_replaced_or_removed(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    out = tmp_path / f"model{format_.suffix}"
+    transfer(format_, mixed(format_), out)
+    if format_.suffix:
+        beside = tmp_path / f"model{format_.suffix}.metrics.json"
+        beside.write_text('{"mine": 1}')
+        said, kept = "model.*metrics.json was not written by this tool", beside
+        others = [out.name, beside.name]
+    else:
+        kept = out / "mine.txt"
+        kept.write_text("mine")
+        said, others = "holds what this tool did not write: mine.txt; move", ["mine.txt"]
+    before = kept.read_bytes()
+    with pytest.raises(ExportError, match=said):
+        transfer(format_, mixed(format_), out, replace=True)
+    remove(out, format_.suffix)
+    assert kept.read_bytes() == before
+    assert set(others) <= set(left(tmp_path))
+
+
+@every
+def test_what_was_written_is_removed_whole(word: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    out = tmp_path / f"model{format_.suffix}"
+    transfer(format_, mixed(format_), out)
+    remove(out, format_.suffix)
+    assert left(tmp_path) == []
 
 
 @every

@@ -86,6 +86,13 @@ def test_keys_of_the_original_stay_and_those_of_another_file_do_not() -> None:
     assert "ssm_cfg" not in found
 
 
+def test_what_json_has_no_word_for_is_left_out_of_a_pickled_config() -> None:
+    source = {"model_type": "granitemoehybrid", "stated_type": torch.float16, "kept": [1, None]}
+    found = huggingface_config(checkpoint_of("granite").config, source)
+    assert json.loads(json.dumps(found)) == found
+    assert found["kept"] == [1, None]
+
+
 def test_the_language_model_is_taken_out_of_a_config_for_text_and_vision() -> None:
     config = checkpoint_of("qwen3_5_text").config
     inside = {"model_type": "qwen3_5_text", "eos_token_id": 5}

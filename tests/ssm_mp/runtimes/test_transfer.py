@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -97,6 +98,37 @@ def test_of_a_runtime_that_disagrees_the_twin_tells_whether_names_are_at_fault(t
     ):
         transfer(replace(PLAIN, off=20.0), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
     assert left(tmp_path) == []
+
+
+def test_a_disagreement_is_told_where_there_can_be_no_twin(tmp_path: Path) -> None:
+    with pytest.raises(
+        DisagreementError, match=r"not confirmed by .* a float32 twin .*: plain holds none: no room; it"
+    ):
+        transfer(replace(PLAIN, off=20.0, twins=False), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
+
+
+def test_what_went_wrong_is_told_of_the_name_that_was_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(DisagreementError) as found:
+        transfer(replace(PLAIN, ending="dies"), item(*EIGHT), tmp_path / "x.npz", windows=IDS)
+    assert str(found.value).startswith(f"{tmp_path / 'x.npz'}: numpy")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError("64 requested and 32 written"), r"\(64 requested and 32 written; the disk may be full\); nothing"),
+        (OSError(errno.EACCES, "Permission denied"), r"\(\[Errno 13\] Permission denied\); nothing"),
+    ],
+)
+def test_what_the_disk_refuses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, said: str
+) -> None:
+    def refused(self: Plain, one: Exportable, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(Plain, "write", refused)
+    with pytest.raises(ExportError, match=said):
+        transfer(PLAIN, item(*EIGHT), tmp_path / "x.npz")
 
 
 def test_a_distribution_that_is_not_a_number_is_never_confirmed(tmp_path: Path) -> None:

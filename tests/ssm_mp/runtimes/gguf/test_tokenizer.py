@@ -173,7 +173,52 @@ def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused_with_what_it_does
 
     refusal = GGUF.refusal_of(with_tokenizer(json.dumps({**_said(), **change}).encode()))
     assert refusal is not None
-    assert "export without the tokenizer" in refusal
+    assert "--no-tokenizer leaves it out" in refusal
+
+
+def test_the_tokens_around_a_text_are_those_that_the_tokenizer_itself_adds() -> None:
+    said = _said()
+    said["post_processor"] = {
+        "type": "Sequence",
+        "processors": [
+            {"type": "ByteLevel"},
+            {"type": "TemplateProcessing", "single": [_added("<tool>"), _TEXT, _added("<|endoftext|>")]},
+        ],
+    }
+
+    keys = _keys(said, **{"tokenizer_config.json": b'{"bos_token": "!", "eos_token": "!"}'})
+
+    assert keys["tokenizer.ggml.add_bos_token"] is keys["tokenizer.ggml.add_eos_token"] is True
+    assert keys["tokenizer.ggml.tokens"][keys["tokenizer.ggml.bos_token_id"]] == "<tool>"
+    assert keys["tokenizer.ggml.tokens"][keys["tokenizer.ggml.eos_token_id"]] == "<|endoftext|>"
+
+
+_TEXT = {"Sequence": {"id": "A", "type_id": 0}}
+
+
+def _added(token: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": token, "type_id": 0}}
+
+
+@pytest.mark.parametrize(
+    ("processor", "said"),
+    [
+        ({"type": "RobertaProcessing", "cls": ["<s>", 0], "sep": ["</s>", 2]}, "found 'RobertaProcessing'"),
+        ({"type": "TemplateProcessing", "single": [_added("<s>"), _added("<t>"), _TEXT]}, "at most one token before"),
+        ({"type": "TemplateProcessing", "single": [_TEXT, _added("</s>"), _added("</t>")]}, "one after it"),
+    ],
+)
+def test_tokens_that_llama_cpp_would_not_add_are_refused(processor: dict[str, Any], said: str) -> None:
+    refusal = GGUF.refusal_of(with_tokenizer(json.dumps({**_said(), "post_processor": processor}).encode()))
+    assert refusal is not None
+    assert said in refusal
+
+
+def test_the_last_token_of_a_model_of_text_and_images_is_that_of_its_text() -> None:
+    item = with_tokenizer(json.dumps(_said()).encode())
+    source = {"text_config": {"eos_token_id": 5}}
+    keys = dict(tokenizer_keys(Exportable("x", item.model, None, source, item.tokenizer)))
+    assert keys["tokenizer.ggml.eos_token_id"] == 5
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_by_the_token() -> None:
