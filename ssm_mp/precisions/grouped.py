@@ -1,4 +1,4 @@
-"""Precisions below 8 bits, one a code book: `nf4`, `int4`, `int3`. A further book is a further line at the end.
+"""Precisions below 8 bits, one a code book, in packed groups. A further book is a further line at the end.
 
 Dimensions: `n` values in a row, `g` groups of 64 values.
 """
@@ -26,8 +26,15 @@ from ssm_mp.precisions.precision import Precision
 from ssm_mp.precisions.stored import ArraySpec, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
-INT4_BOOK = CodeBook(4, tuple(float(value) for value in range(-7, 8)))
-INT3_BOOK = CodeBook(3, tuple(float(value) for value in range(-3, 4)))
+
+def _integers(bits: int) -> CodeBook:
+    """The integers of so many bits but the lowest, which has no opposite."""
+    limit = (1 << bits - 1) - 1
+    return CodeBook(bits, tuple(map(float, range(-limit, limit + 1))))
+
+
+INT6_BOOK, INT5_BOOK, INT4_BOOK, INT3_BOOK = map(_integers, (6, 5, 4, 3))
+INTEGER_BOOKS = (INT6_BOOK, INT5_BOOK, INT4_BOOK, INT3_BOOK)
 NF4_BOOK = CodeBook(
     4,
     (
@@ -104,6 +111,8 @@ class Grouped(Precision):
         return GroupedTensor(arrays["q"], arrays["scale"], shape, self.book)
 
 
+INT6 = Grouped("int6", INT6_BOOK)
+INT5 = Grouped("int5", INT5_BOOK)
 NF4 = Grouped("nf4", NF4_BOOK)
 INT4 = Grouped("int4", INT4_BOOK)
 INT3 = Grouped("int3", INT3_BOOK)

@@ -106,25 +106,41 @@ def unpack_at(packed: Tensor, bits: int, positions: Tensor) -> Tensor:
 
 def unpack_values(packed: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
     """Packed groups `[g, 8·bits]` and scales `[g]` → float32 `[g, 64]`, several codes at a time from a table."""
-    if 12 % book.bits and 8 % book.bits:  # codes of 5 or 7 bits fill no short number
-        values = book.levels(packed.device)[unpack_reference(packed, book.bits)]
-        return values.mul_(scales.float()[:, None])
     table = _table(book, packed.device)  # [2^index bits, codes at a time]
-    if 8 % book.bits == 0:
-        index = packed.int()
-    else:  # three bytes hold two numbers of 12 bits
+    values = table.index_select(0, _indices(packed, book.bits).flatten()).reshape(-1, GROUP)
+    return values.mul_(scales.float()[:, None])
+
+
+def _index_bits(bits: int) -> int:
+    """Bits of a number that holds several whole codes: few enough for a table of all such numbers."""
+    return 8 if 8 % bits == 0 else 12 if 12 % bits == 0 else 2 * bits
+
+
+def _indices(packed: Tensor, bits: int) -> Tensor:
+    """The numbers of `_index_bits` that packed codes `[g, 8·bits]` are, in order."""
+    width = _index_bits(bits)
+    if width == 8:
+        return packed.int()
+    if width == 12:  # three bytes hold two of them
         triples = packed.reshape(-1, 3).int()
         first = triples[:, 0] | (triples[:, 1] & 15) << 8
         second = triples[:, 1] >> 4 | triples[:, 2] << 4
-        index = torch.stack((first, second), dim=1)
-    values = table.index_select(0, index.flatten()).reshape(-1, GROUP)
-    return values.mul_(scales.float()[:, None])
+        return torch.stack((first, second), dim=1)
+    octets = packed.reshape(-1, bits)  # eight codes, four of the numbers
+    numbers = torch.empty(len(octets), 4, dtype=torch.int32, device=packed.device)
+    for i in range(4):
+        byte, shift = divmod(i * width, 8)
+        number = octets[:, byte].int()
+        for further in range(1, (shift + width - 1) // 8 + 1):
+            number |= octets[:, byte + further].int() << 8 * further
+        numbers[:, i] = (number >> shift) & ((1 << width) - 1)
+    return numbers
 
 
 @cache
 def _table(book: CodeBook, device: torch.device) -> Tensor:
-    """The values of all codes that 8 bits (of codes of 1, 2, 4 or 8) or 12 bits (of 3 or 6) hold, float32."""
-    index_bits = 8 if 8 % book.bits == 0 else 12
+    """The values of all codes that a number of `_index_bits` holds, float32."""
+    index_bits = _index_bits(book.bits)
     index = torch.arange(1 << index_bits)
     codes = torch.stack([index >> shift & ((1 << book.bits) - 1) for shift in range(0, index_bits, book.bits)], dim=1)
     values = torch.tensor((*book.values, *[0.0] * ((1 << book.bits) - len(book.values))))  # codes that never occur

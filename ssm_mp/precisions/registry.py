@@ -44,6 +44,8 @@ PRECISIONS = Registry(
     {
         "fp16": "ssm_mp.precisions.float16:FP16",
         "int8": "ssm_mp.precisions.int8:INT8",
+        "int6": "ssm_mp.precisions.grouped:INT6",
+        "int5": "ssm_mp.precisions.grouped:INT5",
         "nf4": "ssm_mp.precisions.grouped:NF4",
         "int4": "ssm_mp.precisions.grouped:INT4",
         "int3": "ssm_mp.precisions.grouped:INT3",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, GroupedTensor
+from ssm_mp.precisions.grouped import INTEGER_BOOKS, GroupedTensor
 from ssm_mp.precisions.groups import GROUP, pack, unpack_reference
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import Stored
@@ -70,7 +70,7 @@ def codes_of(held: Stored) -> Codes | None:
     rows, width = held.shape
     if isinstance(held, Int8Tensor):
         return Codes(held.q.cpu().view(torch.uint8) ^ 128, held.scale.cpu()[:, None], 8, 128)
-    if not isinstance(held, GroupedTensor) or held.book not in (INT4_BOOK, INT3_BOOK) or width % HALF:
+    if not isinstance(held, GroupedTensor) or held.book not in INTEGER_BOOKS or width % HALF:
         return None
     bits, group = held.book.bits, GROUP if width % GROUP == 0 else HALF
     row = width * bits // 8

@@ -14,7 +14,7 @@ from ssm_mp.components import Component
 from ssm_mp.config import Config
 from ssm_mp.errors import DisagreementError, ExportError, InfeasibleError
 from ssm_mp.files.shown import listed
-from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.precisions.registry import PRECISIONS, get_precision
 from ssm_mp.runtimes.exportable import Exportable, at_precisions, with_inputs
 from ssm_mp.runtimes.format import Encoding, Format
 from ssm_mp.runtimes.placing import put
@@ -22,6 +22,8 @@ from ssm_mp.runtimes.running import cannot_verify, missing, require_writer
 from ssm_mp.runtimes.verify import Verdict, require_equal_weights, twin_difference, verdict
 
 _SHOWN = 6
+_MORE_BITS = 3
+"""What a wider form has at least: values that were rounded before are then hardly moved by being rounded anew."""
 
 
 @dataclass(frozen=True)
@@ -133,9 +135,10 @@ def _listed(named: Sequence[tuple[str, str]]) -> str:
 
 
 def _held(format_: Format, component: Component, asked: str, config: Config) -> tuple[str, Encoding] | None:
-    """The first precision that the format holds, from the one that is asked for to the widest, and how."""
-    names = list(PRECISIONS)
-    for name in reversed(names[: names.index(asked) + 1]):
+    """The precision that is asked for or else the next wider that the format holds, and how."""
+    names, least = list(PRECISIONS), get_precision(asked).bits + _MORE_BITS
+    wider = [name for name in names[: names.index(asked)] if get_precision(name).bits >= least]
+    for name in (asked, *reversed(wider)):
         encoding = format_.encoding(component, name, config)
         if encoding is not None:
             return name, encoding

@@ -45,8 +45,8 @@ from ssm_mp.runtimes.huggingface import (
 )
 from ssm_mp.runtimes.huggingface_config import huggingface_config
 
-_BITS = {"int8": 8, "int4": 4, "int3": 4}
-"""What each is packed in: three bits in four, which the kernels of servers know."""
+_BITS = {"int8": 8, "int6": 8, "int5": 8, "int4": 4, "int3": 4}
+"""What each is packed in: in bits that the kernels of servers know."""
 _FLOATS = {"fp16": 2, "fp32": 4}
 _SHAPE_BYTES = 16
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -177,9 +177,14 @@ def _joins_alike(item: Exportable) -> bool:
         for leaves in _FUSED:
             at, leaf = name.removesuffix(f".{leaves[0]}.weight"), leaves[0]
             beside = {precisions.get(f"{at}.{other}.weight") for other in leaves}
-            if name.endswith(f".{leaf}.weight") and len({_BITS.get(str(one), 0) for one in beside}) > 1:
+            if name.endswith(f".{leaf}.weight") and len({_packing(str(one)) for one in beside}) > 1:
                 return False
     return True
+
+
+def _packing(precision: str) -> tuple[int, bool]:
+    """The bits of a value, and whether all of a row share a scale."""
+    return _BITS.get(precision, 0), precision == "int8"
 
 
 def _name(config: Config, whole: Whole) -> str:
@@ -208,7 +213,7 @@ def _group(width: int, precision: str) -> int | None:
 
 
 def _file_bits(codes: Codes) -> int:
-    return 8 if codes.bits == 8 else 4
+    return 8 if codes.bits > 4 else 4
 
 
 def _arrays(codes: Codes) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """GGUF, for llama.cpp and what is built on it (Ollama, LM Studio).
 
-Matrices are F16, Q8_0 or Q4_0 with our own codes and scales; norms, convolutions, routers, biases, `A`, `D` and the
-bias of the step are float32 at every precision.
+Matrices are F16, Q8_0, Q5_0 or Q4_0 with our own codes and scales; norms, convolutions, routers, biases, `A`, `D` and
+the bias of the step are float32 at every precision.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Dimensions: `n` rows, `k` values in a row, `b` blocks of 32 values in a row (k / 32).
 
-Q8_0 is 32 int8 codes with a float16 scale, Q4_0 32 codes of four bits, less 8, with a float16 scale. Our int8 has one
-scale a row, so that all blocks of a row carry it; our int4 and int3 have one a group of 64 values, counted through the
-whole tensor, so that a block lies within one group wherever rows are multiples of 32.
+Each block has a float16 scale: with 32 int8 codes in Q8_0, codes of five bits, less 16, in Q5_0, of four, less 8, in
+Q4_0. Our int8 has one scale a row, so that all blocks of a row carry it; narrower integers have one a group of 64
+values, counted through the whole tensor, so that a block lies within one group wherever rows are multiples of 32.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ import numpy as np
 import torch
 
 from ssm_mp.errors import ExportError
-from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, GroupedTensor
+from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, INT5_BOOK, INT6_BOOK, GroupedTensor
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.runtimes.codes import codes_of
 from ssm_mp.runtimes.gguf.tensors import BLOCK
 
-WORDS = {"fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int4": "Q4_0", "int3": "Q4_0"}
+WORDS = {
+    "fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int6": "Q8_0", "int5": "Q5_0", "int4": "Q4_0", "int3": "Q4_0",
+}  # fmt: skip
 """Precision → type of a matrix; others have none with the same values."""
-_BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q4_0": 2 + BLOCK // 2}
+_OF_BOOKS = {INT6_BOOK: "Q8_0", INT5_BOOK: "Q5_0", INT4_BOOK: "Q4_0", INT3_BOOK: "Q4_0"}
+_BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q5_0": 2 + BLOCK // 8 + BLOCK // 2, "Q4_0": 2 + BLOCK // 2}
 _FLOATS = {"F32": np.float32, "F16": np.float16}
 
 
@@ -76,11 +79,20 @@ class Packed:
         if self.scales is None:
             return np.ascontiguousarray(self.values).view(np.uint8)
         codes: np.ndarray = self.values.view(np.uint8)
-        if self.word == "Q4_0":  # the first 16 values in the low halves of the bytes, the other 16 in the high ones
-            codes = (self.values + 8).astype(np.uint8)
-            codes = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+        if self.word == "Q4_0":
+            codes = _halves((self.values + 8).astype(np.uint8))
+        elif self.word == "Q5_0":  # the fifth bits of all 32 come first
+            codes = (self.values + 16).astype(np.uint8)
+            fifth = np.packbits(codes >> 4, axis=-1, bitorder="little")  # [n, b, 4]
+            codes = np.concatenate((fifth, _halves(codes & 15)), axis=-1)
         scales = np.ascontiguousarray(self.scales)[..., None].view(np.uint8)  # [n, b, 2]
         return np.concatenate((scales, codes), axis=-1).reshape(len(codes), -1)
+
+
+def _halves(codes: np.ndarray) -> np.ndarray:
+    """Codes of four bits `[n, b, 32]` → `[n, b, 16]`: the first 16 in the low halves of the bytes, the others above."""
+    joined: np.ndarray = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
+    return joined
 
 
 def word_of(stored: Stored) -> str | None:
@@ -90,8 +102,8 @@ def word_of(stored: Stored) -> str | None:
             return {torch.float16: "F16", torch.float32: "F32"}.get(stored.value.dtype)
         case Int8Tensor():
             return "Q8_0"
-        case GroupedTensor() if stored.book in (INT4_BOOK, INT3_BOOK):
-            return "Q4_0"
+        case GroupedTensor():
+            return _OF_BOOKS.get(stored.book)
     return None
 
 

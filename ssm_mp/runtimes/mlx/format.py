@@ -33,7 +33,7 @@ from ssm_mp.runtimes.mlx.arrangement import Entry, entries, factors, is_matrix, 
 from ssm_mp.runtimes.mlx.families import unfit
 from ssm_mp.runtimes.mlx.packing import arrays, group_of, grouped, multiplied, packed_bytes
 
-_BITS = {"int8": 8, "int4": 4, "int3": 3}
+_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
 _FLOATS = {"fp16": 2, "fp32": 4}
 _SCALED = "scales times the config's multipliers"
 

@@ -15,6 +15,7 @@ from typing import Any
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precisions.stored import Stored
 from ssm_mp.runtimes.exportable import Exportable
+from ssm_mp.runtimes.onnx.nodes import CONTRIB, Nodes
 from ssm_mp.runtimes.onnx.step import (
     AT,
     DOMAIN,
@@ -29,7 +30,7 @@ from ssm_mp.runtimes.onnx.step import (
     carried,
     ends_fragment,
 )
-from ssm_mp.runtimes.onnx.weights import CONTRIB, Layout, Nodes, layout_of, stored_kind
+from ssm_mp.runtimes.onnx.weights import Layout, layout_of, stored_kind
 
 VERSION = "1"
 """Of what the metadata says."""

@@ -10,10 +10,9 @@ Dimensions: `n` rows, `k` values in a row, `g` groups of 64 values, `X` experts,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,54 +22,15 @@ from ssm_mp.modules.experts import ExpertsForm
 from ssm_mp.modules.linear import LinearForm
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precisions.float16 import Float16
-from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, NF4_BOOK, Grouped, GroupedTensor
+from ssm_mp.precisions.grouped import INTEGER_BOOKS, NF4_BOOK, Grouped, GroupedTensor
 from ssm_mp.precisions.groups import GROUP, CodeBook, group_count, unpack_reference
 from ssm_mp.precisions.int8 import Int8, Int8Tensor
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import FloatTensor, Stored
+from ssm_mp.runtimes.onnx.nodes import Nodes
 
 SMALLEST_BLOCK = 16
 """Values that share a scale in `MatMulNBits` at least; rows must be a multiple."""
-CONTRIB = "com.microsoft"
-"""Operators that only ONNX Runtime has."""
-
-
-class Nodes:
-    """Nodes in order, and the constants that they need."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: dict[str, np.ndarray] = {}
-
-    def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        """One node, named as its output."""
-        from onnx import helper
-
-        domain = CONTRIB if operator.startswith("MatMul") and operator != "MatMul" else ""
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
-    def constant(self, name: str, value: np.ndarray) -> str:
-        """A constant; the same name always means the same value."""
-        self.constants.setdefault(name, value)
-        return name
-
-    def integers(self, *values: int) -> str:
-        """A list of integers, such as a shape."""
-        return self.constant(f"integers/{'x'.join(map(str, values))}", np.array(values, dtype=np.int64))
-
-    def cast(self, name: str, output: str, to: str = "FLOAT") -> str:
-        from onnx import TensorProto
-
-        return self.add("Cast", [name], output, to=getattr(TensorProto, to))
-
-    def reshape(self, name: str, output: str, *shape: int) -> str:
-        return self.add("Reshape", [name, self.integers(*shape)], output)
-
-    def to_parts(self, name: str, index: str, output: str, *shape: int) -> str:
-        """What was gathered by `index [...]`, as `[..., *shape]`."""
-        size = [self.add("Shape", [index], f"{output}/count"), self.integers(*shape)]
-        return self.add("Reshape", [name, self.add("Concat", size, f"{output}/size", axis=0)], output)
 
 
 @dataclass(frozen=True)
@@ -225,10 +185,11 @@ class Codes(Layout):
     nf4: bool = False
     block: int = GROUP
     word = "4 bits · table"
+    per_byte: ClassVar[int] = 2
 
     @property
     def bytes(self) -> int:
-        return self._filled // 2 + 2 * group_count(prod(self.shape))
+        return self._filled // self.per_byte + 2 * group_count(prod(self.shape))
 
     @property
     def _filled(self) -> int:
@@ -291,7 +252,7 @@ class Codes(Layout):
 
     def _gathered(self, nodes: Nodes, name: str, index: str, output: str, count: int, *shape: int) -> None:
         """Of `count` parts of this shape, those that `index [...]` names: `[..., *shape]`."""
-        codes = nodes.reshape(f"{name}.codes", f"{output}/parts", count, -1, self.block // 2)
+        codes = nodes.reshape(f"{name}.codes", f"{output}/parts", count, -1, self.block // self.per_byte)
         scales = nodes.reshape(self._scales(nodes, name, output), f"{output}/part_scales", count, -1)
         codes = nodes.add("Gather", [codes, index], f"{output}/codes", axis=0)
         scales = nodes.add("Gather", [scales, index], f"{output}/chosen", axis=0)
@@ -303,6 +264,25 @@ class Codes(Layout):
         table = nodes.constant("codes/nf4" if self.nf4 else "codes/integers", _pairs(self.nf4))
         units = nodes.add("Gather", [table, index], f"{at}/pairs", axis=0)  # [..., block / 2, 2]
         units = nodes.reshape(units, f"{at}/units", -1, self.block)
+        return nodes.add("Mul", [units, nodes.reshape(scales, f"{at}/factors", -1, 1)], f"{at}/blocks")
+
+
+class Bytes(Codes):
+    """Integers of five and six bits, a byte each, with a float16 scale a group.
+
+    Not multiplied by `MatMulNBits` of 8 bits, as little as those of `Integers`.
+    """
+
+    word = "int8 · scale of 64"
+    per_byte = 1
+
+    def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
+        assert isinstance(stored, GroupedTensor)
+        codes = unpack_reference(stored.q.cpu(), stored.book.bits).to(torch.int8).numpy()  # [g, 64]
+        return {".codes": codes + np.int8(stored.book.values[0]), ".scales": stored.scale.cpu().numpy()}
+
+    def _looked_up(self, nodes: Nodes, codes: str, scales: str, at: str) -> str:
+        units = nodes.reshape(nodes.cast(codes, f"{at}/integers"), f"{at}/units", -1, self.block)
         return nodes.add("Mul", [units, nodes.reshape(scales, f"{at}/factors", -1, 1)], f"{at}/blocks")
 
 
@@ -353,7 +333,7 @@ def kind_of(precision: str) -> Kind | None:
     """How a precision stores weights; None where the file cannot."""
     found = get_precision(precision)
     if isinstance(found, Grouped):
-        return found.book if found.book in (INT4_BOOK, INT3_BOOK, NF4_BOOK) else None
+        return found.book if found.book in (*INTEGER_BOOKS, NF4_BOOK) else None
     if isinstance(found, Float16):
         return torch.float16
     return torch.int8 if isinstance(found, Int8) else None
@@ -383,6 +363,8 @@ def layout_of(parameter: Parameter, kind: Kind) -> Layout:
     assert isinstance(kind, CodeBook)
     if kind == NF4_BOOK:
         return NormalFloats(shape, nf4=True) if multiplies else Codes(shape, experts, nf4=True)
+    if kind.bits > 4:
+        return Bytes(shape, experts)
     if multiplies and shape[1] % SMALLEST_BLOCK == 0:
         return Blocks(shape, block=gcd(shape[1], GROUP))
     return Codes(shape, experts)

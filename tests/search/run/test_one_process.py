@@ -15,7 +15,7 @@ from tests.ssm_mp.precisions.outside import register
 from tests.tiny import CONFIGS, write_study
 
 ONE = ("fp16", "fp8")
-MANY = ("fp16", "bf16", "int8", "fp8", "int6", "book5", "nf4", "book2")
+MANY = ("fp16", "bf16", "int8", "fp8", "offset6", "book5", "nf4", "book2")
 
 
 @pytest.mark.parametrize(

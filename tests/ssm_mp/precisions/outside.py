@@ -66,8 +66,8 @@ class Offset(IntegerTensor):
         return {"q": self.q, "scale": self.scale}
 
 
-class Integers6(Precision):
-    name = "int6"
+class Offset6(Precision):
+    name = "offset6"
     bits = 6
     quantizes_inputs = True
 
@@ -86,11 +86,11 @@ class Integers6(Precision):
 
 
 BF16 = Brain()
-INT6 = Integers6()
-BOOK5 = Grouped("book5", CodeBook(5, tuple(float(value) for value in range(-15, 16))))
+OFFSET6 = Offset6()
+BOOK5 = Grouped("book5", CodeBook(5, tuple(float(value) for value in range(-16, 16))))
 BOOK2 = Grouped("book2", CodeBook(2, (-1.0, 0.0, 1.0)))
 
-OUTSIDE: dict[str, Precision] = {precision.name: precision for precision in (BF16, FP8, INT6, BOOK5, BOOK2)}
+OUTSIDE: dict[str, Precision] = {precision.name: precision for precision in (BF16, FP8, OFFSET6, BOOK5, BOOK2)}
 
 
 def register(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +101,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> None:
         "bf16": f"{here}.outside:BF16",
         "int8": homes.pop("int8"),
         "fp8": f"{here}.fp8:FP8",
-        "int6": f"{here}.outside:INT6",
+        "offset6": f"{here}.outside:OFFSET6",
         "book5": f"{here}.outside:BOOK5",
         **homes,
         "book2": f"{here}.outside:BOOK2",

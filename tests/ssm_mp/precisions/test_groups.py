@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.errors import InfeasibleError
-from ssm_mp.precisions.grouped import INT3, INT3_BOOK, INT4, INT4_BOOK, NF4, NF4_BOOK
+from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, INT5_BOOK, INT6_BOOK, NF4_BOOK
 from ssm_mp.precisions.groups import (
     CodeBook,
     group_count,
@@ -24,7 +24,7 @@ from ssm_mp.precisions.groups import (
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.scheme import ScaleMethod, ScaleRule
 
-BOOKS = {"int4": INT4_BOOK, "int3": INT3_BOOK, "nf4": NF4_BOOK}
+BOOKS = {"int6": INT6_BOOK, "int5": INT5_BOOK, "nf4": NF4_BOOK, "int4": INT4_BOOK, "int3": INT3_BOOK}
 # and books that no precision of the package has: of every width, full and not
 books = st.sampled_from(
     [*BOOKS.values(), *(CodeBook(bits, tuple(map(float, range(2**bits - 1)))) for bits in (2, 5, 6, 7, 8))]
@@ -78,7 +78,7 @@ def test_least_square_scales_are_never_worse_than_the_largest_magnitude(book: Co
 
     plain, best = error(ScaleRule("minmax")), error(ScaleRule("mse"))
     assert bool((best <= plain).all())
-    assert float(best.sum()) < 0.97 * float(plain.sum())
+    assert float(best.sum()) < (0.97 if book.bits < 5 else 1.0) * float(plain.sum())
 
 
 def test_nf4_has_the_code_book_and_the_rounding_of_bitsandbytes() -> None:
@@ -96,7 +96,7 @@ def test_nf4_has_the_code_book_and_the_rounding_of_bitsandbytes() -> None:
 def test_odd_sizes_are_counted_with_their_filling(values: int) -> None:
     groups = group_count(values)
     assert 64 * (groups - 1) < values <= 64 * groups
-    for precision in (NF4, INT4, INT3):
+    for precision in map(PRECISIONS.__getitem__, BOOKS):
         stored = precision.store(torch.randn(values), "vector", ScaleRule())
         held = sum(array.numel() * array.element_size() for array in stored.arrays().values())
         assert held == precision.bytes((values,), "vector") == groups * (8 * precision.bits + 2)
@@ -126,9 +126,9 @@ def test_a_group_below_float16_is_nearly_zeros_and_bars_no_other(name: str, valu
     assert bool(((found[0] - weight[0]).abs() <= weight[0].abs()).all())
 
 
-def test_nf4_is_better_than_int4_on_normal_weights_and_both_than_int3() -> None:
+def test_books_are_in_the_order_of_their_error_on_normal_weights() -> None:
     weight = torch.randn(100, 64)
     error = {
         name: float((PRECISIONS[name].store(weight, "weight", ScaleRule()).tensor() - weight).norm()) for name in BOOKS
     }
-    assert error["nf4"] < error["int4"] < error["int3"]
+    assert list(error) == sorted(error, key=error.__getitem__)

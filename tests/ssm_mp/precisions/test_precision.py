@@ -13,7 +13,7 @@ from ssm_mp.precisions.stored import Role
 from ssm_mp.scheme import ScaleRule
 
 WEIGHT: Role = "weight"
-ERRORS = {"fp16": 0.001, "int8": 0.005, "nf4": 0.16, "int4": 0.08, "int3": 0.17}
+ERRORS = {"fp16": 0.001, "int8": 0.005, "int6": 0.017, "int5": 0.034, "nf4": 0.16, "int4": 0.08, "int3": 0.17}
 """Largest error of a value, as a share of the largest in its group."""
 
 

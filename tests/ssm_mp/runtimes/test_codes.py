@@ -17,7 +17,7 @@ def stored(precision: str, rows: int, width: int, seed: int = 0) -> Stored:
 
 
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 160])
-@pytest.mark.parametrize("precision", ["int8", "int4", "int3"])
+@pytest.mark.parametrize("precision", ["int8", "int6", "int5", "int4", "int3"])
 def test_codes_stand_for_what_is_stored(precision: str, width: int) -> None:
     held = stored(precision, 7, width)
     codes = codes_of(held)
@@ -35,7 +35,7 @@ def test_rows_of_other_widths_and_other_books_are_no_codes() -> None:
     assert codes_of(get_precision("int8").store(torch.randn(64), "vector", ScaleRule())) is None
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "int3"])
+@pytest.mark.parametrize("precision", ["int8", "int6", "int5", "int4", "int3"])
 def test_parts_stand_one_below_the_other_and_rows_can_be_taken(precision: str) -> None:
     parts = [stored(precision, rows, 96, seed) for seed, rows in enumerate((3, 5))]
     whole = joined([codes for part in parts if (codes := codes_of(part)) is not None])
@@ -45,7 +45,7 @@ def test_parts_stand_one_below_the_other_and_rows_can_be_taken(precision: str) -
     assert torch.equal(whole.rows(lambda rows: rows[4:]).tensor(), expected[4:])
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [3, 4, 5, 6, 8])
 def test_packed_rows_are_a_stream_of_bits_from_the_lowest(bits: int) -> None:
     codes = torch.randint(1 << bits, (5, 32), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     for row, packed in zip(codes.tolist(), packed_rows(codes, bits).tolist(), strict=True):

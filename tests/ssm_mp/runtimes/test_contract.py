@@ -18,7 +18,7 @@ from ssm_mp.conversion.regroup import regrouped
 from ssm_mp.errors import DisagreementError, ExportError
 from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.precisions.registry import PRECISIONS, get_precision
 from ssm_mp.runtimes.capability import not_worth, sized, table
 from ssm_mp.runtimes.exportable import Exportable, twin
 from ssm_mp.runtimes.format import Arrays, Format
@@ -41,7 +41,7 @@ every_runtime = pytest.mark.parametrize(
 
 def mixed(format_: Format, *precisions: str) -> Exportable:
     checkpoint = checkpoint_of(MODEL)
-    return item_of(checkpoint, mixed_rules(format_, checkpoint, *(precisions or ("int8", "int4", "fp16"))))
+    return item_of(checkpoint, mixed_rules(format_, checkpoint, *(precisions or ("int8", "int5", "int4", "fp16"))))
 
 
 def left(folder: Path) -> list[str]:
@@ -61,7 +61,7 @@ def test_names_and_packages_are_those_of_the_registry(word: str) -> None:
 def test_a_mixed_map_is_written_read_back_equal_and_confirmed(word: str, tmp_path: Path) -> None:
     format_ = get_format(word)
     item = mixed(format_)
-    assert {precision for _, precision in item.precision_map or ()} == {"int8", "int4", "fp16"}
+    assert {precision for _, precision in item.precision_map or ()} == {"int8", "int5", "int4", "fp16"}
     done = checked(format_, item, tmp_path)
     assert done.plan.widened == {}
     assert item.precision_map is not None
@@ -167,6 +167,8 @@ def test_every_precision_is_held_or_refused_and_the_table_says_which(word: str) 
                 planned(format_, item, widen=False)
         wide = planned(format_, item, widen=True)
         assert sorted(wide.widened) == sorted(missing)
+        for asked, stored in wide.widened.values():  # nf4 as int5 would be rounded twice, about as coarsely
+            assert get_precision(stored).bits >= get_precision(asked).bits + 3
 
 
 @every

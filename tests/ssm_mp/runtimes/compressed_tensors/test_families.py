@@ -34,7 +34,9 @@ def test_families_that_are_held() -> None:
 @every_family
 def test_logits_are_those_of_transformers_on_dequantised_weights(name: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(name)
-    item = item_of(checkpoint, mixed_rules(COMPRESSED_TENSORS, checkpoint, "int8", "int4", "int3", "fp16"))
+    item = item_of(
+        checkpoint, mixed_rules(COMPRESSED_TENSORS, checkpoint, "int8", "int5", "int4", "int3", "int6", "fp16")
+    )
     require_true_folder(COMPRESSED_TENSORS, item, tmp_path / "packed")
     found = answered(reader, tmp_path / "packed", IDS, tmp_path)
     COMPRESSED_TENSORS.write(twin(item), tmp_path / "plain")
@@ -45,7 +47,7 @@ def test_logits_are_those_of_transformers_on_dequantised_weights(name: str, tmp_
     assert most < COMPRESSED_TENSORS.largest_twin
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("precision", ["int8", "int5", "int4"])
 def test_pieces_of_in_proj_at_one_precision_are_one_layer(precision: str, tmp_path: Path) -> None:
     checkpoint = regrouped(checkpoint_of("granite-experts"), "each", ("in_proj",))
     assert "in_proj" in str(COMPRESSED_TENSORS.refusal(checkpoint.config))

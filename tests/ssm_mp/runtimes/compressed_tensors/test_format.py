@@ -41,6 +41,8 @@ def test_vllm_is_offered_where_the_layers_that_it_joins_are_packed_alike(tmp_pat
     for rule in ("*.k_proj", "*.w3"):
         other = item_of(checkpoint, {"*": "fp16", rule: "int8"})
         assert "from_pretrained" in COMPRESSED_TENSORS.command(tmp_path, other)
+    wide = item_of(checkpoint, {"*": "fp16", "*.w1": "int8", "*.w3": "int5"})  # both in 8 bits, but in other groups
+    assert "from_pretrained" in COMPRESSED_TENSORS.command(tmp_path, wide)
     three = item_of(checkpoint, {"*": "fp16", "*.w1": "int4", "*.w3": "int3"})
     assert COMPRESSED_TENSORS.command(tmp_path, three).startswith(f"vllm serve {tmp_path}")
 
@@ -51,14 +53,15 @@ def test_precisions_that_a_component_cannot_have() -> None:
         part = next(part for part in find_components(checkpoint) if part.name.endswith(ending))
         found = {
             precision: COMPRESSED_TENSORS.encoding(part, precision, checkpoint.config)
-            for precision in ("fp16", "int8", "int4", "int3", "nf4")
+            for precision in ("fp16", "int8", "int6", "int5", "int4", "int3", "nf4")
         }
         return {precision: None if encoding is None else encoding.word for precision, encoding in found.items()}
 
-    none = {"int8": None, "int4": None, "int3": None, "nf4": None}
-    of_32 = "W4, groups of 32"
+    none = dict.fromkeys(("int8", "int6", "int5", "int4", "int3", "nf4"))
+    of_32, wide = "W4, groups of 32", "W8, groups of 32"
     assert encodings("granite", "in_proj") == {
-        "fp16": "F16", "int8": "W8, a scale a row", "int4": of_32, "int3": of_32, "nf4": None
+        "fp16": "F16", "int8": "W8, a scale a row", "int6": wide, "int5": wide, "int4": of_32, "int3": of_32,
+        "nf4": None,
     }  # fmt: skip
     assert encodings("bamba/plain", "in_proj") == {"fp16": "F16", **none, "int8": "W8, a scale a row"}  # 48 columns
     assert encodings("granite", "embedding") == {"fp16": "F16", **none}

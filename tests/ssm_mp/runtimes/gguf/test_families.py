@@ -47,6 +47,17 @@ def test_a_mixed_map_is_held_exactly_in_the_bytes_foretold_and_confirmed_by_llam
     assert not done.plan.widened
 
 
+@pytest.mark.parametrize("name", ["mamba2/groups-2", "granitemoehybrid/experts", "falcon_h1/plain", "lfm2_moe/plain"])
+def test_five_and_six_bits_are_held_exactly_and_confirmed_by_llama_cpp(tmp_path: Path, name: str) -> None:
+    checkpoint = together(checkpoint_of(name))
+    item = item_of(checkpoint, mixed_rules(GGUF, checkpoint, "int5", "int6"))
+
+    checked(GGUF, item, tmp_path, ids_of(VOCABULARY, length=12, seed=5))
+
+    words = {GGUF.encoding(one, item.precision(one.name), item.config).word for one in item.components}  # type: ignore[union-attr]
+    assert {"Q5_0", "Q8_0"} < words
+
+
 def test_every_family_that_has_an_architecture_is_run_here() -> None:
     assert {name.partition("/")[0] for name in NAMES} == set(families())
 

@@ -30,7 +30,8 @@ def component(checkpoint: Checkpoint, name: str) -> Component:
 
 
 @pytest.mark.parametrize(
-    ("precision", "word", "bits"), [("fp16", "F16", 16.0), ("int8", "Q8_0", 8.5), ("int4", "Q4_0", 4.5)]
+    ("precision", "word", "bits"),
+    [("fp16", "F16", 16.0), ("int8", "Q8_0", 8.5), ("int6", "Q8_0", 8.5), ("int5", "Q5_0", 5.5), ("int4", "Q4_0", 4.5)],
 )
 def test_a_matrix_has_the_type_of_its_precision(precision: str, word: str, bits: float) -> None:
     checkpoint = checkpoint_of("granitemoehybrid/dense")
@@ -43,7 +44,7 @@ def test_a_matrix_has_the_type_of_its_precision(precision: str, word: str, bits:
 
 
 @pytest.mark.parametrize("name", ["layers.0.mamba.conv1d", "layers.0.mamba.A_log", "layers.0.mamba.norm", "norm"])
-@pytest.mark.parametrize("precision", ["fp16", "int8", "nf4", "int3"])
+@pytest.mark.parametrize("precision", ["fp16", "int8", "int6", "int5", "nf4", "int3"])
 def test_what_is_float32_there_is_so_at_every_precision(name: str, precision: str) -> None:
     checkpoint = checkpoint_of("granitemoehybrid/dense")
     small = component(checkpoint, name)
@@ -70,7 +71,9 @@ def test_rows_that_blocks_do_not_divide_are_held_as_float16_only() -> None:
     narrow = component(checkpoint, "layers.0.ssm.dt_proj")
 
     assert GGUF.encoding(narrow, "fp16", checkpoint.config) is not None
-    assert [GGUF.encoding(narrow, name, checkpoint.config) for name in ("int8", "int4", "int3")] == [None] * 3
+    assert [GGUF.encoding(narrow, name, checkpoint.config) for name in ("int8", "int6", "int5", "int4", "int3")] == [
+        None
+    ] * 5
 
 
 def test_nf4_is_held_by_no_matrix() -> None:

@@ -24,7 +24,7 @@ IDS = ids_of(VOCABULARY)
 @every_family
 def test_a_mixed_map_is_held_and_computed(name: str, tmp_path: Path) -> None:
     checkpoint = checkpoint_of(name)
-    item = item_of(checkpoint, mixed_rules(MLX, checkpoint, "int8", "int4", "int3", "fp16"))
+    item = item_of(checkpoint, mixed_rules(MLX, checkpoint, "int8", "int4", "int6", "int3", "int5", "fp16"))
     require_true_folder(MLX, item, tmp_path / "model")
     mean, _ = divergence(item, answered(reader, tmp_path / "model", IDS, tmp_path), IDS)
     assert mean < 1e-6
@@ -39,7 +39,7 @@ def test_the_float32_twin_is_computed(name: str, tmp_path: Path) -> None:
     assert most < MLX.largest_twin
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "int3", "fp16"])
+@pytest.mark.parametrize("precision", ["int8", "int6", "int5", "int4", "int3", "fp16"])
 def test_pieces_and_experts_at_one_precision_are_one_tensor(precision: str, tmp_path: Path) -> None:
     checkpoint = regrouped(checkpoint_of("granite-experts"), "each", ("in_proj",))
     assert MLX.refusal(checkpoint.config) is not None

@@ -80,11 +80,12 @@ def test_precisions_that_a_component_cannot_have() -> None:
         part = next(part for part in find_components(checkpoint_of(name)) if part.name.endswith(ending))
         return {
             precision: MLX.encoding(part, precision, config) is not None
-            for precision in ("fp16", "int8", "int4", "int3", "nf4")
+            for precision in ("fp16", "int8", "int6", "int5", "int4", "int3", "nf4")
         }
 
-    held = {"fp16": True, "int8": True, "int4": True, "int3": True, "nf4": False}
-    plain = {"fp16": True, "int8": False, "int4": False, "int3": False, "nf4": False}
+    integers = ("int8", "int6", "int5", "int4", "int3")
+    held = {"fp16": True, **dict.fromkeys(integers, True), "nf4": False}
+    plain = {"fp16": True, **dict.fromkeys(integers, False), "nf4": False}
     assert encodings("mamba", "dt_proj") == held  # 32 columns
     assert encodings("mamba-untied-biases", "dt_proj") == plain  # 7 columns
     assert encodings("mamba", "embedding") == held
