@@ -13,7 +13,7 @@ from ssm_mp.runtimes.registry import FORMATS, get_format
 
 STUDY = str(Path(__file__).parents[1] / "studies/hybrid-runtime.toml")
 QUICK = ("data.search_windows=16", "data.certify_windows=48", "search.probe=gradient", "search.seeds=4")
-NOT_QUITE = {"gguf": 1e-2, "mlx": 1e-5, "compressed-tensors": 1e-6, "onnx": 1e-5}
+NOT_QUITE = {"gguf": 1e-2, "mlx": 1e-4, "compressed-tensors": 1e-4, "onnx": 1e-4}
 """How far perplexities may be apart, relative: inputs that llama.cpp rounds to 8 bits tip over at the last bit."""
 
 

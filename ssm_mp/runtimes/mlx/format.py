@@ -146,6 +146,10 @@ class Mlx(Format):
     def ask(self, path: Path, ids: Path, out: Path) -> list[str]:
         return [sys.executable, "-P", str(Path(__file__).with_name("run.py")), str(path), str(ids), str(out)]
 
+    def environment(self) -> Mapping[str, str]:
+        # on a CPU MLX compiles fused operations with the machine's compiler, which may be missing and takes longer
+        return {"MLX_DISABLE_COMPILE": "1"}
+
     def command(self, path: Path, item: Exportable) -> str:
         if item.tokenizer is None:
             return self.command_on_ids(path)

@@ -17,6 +17,10 @@ from ssm_mp.runtimes.transfer import Transferred, transfer
 from ssm_mp.runtimes.verify import twin_difference
 from ssm_mp.scheme import Scheme
 
+TWIN = 3e-4
+"""Log-probability; the gate of 1e-4 holds where it was measured, and another processor sums in another order. An error
+of arrangement is seen at 6e-4 and more."""
+
 
 def item_of(checkpoint: Checkpoint, rules: Mapping[str, str], tokenizer: bytes | None = None) -> Exportable:
     """A checkpoint converted by a map, weights only."""
@@ -46,6 +50,6 @@ def checked(format_: Format, item: Exportable, folder: Path, ids: torch.Tensor |
     windows = (ids_of(item.config.vocabulary) if ids is None else ids).numpy()
     done = transfer(format_, item, folder / f"model{format_.suffix}", windows=windows)
     assert done.verdict is not None, done.unverified
-    assert done.verdict.mean_kl <= format_.largest_divergence
-    assert twin_difference(format_, item, folder, windows) <= format_.largest_twin
+    assert done.verdict.agrees
+    assert twin_difference(format_, item, folder, windows) <= TWIN
     return done

@@ -14,7 +14,7 @@ from ssm_mp.runtimes.compressed_tensors.format import COMPRESSED_TENSORS
 from ssm_mp.runtimes.compressed_tensors.run import main as reader
 from ssm_mp.runtimes.exportable import twin
 from tests.families.models import checkpoint_of as tiny_of
-from tests.ssm_mp.runtimes.checking import ids_of, item_of, mixed_rules
+from tests.ssm_mp.runtimes.checking import TWIN, ids_of, item_of, mixed_rules
 from tests.ssm_mp.runtimes.folders import CASES, VOCABULARY, answered, checkpoint_of, divergence, require_true_folder
 
 HELD = [name for name in CASES if COMPRESSED_TENSORS.refusal(checkpoint_of(name).config) is None]
@@ -44,7 +44,7 @@ def test_logits_are_those_of_transformers_on_dequantised_weights(name: str, tmp_
     assert (found == answered(reader, tmp_path / "plain", IDS, tmp_path)).all()
     mean, most = divergence(item, found, IDS)
     assert mean < 1e-6
-    assert most < COMPRESSED_TENSORS.largest_twin
+    assert most < TWIN
 
 
 @pytest.mark.parametrize("precision", ["int8", "int5", "int4"])

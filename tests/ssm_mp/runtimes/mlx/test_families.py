@@ -9,7 +9,7 @@ import pytest
 from ssm_mp.conversion.regroup import regrouped
 from ssm_mp.runtimes.exportable import twin
 from ssm_mp.runtimes.mlx.format import MLX
-from tests.ssm_mp.runtimes.checking import ids_of, item_of, mixed_rules
+from tests.ssm_mp.runtimes.checking import TWIN, ids_of, item_of, mixed_rules
 from tests.ssm_mp.runtimes.folders import CASES, VOCABULARY, answered, checkpoint_of, divergence, require_true_folder
 
 reader = pytest.importorskip("ssm_mp.runtimes.mlx.run").main
@@ -36,7 +36,7 @@ def test_the_float32_twin_is_computed(name: str, tmp_path: Path) -> None:
     require_true_folder(MLX, item, tmp_path / "model")
     mean, most = divergence(item, answered(reader, tmp_path / "model", IDS, tmp_path), IDS)
     assert mean < 1e-6
-    assert most < MLX.largest_twin
+    assert most < TWIN
 
 
 @pytest.mark.parametrize("precision", ["int8", "int6", "int5", "int4", "int3", "fp16"])
