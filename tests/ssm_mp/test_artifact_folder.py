@@ -153,7 +153,7 @@ def test_a_first_writer_killed_at_any_step_leaves_nothing_or_the_whole(tmp_path:
         assert hidden(case) == []
 
 
-@pytest.mark.parametrize("at", ["_require_unchanged", "_tokenizer", "_restore"])
+@pytest.mark.parametrize("at", ["_require_unchanged", "_listed", "_restore"])
 def test_an_artifact_that_is_replaced_while_it_is_read_is_read_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
