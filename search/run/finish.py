@@ -193,9 +193,8 @@ def draw(
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
     front = pareto_front(found, budget)
-    target = spec.export.target
-    sentence = describe(certificate, bool(front)) + ("" if target is None else f"; bytes of the {target} file")
-    picture = plot_front(found, budget, winner, sentence, baseline_bytes)
+    sentence = describe(certificate, bool(front))
+    picture = plot_front(found, budget, winner, sentence, baseline_bytes, spec.export.target)
     paths = save(picture, run.path, "front")
     if probes:
         paths += save(plot_sensitivities(probes, components), run.path, "sensitivities")

@@ -24,13 +24,18 @@ _NAMED = {
 
 
 def plot_front(
-    points: Sequence[Point], budget_percent: float, winner: int | None, certified: str, baseline_bytes: int
+    points: Sequence[Point],
+    budget_percent: float,
+    winner: int | None,
+    certified: str,
+    baseline_bytes: int,
+    target: str | None = None,
 ) -> Figure:
     """Perplexity increase against compression: all trials, the front, the named maps, the budget and the winner.
 
     Where the budget is far above every trial, it is drawn in a strip of its own over a broken axis. Where latency is
     known, the front is coloured by it, and its line joins what is on it for size and quality alone.
-    certified: a sentence about the winner's certificate, for the title.
+    certified: a sentence about the winner's certificate, for the title. target: the format whose files these are.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.4), layout="constrained")
@@ -51,7 +56,8 @@ def plot_front(
         margin = 0.12 * (high - low or 1.0)
         axes.set_ylim(low - margin, high + margin)
         _draw_points(axes, points, shown, budget_percent, winner)
-        axes.set_xlabel("compression over FP32 (×), larger is smaller on disk")
+        file = "" if target is None else f" as {target}"
+        axes.set_xlabel(f"compression over FP32 (×), larger is smaller on disk{file}")
         axes.set_ylabel("perplexity increase over FP32 (%), lower is better")
         above = len(points) - len(shown)
         note = f"; {above} worse {'trial' if above == 1 else 'trials'} above the picture" if above else ""

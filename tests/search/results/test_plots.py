@@ -69,6 +69,14 @@ def test_a_map_that_was_stopped_early_is_marked_and_absent_names_are_not_in_the_
     assert "stopped early" not in texts(save(plot_front(POINTS, 5.0, None, "", 6000), tmp_path, "other")[1])
 
 
+def test_the_front_says_whose_files_it_is_of(tmp_path: Path) -> None:
+    aimed, plain = (
+        texts(save(plot_front(POINTS, 5.0, None, "", 6000, target), tmp_path, "front")[1]) for target in ("gguf", None)
+    )
+    assert "smaller on disk as gguf" in aimed
+    assert "as gguf" not in plain
+
+
 TIMED = [replace(point, latency=0.01 + 0.001 * (point.trial % 3)) for point in POINTS]
 
 
