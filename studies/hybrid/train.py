@@ -3,7 +3,7 @@
     pip install '.[dev]'                          # transformers, which builds and writes the checkpoint
     python studies/hybrid/train.py                # writes a folder as `save_pretrained` does, and training.json
     python studies/hybrid/train.py --steps 20 --out try
-    python studies/hybrid/train.py --progress /tmp/hybrid.pt      # run it again after a stop: it goes on
+    python studies/hybrid/train.py --progress hybrid-progress.pt  # run it again after a stop: it goes on
 
 Three Mamba-2 layers and one attention layer without positions, each followed by a gated feed-forward and
 by four small experts of which two are chosen. Granite's format knows experts in every layer or in none
