@@ -49,7 +49,7 @@ def test_what_is_written_is_confirmed_and_told_beside_it(tmp_path: Path) -> None
     done = transfer(PLAIN, item(*EIGHT), tmp_path / "x.npz", windows=IDS, further={"trial": 3})
     assert done.verdict is not None
     assert done.verdict.agrees
-    assert done.verdict.perplexity == pytest.approx(evaluate(done.item.model, WINDOWS).perplexity, rel=1e-5)
+    assert done.verdict.perplexity == pytest.approx(evaluate(done.item.model, WINDOWS).perplexity, rel=1e-4)
     told = json.loads((tmp_path / "x.npz.metrics.json").read_text())
     assert told["verified"] is True
     assert told["trial"] == 3
@@ -216,7 +216,7 @@ def test_a_twin_has_the_dequantised_weights_and_the_same_answers() -> None:
     whole = twin(one)
     assert {stored.arrays()[""].dtype for _, stored in whole.stored().values()} == {torch.float32}
     np.testing.assert_allclose(
-        ours(whole.model, IDS).log_probabilities, ours(one.model, IDS).log_probabilities, atol=1e-5
+        ours(whole.model, IDS).log_probabilities, ours(one.model, IDS).log_probabilities, atol=1e-4
     )
 
 

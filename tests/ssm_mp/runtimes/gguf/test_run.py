@@ -70,7 +70,7 @@ def test_windows_that_are_read_in_parts_give_what_they_give_in_one(
     parts = run(GGUF, file, ids, VOCABULARY)
 
     assert whole.tokens == parts.tokens == 80
-    assert np.abs(whole.log_probabilities - parts.log_probabilities).max() < 1e-4
+    assert np.abs(whole.log_probabilities - parts.log_probabilities).max() < 3e-4
 
 
 def test_rows_are_log_probabilities(file: Path) -> None:

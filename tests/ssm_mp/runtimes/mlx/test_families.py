@@ -60,7 +60,7 @@ def test_multipliers_of_falcon_h1_are_in_the_weights(precision: str, tmp_path: P
     require_true_folder(MLX, item, tmp_path / "model")
     mean, most = divergence(item, answered(reader, tmp_path / "model", IDS, tmp_path), IDS)
     assert mean < 1e-6
-    assert most < 1e-4
+    assert most < 3e-4
     scaled = next(part for part in item.components if part.name.endswith("k_proj"))
     encoding = MLX.encoding(scaled, precision, item.config)
     assert encoding is not None
