@@ -123,9 +123,11 @@ def _exported_for(how: _How, spec: StudySpec, run: RunDirectory, trials: Study, 
         provenance={"trial": found.point.trial}, widen=how.widen, verify=how.verify, tokenizer=how.tokenizer,
         replace=how.force,
     )  # fmt: skip
-    its_own = speaks_of(workspace, format_, bool(done.plan.widened))
+    its_own = speaks_of(workspace, format_, done.plan)
     if done.plan.widened:
         say("note: components are wider in the file than in the map, so the map's certificate is not the file's")
+    elif done.plan.notes:
+        say("note: values are rounded anew in the file, so the map's certificate is not quite the file's")
     elif not its_own:
         say(
             f"note: the study was not for {format_.word}, so its certificate is of another arithmetic (inputs "

@@ -16,7 +16,7 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.exportable import Exportable, with_inputs
 from ssm_mp.runtimes.format import Format
-from ssm_mp.runtimes.transfer import Transferred, planned, transfer
+from ssm_mp.runtimes.transfer import Plan, Transferred, transfer
 
 ASKED_WINDOWS = 4
 """Windows that a runtime is asked about."""
@@ -45,12 +45,15 @@ def transfer_map(  # noqa: PLR0913, an option of the command most of them
         tokenizer_json(workspace.spec, workspace.checkpoint.config) if tokenizer else None,
         accompanying(workspace.spec),
     )  # fmt: skip
-    further = {
-        "map": precision_map.to_json(),
-        "certificate": None if certificate is None else certificate.to_json(),
-        "certificate_is_of_this_file": speaks_of(workspace, format_, bool(planned(format_, item, widen).widened)),
-        "provenance": dict(provenance or {}),
-    }
+
+    def further(plan: Plan) -> Mapping[str, Any]:
+        return {
+            "map": precision_map.to_json(),
+            "certificate": None if certificate is None else certificate.to_json(),
+            "certificate_is_of_this_file": speaks_of(workspace, format_, plan),
+            "provenance": dict(provenance or {}),
+        }
+
     windows = asked_windows(workspace.splits.certify) if verify else None
     return transfer(
         format_, item, out, widen=widen, windows=windows, unverified=NOT_ASKED, replace=replace, further=further
@@ -75,10 +78,10 @@ def transfer_artifact(
         artifact.path.resolve().name, artifact.model, artifact.precision_map, artifact.source, content, files
     )
     asked = None if windows is None else asked_windows(windows)
-    further = {"map": artifact.precision_map.to_json()}
     return transfer(
-        format_, item, out, widen=widen, windows=asked, unverified=unverified, replace=replace, further=further
-    )
+        format_, item, out, widen=widen, windows=asked, unverified=unverified, replace=replace,
+        further=lambda _: {"map": artifact.precision_map.to_json()},
+    )  # fmt: skip
 
 
 def asked_windows(windows: Windows) -> np.ndarray:
@@ -87,9 +90,9 @@ def asked_windows(windows: Windows) -> np.ndarray:
     return found
 
 
-def speaks_of(workspace: Workspace, format_: Format, widened: bool) -> bool:
-    """Whether what the study measured is what this file computes: it was for this format, and nothing was widened."""
-    return workspace.spec.export.target == format_.word and not widened
+def speaks_of(workspace: Workspace, format_: Format, plan: Plan) -> bool:
+    """Whether what the study measured is what this file computes: it was for this format, and no value is another."""
+    return workspace.spec.export.target == format_.word and not plan.widened and not plan.notes
 
 
 def perplexity_on_search(workspace: Workspace, done: Transferred) -> float:

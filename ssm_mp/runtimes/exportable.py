@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -69,48 +69,44 @@ def held_by(module: nn.Module, parameter: Parameter) -> Stored:
 
 def twin(item: Exportable) -> Exportable:
     """The same model with every dequantised tensor as float32: what tells an error of names from one of arithmetic."""
-    return replace(item, model=_restored(item, {}), precision_map=None)
+
+    def unpacked(component: Component, parameter: Parameter, held: Stored) -> Stored:
+        return held if isinstance(held, ByteTensor) else FloatTensor(held.tensor().clone())
+
+    return replace(item, model=_rebuilt(item, unpacked), precision_map=None)
 
 
 def with_inputs(item: Exportable, scheme: ActivationScheme) -> Exportable:
     """The same stored tensors, multiplied with inputs that are rounded as a runtime rounds them; nothing calibrated
     travels into another runtime's file."""
     assert scheme != "static"
-    modules: dict[str, nn.Module] = {}
-    for component in item.components:
-        module, precision = item.model.component(component.name), item.precision(component.name)
-        tensors = {parameter.leaf: held_by(module, parameter) for parameter in component.parameters}
-        how = component.input_scheme(precision, scheme) if precision != "fp32" else "none"
-        modules[component.name] = component.form.module(tensors, input_quantizer(how, precision))
-    return replace(item, model=assemble(item.config, modules))
+    return replace(item, model=_rebuilt(item, lambda component, parameter, held: held, scheme))
 
 
-def at_precisions(item: Exportable, changes: Mapping[str, str], rule: ScaleRule | None = None) -> Exportable:
-    """The same model with some components stored anew, from their dequantised values, at other precisions.
+def at_precisions(item: Exportable, changes: Mapping[str, str]) -> Exportable:
+    """The same model, inputs not rounded, with some components stored anew, from their dequantised values, at other
+    precisions.
 
     Raises InfeasibleError where one does not fit.
     """
     assert item.precision_map is not None
-    return replace(item, model=_restored(item, changes, rule), precision_map=item.precision_map.changed(changes))
+
+    def anew(component: Component, parameter: Parameter, held: Stored) -> Stored:
+        if component.name not in changes or isinstance(held, ByteTensor):
+            return held
+        return get_precision(changes[component.name]).store(held.tensor(), parameter.role, ScaleRule())
+
+    return replace(item, model=_rebuilt(item, anew), precision_map=item.precision_map.changed(changes))
 
 
-def _restored(item: Exportable, changes: Mapping[str, str], rule: ScaleRule | None = None) -> LanguageModel:
-    """The model with the components of `changes` at those precisions; with no changes, every tensor float32."""
+def _rebuilt(
+    item: Exportable, store: Callable[[Component, Parameter, Stored], Stored], scheme: ActivationScheme = "none"
+) -> LanguageModel:
+    """A model of the same components, each tensor as `store` has it, inputs rounded by a scheme without calibration."""
     modules: dict[str, nn.Module] = {}
     for component in item.components:
-        module = item.model.component(component.name)
-        if changes and component.name not in changes:
-            modules[component.name] = module
-            continue
-        tensors: dict[str, Stored] = {}
-        for parameter in component.parameters:
-            held = held_by(module, parameter)
-            if isinstance(held, ByteTensor):
-                tensors[parameter.leaf] = held
-            elif changes:
-                precision = get_precision(changes[component.name])
-                tensors[parameter.leaf] = precision.store(held.tensor(), parameter.role, rule or ScaleRule())
-            else:
-                tensors[parameter.leaf] = FloatTensor(held.tensor().clone())
-        modules[component.name] = component.form.module(tensors, None)
+        module, precision = item.model.component(component.name), item.precision(component.name)
+        held = {p.leaf: store(component, p, held_by(module, p)) for p in component.parameters}
+        how = component.input_scheme(precision, scheme) if precision != "fp32" else "none"
+        modules[component.name] = component.form.module(held, input_quantizer(how, precision))
     return assemble(item.config, modules)

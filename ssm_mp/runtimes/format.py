@@ -137,5 +137,5 @@ class Format(ABC):
         return {}
 
     def details(self) -> Mapping[str, Any]:
-        """What verdicts say besides: how the runtime was set up."""
+        """How the runtime is set up when it is asked, to stand beside its verdict."""
         return {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,7 @@ class Transferred:
             "notes": list(self.plan.notes),
             "verified": self.verdict is not None,
             "verdict": self.unverified if self.verdict is None else self.verdict.to_json(),
+            "setup": dict(self.format.details()),
             "command": self.command,
         }
 
@@ -154,7 +155,7 @@ def transfer(
     windows: np.ndarray | None = None,
     unverified: str = "",
     replace: bool = False,
-    further: Mapping[str, Any] | None = None,
+    further: Callable[[Plan], Mapping[str, Any]] = lambda plan: {},
 ) -> Transferred:
     """Write the file or folder `out`, whole or not at all; what its reader or its runtime contradicts is not kept.
 
@@ -171,7 +172,7 @@ def transfer(
     def write(path: Path) -> Mapping[str, Any]:
         format_.write(item, path)
         made.append(_checked(format_, item, plan, path, out, windows, unverified))
-        return {**made[0].to_json(), **(further or {})}
+        return {**made[0].to_json(), **further(plan)}
 
     put(out, format_.suffix, write, replace=replace)
     return made[0]

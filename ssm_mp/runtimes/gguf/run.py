@@ -223,7 +223,10 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _threads() -> int:
     """As many as there are processors for this process, or as OpenMP is told."""
     told = os.environ.get("OMP_NUM_THREADS", "")
-    return int(told) if told.isdecimal() and int(told) else len(os.sched_getaffinity(0))
+    if told.isdecimal() and int(told):
+        return int(told)
+    here = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(here(0)) if here is not None else os.cpu_count() or 1
 
 
 def main(arguments: list[str]) -> int:

@@ -40,10 +40,11 @@ class File:
     def __init__(self, path: Path) -> None:
         """Raises ExportError where it is no such file."""
         import onnx
+        from google.protobuf.message import DecodeError
 
         try:
             self.model = onnx.load(path)
-        except Exception as error:  # whatever protobuf says of bytes that are none of its own
+        except (DecodeError, ValueError, OSError) as error:
             raise ExportError(f"{path}: not an ONNX file: {error}") from None
         said = {prop.key.removeprefix(KEY): prop.value for prop in self.model.metadata_props}
         if said.get("version") != VERSION:

@@ -128,7 +128,7 @@ class Integers(Layout):
     """int8 with a float16 scale a row; a vector has one scale.
 
     Not by `DequantizeLinear`: where that meets a product, ONNX Runtime rounds the product's inputs to 8 bits. Nor by
-    `MatMulNBits` of 8 bits, which unpacks the whole matrix at every step, 20 times as slow (measured). A product that
+    `MatMulNBits` of 8 bits, which unpacks the whole matrix at every step and is many times as slow. A product that
     is out of constants alone is computed once, when the file is opened: float32 in memory, and as fast.
     """
 

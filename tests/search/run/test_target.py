@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from search.cli.main import app
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
+from search.results.transferred import speaks_of
 from search.run.finish import for_target
 from ssm_mp.artifact import load_artifact, read_artifact
 from ssm_mp.errors import MissingError
@@ -27,7 +29,9 @@ from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.exportable import Exportable, with_inputs
+from ssm_mp.runtimes.format import Encoding
 from ssm_mp.runtimes.registry import FORMATS, get_format
+from ssm_mp.runtimes.transfer import Plan
 from tests.tiny import VOCABULARY, write_study
 
 EVEN = MambaConfig(vocabulary=VOCABULARY, d_model=32, d_inner=64, d_state=16, dt_rank=32, d_conv=4, n_layers=2)
@@ -254,3 +258,12 @@ def test_the_arithmetic_of_a_file_is_that_of_its_artifact(searched: Path) -> Non
     precision_map = PrecisionMap(tuple(told["map"].items()))
     rebuilt = with_inputs(Exportable("x", artifact, precision_map), "blocks")
     assert evaluate(rebuilt.model, windows).perplexity == evaluate(artifact, windows).perplexity
+
+
+def test_a_certificate_is_of_a_file_for_its_target_in_which_no_value_is_another(searched: Path) -> None:
+    workspace, gguf = workspace_of(searched, "gguf"), get_format("gguf")
+    plan = Plan({"embedding": Encoding("Q8_0", 1)}, {})
+    assert speaks_of(workspace, gguf, plan)
+    assert not speaks_of(workspace, get_format("onnx"), plan)
+    assert not speaks_of(workspace, gguf, replace(plan, widened={"embedding": ("nf4", "int8")}))
+    assert not speaks_of(workspace, gguf, replace(plan, encodings={"embedding": Encoding("Q8_0", 1, "rounded anew")}))

@@ -46,13 +46,16 @@ def left(folder: Path) -> list[str]:
 
 
 def test_what_is_written_is_confirmed_and_told_beside_it(tmp_path: Path) -> None:
-    done = transfer(PLAIN, item(*EIGHT), tmp_path / "x.npz", windows=IDS, further={"trial": 3})
+    done = transfer(
+        PLAIN, item(*EIGHT), tmp_path / "x.npz", windows=IDS, further=lambda plan: {"trial": 3, "planned": plan.bytes}
+    )
     assert done.verdict is not None
     assert done.verdict.agrees
     assert done.verdict.perplexity == pytest.approx(evaluate(done.item.model, WINDOWS).perplexity, rel=1e-4)
     told = json.loads((tmp_path / "x.npz.metrics.json").read_text())
     assert told["verified"] is True
     assert told["trial"] == 3
+    assert told["planned"] == told["bytes"]
     assert told["bytes"] == done.plan.bytes
     assert told["file_bytes"] == (tmp_path / "x.npz").stat().st_size
     assert left(tmp_path) == ["x.npz", "x.npz.metrics.json"]
