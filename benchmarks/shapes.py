@@ -92,4 +92,5 @@ def workspace_of(checkpoint: Checkpoint, windows: int, overrides: Iterable[str] 
     statistics = calibrate(model, calibration) if spec.precision.activations == "static" else None
     converter = Converter(model, spec.precision.scheme, statistics)
     space = make_space(converter, spec.precision.choices, pinned_names(converter.components))
-    return Workspace(spec, checkpoint, model, Splits(calibration, search, certify, counts), converter, space, plan_of(spec, checkpoint))
+    splits = Splits(calibration, search, certify, counts)
+    return Workspace(spec, checkpoint, model, splits, converter, space, plan_of(spec, checkpoint))

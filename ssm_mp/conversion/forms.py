@@ -23,16 +23,17 @@ from ssm_mp.precisions.stored import Stored
 Key = tuple[str, str]
 """Component and precision."""
 
-_SMALL = 1 << 12
-"""Bytes of a tensor below which a file of its own would take more than it frees."""
-
 
 @dataclass(frozen=True)
 class Scratch:
-    """A folder that forms may be written to, and how many bytes in all."""
+    """A folder that forms may be written to, and how many bytes in all.
+
+    least: bytes of a tensor below which a file of its own would take more than it frees.
+    """
 
     folder: Path
     capacity: int
+    least: int = 1 << 12
 
 
 class Forms:
@@ -83,7 +84,7 @@ class Forms:
         written = 0
         for stored, name, tensor in _tensors(form):
             size = tensor.numel() * tensor.element_size()
-            if size < _SMALL or tensor.device.type != "cpu":
+            if size < scratch.least or tensor.device.type != "cpu":
                 continue
             if self._written + written + size > scratch.capacity:
                 raise MachineError(
