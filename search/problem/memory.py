@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from search.base.errors import StudyError
 from search.problem.spec import StudySpec
@@ -21,6 +22,7 @@ from ssm_mp.conversion.forms import Scratch
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.evaluate import shard_tokens, token_bytes
 from ssm_mp.evaluation.memory import Limit, memory_limit
+from ssm_mp.files.mapped import spilled
 
 GIB = 1 << 30
 _PROCESS = 640 << 20
@@ -30,7 +32,7 @@ _STATES = {"measured": 6, "gradient": 4, "none": 3}
 _KEPT = 64 << 20
 """Freed bytes that the C library keeps where memory is short."""
 _LARGE = 64 << 20
-"""Bytes of a checkpoint from which on a layer is so slow that taking all windows through it first costs nothing more."""
+"""Bytes of a checkpoint from which on a layer takes so long that taking all windows through it first costs nothing."""
 _FEW_SHARED = 128 << 20
 """States that maps share give way to a model that then fits, down to so many bytes."""
 _RESERVE = 0.1
@@ -111,11 +113,18 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
     On a GPU everything is held there, and nothing is planned.
     """
     limit = memory_limit()
-    bound = _bound(spec, needs, limit)
+    at_once = _at_once(spec)
+    bound = _bound(spec, needs.all + _FEW_SHARED if at_once else needs.least, needs, limit)
     shared = spec.search.shared_mib << 20
     if torch.device(spec.search.device).type == "cuda":
         return MemoryPlan(bound, False, None, shared, None, "")
-    if needs.checkpoint < _LARGE and needs.all + min(shared, _FEW_SHARED) <= bound:
+    fits = needs.all + min(shared, _FEW_SHARED) <= bound
+    if at_once and not fits:
+        raise MachineError(
+            f"{at_once} needs the model and all its quantised components in memory at once, about {_gib(needs.all)}, "
+            f"and {_who(spec, limit)} {_gib(bound)}; give more, or leave it out"
+        )
+    if fits and (at_once or needs.checkpoint < _LARGE):
         shared = min(shared, bound - needs.all)
         said = f"memory: at most about {_gib(needs.all + shared)}, all of it held at once"
         return MemoryPlan(bound, False, None, shared, None, said)
@@ -131,11 +140,24 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
     return MemoryPlan(bound, True, forms, shared, scratch, said)
 
 
-def _bound(spec: StudySpec, needs: Needs, limit: Limit | None) -> int:
-    """Bytes that a study may take. Raises StudyError where it asks for more than there is."""
+def _at_once(spec: StudySpec) -> str | None:
+    """What a study asks for that cannot be had layer by layer."""
+    if spec.search.asks_latency:
+        return 'the objective "latency"'
+    return f"[search] stacked = {spec.search.stacked}" if spec.search.stacked not in ("auto", 1) else None
+
+
+def _who(spec: StudySpec, limit: Limit | None) -> str:
+    """Who bounds a study's memory, to be followed by how much that is."""
+    return "[search] memory_gib allows" if spec.search.memory_gib is not None else limit.who if limit else "there is"
+
+
+def _bound(spec: StudySpec, least: int, needs: Needs, limit: Limit | None) -> int:
+    """Bytes that a study may take which cannot do with less than `least`. Raises StudyError where it asks for more than
+    there is."""
     asked = spec.search.memory_gib
     if asked is None:
-        wanted = max(needs.least, int(_OWN * needs.checkpoint) + _BESIDE)
+        wanted = max(least, int(_OWN * needs.checkpoint) + _BESIDE)
         return wanted if limit is None else min(wanted, int((1 - _RESERVE) * limit.bytes))
     if limit is not None and asked * GIB > limit.bytes:
         raise StudyError(
@@ -146,14 +168,28 @@ def _bound(spec: StudySpec, needs: Needs, limit: Limit | None) -> int:
 
 
 def _too_little(spec: StudySpec, needs: Needs, bound: int, limit: Limit | None) -> MachineError:
-    who = "[search] memory_gib allows" if spec.search.memory_gib is not None else limit.who if limit else "there is"
     rest = needs.least - needs.layer - _PROCESS
     return MachineError(
         f"too little memory for one layer at a time: it takes about {_gib(needs.least)} ({_gib(needs.layer)} for the "
         f"largest layer, {_gib(rest)} for the states of all windows and the activations of {torch.get_num_threads()} "
-        f"threads, {_gib(_PROCESS)} without a model), and {who} {_gib(bound)}; give more, or fewer or shorter windows "
-        "([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS)"
+        f"threads, {_gib(_PROCESS)} without a model), and {_who(spec, limit)} {_gib(bound)}; give more, or fewer or "
+        "shorter windows ([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS)"
     )
+
+
+def put_aside(spec: StudySpec, checkpoint: Checkpoint) -> Callable[[Tensor], Tensor] | None:
+    """Where tensors that are put together of a large checkpoint's are held; None: in memory."""
+    if checkpoint.file_bytes < _LARGE or torch.device(spec.search.device).type == "cuda":
+        return None
+    folder = scratch_of(spec, checkpoint.file_bytes).folder
+
+    def place(tensor: Tensor) -> Tensor:
+        try:
+            return spilled(tensor, folder)
+        except OSError as error:
+            raise MachineError(f"{folder}: the scratch folder cannot be written ({error.strerror or error})") from None
+
+    return place
 
 
 def scratch_of(spec: StudySpec, written: int) -> Scratch:

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from search.base.errors import StudyError
-from search.problem.memory import MemoryPlan, needs_of, plan_memory
+from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
@@ -40,11 +41,13 @@ from ssm_mp.data import (
     tokenize,
 )
 from ssm_mp.data.corpus import Part, stdlib_documents
+from ssm_mp.errors import CheckpointError
 from ssm_mp.evaluation.memory import keep_freed_memory, let_go_of
+from ssm_mp.files.mapped import end_clearly
 from ssm_mp.files.shown import listed
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
-from ssm_mp.model import LanguageModel, build
+from ssm_mp.model import AfterLayer, LanguageModel, build
 from ssm_mp.modules.embedding import BlockedEmbedding
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.runtimes.capability import holds, not_worth, sized
@@ -125,7 +128,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     if plan.sentence:
         say(plan.sentence)
     keep_freed_memory(plan.kept)
-    after_layer = let_go_of if plan.layer_by_layer else None
+    after_layer = _after_layer(checkpoint) if plan.layer_by_layer else None
     model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer).to(device)
     splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
@@ -155,6 +158,21 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     for line in space.never():
         say(f"note: {line}")
     return Workspace(spec, checkpoint, model, splits, converter, space, plan)
+
+
+def _after_layer(checkpoint: Checkpoint) -> AfterLayer:
+    """What is done after each layer of a large model: pages and freed memory go back, and files must still be there."""
+    end_clearly(
+        f"error: {checkpoint.path}: a file that its tensors are mapped from, or a scratch file, cannot be read any "
+        "more (bus error); restore it and start the same command again, what was measured so far is kept\n",
+        CheckpointError.exit_code,
+    )
+
+    def passed(part: nn.Module) -> None:
+        checkpoint.require_files()
+        let_go_of(part)
+
+    return passed
 
 
 def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
@@ -200,7 +218,8 @@ class _Configured:
 def study_checkpoint(spec: StudySpec) -> Checkpoint:
     """The checkpoint that a study names, its components as the study asks for."""
     checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
-    return regrouped(checkpoint, spec.precision.experts, spec.precision.split)
+    place = put_aside(spec, checkpoint) if spec.precision.experts is not None else None
+    return regrouped(checkpoint, spec.precision.experts, spec.precision.split, *([] if place is None else [place]))
 
 
 def _extra_pins(spec: StudySpec, model: LanguageModel) -> frozenset[str]:
