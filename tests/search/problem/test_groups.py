@@ -37,7 +37,7 @@ def space_of(**keys: object) -> Space:
     return grouped_by_rule(plain().space, PrecisionSection(choices=("fp16", "int8", "nf4"), **keys))  # type: ignore[arg-type]
 
 
-SPACES = {
+SPACES: dict[str, dict[str, object]] = {
     "none": {},
     "layer": {"group": "layer"},
     "kind": {"group": "kind"},

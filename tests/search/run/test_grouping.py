@@ -13,11 +13,11 @@ import pytest
 import search.run.prepare
 from search.base.errors import StudyError
 from search.measure.gradient import gradient_effects
-from search.measure.probe import GRADIENT, LOWEST, WIDEST, gathered, planned
+from search.measure.probe import GRADIENT, LOWEST, WIDEST, Probe, gathered, planned, probe_from_stored
 from search.problem.groups import GROUPS
 from search.problem.run_directory import BASELINE, FINGERPRINT, FRONT, PROBES, REPORT, RunDirectory
 from search.problem.spec import StudySpec, load_spec
-from search.problem.workspace import open_workspace
+from search.problem.workspace import Workspace, open_workspace
 from search.run.grouping import grouped_as_stored
 from search.run.one_process import run_search
 from search.run.prepare import prepare, seeds
@@ -77,7 +77,7 @@ def test_a_search_ends_with_total_maps_in_which_members_agree(tmp_path: Path, na
     assert redraw(spec, run, read_study(run))
 
 
-def open_again(spec: StudySpec, run: RunDirectory):  # type: ignore[no-untyped-def]
+def open_again(spec: StudySpec, run: RunDirectory) -> Workspace:
     found = grouped_as_stored(open_workspace(spec), run)
     assert found is not None
     return found
@@ -125,7 +125,7 @@ def test_gradients_are_measured_once_for_whatever_groups(tmp_path: Path, monkeyp
     assert again.probes == first.probes == sorted_by_key(gathered(whole.probes, run.space(), run.groups()))
 
 
-def sorted_by_key(probes):  # type: ignore[no-untyped-def]
+def sorted_by_key(probes: list[Probe]) -> list[Probe]:
     return sorted(probes, key=lambda probe: (probe.end, probe.component, probe.precision))
 
 
@@ -149,9 +149,7 @@ def test_groups_of_the_tool_are_bounded_of_like_sensitivity_and_the_same_again(t
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(ranges))
 
 
-def stored_single(run: RunDirectory):  # type: ignore[no-untyped-def]
-    from search.measure.probe import probe_from_stored
-
+def stored_single(run: RunDirectory) -> list[Probe]:
     return [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES) if line["probe"]["end"] == GRADIENT]
 
 
