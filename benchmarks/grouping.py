@@ -1,17 +1,17 @@
 """What it gains or loses to let many components move together: fronts after 64 trials, grouped and not.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.grouping [--seeds 5] [--json]        # on a truth that adds up, with pairs
+    OMP_NUM_THREADS=1 python -m benchmarks.grouping [--seeds 3] [--json]        # on a truth that adds up, with pairs
     python -m benchmarks.grouping --measure STUDY.toml                          # measures the effects of that truth
     python -m benchmarks.grouping --study STUDY.toml --trials 16 --run-dir DIR  # really searches, each grouping
 
-Two truths. "widened" has the effects of the reference widened to 94 million parameters (`benchmarks.widen`: 24 layers
-of 768, 121 free components), from gradients on windows that the search's own gradient probe does not see, each off by a
-lognormal factor besides, for what Taylor's formula leaves out. "synthetic" has 200 components of 40 layers and an
-embedding, whose sensitivities spread over kinds, layers and components alike. Both have pair terms: normal, in
-proportion to the roots of both effects. A search knows the gradient probe's effects, or only sizes; it begins as a real
-one does, with both ends and a predicted front, and goes on with the sampler `front`. The hypervolume is a fraction of
-that of the additive programme that knows the true effects (without pairs); bytes are those of the smallest map within
-the budget, above that programme's.
+Two truths. "widened" has the effects of a widened reference (`benchmarks.widen`; stored are those of 24 layers of 256,
+as many components as at 94 million parameters), from gradients on windows that the search's own gradient probe does not
+see, each off by a lognormal factor besides, for what Taylor's formula leaves out. "synthetic" has 200 components of 40
+layers and an embedding, whose sensitivities spread over kinds, layers and components alike. Both have pair terms:
+normal, in proportion to the roots of both effects. A search knows the gradient probe's effects, or only sizes; it
+begins as a real one does, with both ends and a predicted front, and goes on with the sampler `front`. The hypervolume
+is a fraction of that of the additive programme that knows the true effects (without pairs); bytes are those of the
+smallest map within the budget, above that programme's.
 
 Dimensions: `n` components, `k` precisions, `u` units that move, `w` windows.
 """
