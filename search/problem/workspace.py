@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from search.base.errors import StudyError
+from search.problem.grouping import grouped_by_rule, rule_of, told
+from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
@@ -87,7 +89,7 @@ class Workspace:
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
         latency = {"latency": shape} if search.asks_latency else {}
-        grouping = grouping_of(self.checkpoint.config)
+        grouping, rule = grouping_of(self.checkpoint.config), rule_of(self.spec.precision)
         return {
             "checkpoint": self.checkpoint.digest,
             "search windows": self.splits.search.digest,
@@ -99,7 +101,35 @@ class Workspace:
             **blocks,
             **latency,
             **({GROUPING: grouping} if grouping else {}),
+            **({GROUPS: recorded(rule, self._groups)} if rule else {}),
         }
+
+    @property
+    def _groups(self) -> Groups | None:
+        """Those of the space; None where they are to be made of probes that are still to be measured."""
+        return None if self.spec.precision.group == "auto" and self.space.apart is None else self.space.groups
+
+    def grouped(self, groups: Groups) -> Workspace:
+        """The same with components that move together."""
+        return replace(self, space=self.space.grouped(groups))
+
+    @property
+    def ungrouped(self) -> Workspace:
+        """The same study before its groups were made."""
+        return replace(self, space=self.space.apart or self.space)
+
+    @property
+    def apart(self) -> Workspace:
+        """The study without groups, whatever it says: its fingerprint marks what does not depend on them."""
+        precision = self.spec.precision.model_copy(update={"group": "none", "groups": ()})
+        return replace(self.ungrouped, spec=self.spec.model_copy(update={"precision": precision}))
+
+    @property
+    def at_the_ends(self) -> Workspace:
+        """`apart` where both ends have the same maps in it: what is measured of them does not depend on groups."""
+        apart = self.apart
+        mine, theirs = ((one.space.widest(), one.space.lowest()) for one in (self, apart))
+        return apart if mine == theirs else self
 
     @property
     def _blocks_digest(self) -> str:
@@ -155,8 +185,11 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
             pins,
             lambda component, asked: not_worth(format_, component, asked, config),
         )
-    for line in space.never():
+    space = grouped_by_rule(space, spec.precision)
+    for line in (*space.never(), *space.narrowed()):
         say(f"note: {line}")
+    if space.groups:
+        say(told(space))
     return Workspace(spec, checkpoint, model, splits, converter, space, plan)
 
 
