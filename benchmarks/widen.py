@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,7 +34,6 @@ from torch import Tensor
 from benchmarks.huggingface import REFERENCE
 from search.problem.spec import load_spec
 from search.problem.workspace import load_splits
-from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import evaluate, paired_increase
