@@ -62,17 +62,14 @@ def test_the_certificate_lasts_from_its_line_to_the_next_that_is_no_progress_of_
 
 def test_trials_last_from_the_first_to_begin_to_the_last_to_end(tmp_path: Path) -> None:
     study = optuna.create_study(study_name="any", storage=f"sqlite:///{tmp_path / DATABASE}")
-    for state, began, done in (
-        (TrialState.COMPLETE, 3, 9),
-        (TrialState.PRUNED, 2, 4),
-        (TrialState.WAITING, None, None),
-    ):
-        trial = create_trial(state=state, value=None if state == TrialState.WAITING else 1.0)
-        trial.datetime_start = None if began is None else datetime(2020, 1, 1, 0, 0, began)
-        trial.datetime_complete = None if done is None else datetime(2020, 1, 1, 0, 0, done)
+    finished = [(TrialState.COMPLETE, 3, 9), (TrialState.PRUNED, 2, 4)]
+    for state, began, done in finished:
+        trial = create_trial(state=state, value=1.0)
+        trial.datetime_start, trial.datetime_complete = (datetime(2020, 1, 1, second=at) for at in (began, done))
         study.add_trial(trial)
-    began, done = trials_between(tmp_path)
-    assert done - began == 7
+    study.enqueue_trial({})
+    first, last = trials_between(tmp_path)
+    assert last - first == 7
 
 
 def test_the_target_is_what_the_model_needs_or_the_memory_that_was_asked_for() -> None:

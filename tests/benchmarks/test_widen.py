@@ -55,7 +55,8 @@ def tensors_of(reference: Checkpoint, asked: Widening) -> tuple[MambaConfig, dic
 
 def logits(config: MambaConfig, tensors: dict[str, Tensor], windows: Windows) -> Tensor:
     with torch.inference_mode():
-        return build(config, tensors)(windows.ids[:2])
+        found: Tensor = build(config, tensors)(windows.ids[:2])
+    return found
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-9], ids=["repeated", "weights that cancel"])
