@@ -29,6 +29,10 @@ _STATES = {"measured": 6, "gradient": 4, "none": 3}
 """Hidden states of all windows that are held at once, by the kind of probe: both ends', and a layer's in and out."""
 _KEPT = 64 << 20
 """Freed bytes that the C library keeps where memory is short."""
+_LARGE = 64 << 20
+"""Bytes of a checkpoint from which on a layer is so slow that taking all windows through it first costs nothing more."""
+_FEW_SHARED = 128 << 20
+"""States that maps share give way to a model that then fits, down to so many bytes."""
 _RESERVE = 0.1
 """Share of what there is that is left to others."""
 _OWN, _BESIDE = 1.5, 6 * GIB // 5
@@ -111,19 +115,19 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
     shared = spec.search.shared_mib << 20
     if torch.device(spec.search.device).type == "cuda":
         return MemoryPlan(bound, False, None, shared, None, "")
-    if needs.all + shared <= bound:
+    if needs.checkpoint < _LARGE and needs.all + min(shared, _FEW_SHARED) <= bound:
+        shared = min(shared, bound - needs.all)
         said = f"memory: at most about {_gib(needs.all + shared)}, all of it held at once"
         return MemoryPlan(bound, False, None, shared, None, said)
     if needs.least > bound:
         raise _too_little(spec, needs, bound, limit)
     shared = min(shared, bound - needs.least)
     forms = bound - needs.least - shared
-    written = max(0, needs.forms - forms)
-    scratch = scratch_of(spec, written)
-    said = (
-        f"memory: the model and its quantised components would take {_gib(needs.all)}, above {_gib(bound)}: evaluating "
-        f"layer by layer, with {_gib(forms)} of components in memory, up to {written / 1e9:.1f} GB in {scratch.folder}"
-    )
+    said = f"memory: below {_gib(bound)}, evaluating layer by layer, quantised components "
+    if needs.forms <= forms:
+        return MemoryPlan(bound, True, None, shared, None, said + f"({_gib(needs.forms)}) in memory")
+    scratch = scratch_of(spec, needs.forms - forms)
+    said += f"in memory ({_gib(forms)}) and, up to {_gib(needs.forms - forms)} of them, in {scratch.folder}"
     return MemoryPlan(bound, True, forms, shared, scratch, said)
 
 

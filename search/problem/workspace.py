@@ -40,7 +40,7 @@ from ssm_mp.data import (
     tokenize,
 )
 from ssm_mp.data.corpus import Part, stdlib_documents
-from ssm_mp.evaluation.memory import keep_freed_memory, let_pages_go
+from ssm_mp.evaluation.memory import keep_freed_memory, let_go_of
 from ssm_mp.files.shown import listed
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
@@ -125,7 +125,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     if plan.sentence:
         say(plan.sentence)
     keep_freed_memory(plan.kept)
-    after_layer = let_pages_go if plan.layer_by_layer else None
+    after_layer = let_go_of if plan.layer_by_layer else None
     model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer).to(device)
     splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
