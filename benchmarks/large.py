@@ -39,7 +39,7 @@ from search.problem.spec import load_spec
 from search.problem.workspace import load_splits, plan_of, study_checkpoint
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.evaluation.evaluate import evaluate
-from ssm_mp.evaluation.memory import let_pages_go
+from ssm_mp.evaluation.memory import let_go_of
 from ssm_mp.model import build
 
 ROOT = Path(__file__).parents[1]
@@ -215,7 +215,7 @@ def evaluate_fp32(study: Path, overrides: Sequence[str]) -> dict[str, float]:
     checkpoint, reference = study_checkpoint(spec), load_checkpoint(REFERENCE)
     windows = load_splits(spec, checkpoint.config).search
     perplexity = evaluate(build(reference.config, reference.tensors), windows).perplexity
-    after_layer = let_pages_go if plan_of(spec, checkpoint).layer_by_layer else None
+    after_layer = let_go_of if plan_of(spec, checkpoint).layer_by_layer else None
     model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer)
     seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < 30:
