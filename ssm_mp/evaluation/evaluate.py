@@ -6,7 +6,7 @@ Dimensions: `w` windows, `b` batch, `L` window length, `d` model, `V` vocabulary
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,10 @@ from torch import Tensor
 
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
-from ssm_mp.evaluation.parallel import in_parallel
 from ssm_mp.evaluation.prefix_cache import Prefixes
 from ssm_mp.model import LanguageModel, Scorer
+from ssm_mp.parallel import in_parallel, shards
 
-_SHARD_TOKENS, _MANY_TOKENS = 1024, 8192
-"""Tokens that one thread takes at a time, so that their activations stay near its core; twice as many where there are
-enough of them, so that the interpreter, which threads share, has less to do."""
-_GPU_WINDOWS = 32
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -230,16 +226,6 @@ def skewness(values: FloatArray) -> float:
     if n < 3 or variance < 1e-200:  # whose power of 1.5 would be 0
         return 0.0
     return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
-
-
-def shards(values: Tensor) -> Sequence[Tensor]:
-    """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
-    if values.is_cuda:
-        return list(values.split(_GPU_WINDOWS))
-    tokens = values.shape[0] * values.shape[1]
-    parts = math.ceil(tokens / (_SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)))
-    even = parts + parts % 2 if parts > 1 else 1  # two threads have as much to do
-    return list(values.tensor_split(min(even, values.shape[0])))
 
 
 def _scorer(model: LanguageModel) -> Scorer:
