@@ -36,6 +36,7 @@ _SOURCES = (
     "many.c",
     "layer.c",
     "decode.c",
+    "weights.c",
 )
 _HEADERS = (
     "vector.h",
