@@ -12,7 +12,7 @@ from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import InputQuantizer, StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
-from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, SourceTensor, Stored
 from ssm_mp.scheme import Scheme
 
 
@@ -49,7 +49,7 @@ class Converter:
             raise PrecisionMapError(f"this map is of another model: {', '.join(odd[:5])} in only one of them")
         require_pins(precision_map, self.components)
         modules = {component.name: self.module(component, precisions[component.name]) for component in self.components}
-        return assemble(self.model.config, modules)
+        return assemble(self.model.config, modules, after_layer=self.model.after_layer)
 
     def module(self, component: Component, precision: str) -> nn.Module:
         """The module of one component at one precision, made once."""
@@ -75,10 +75,11 @@ class Converter:
             if isinstance(held, ByteTensor):
                 tensors[parameter.leaf] = ByteTensor(held.value)
                 continue
-            if not isinstance(held, FloatTensor) or held.value.dtype != torch.float32:
+            if not isinstance(held, FloatTensor) or not _is_source(held):
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
             try:
-                tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
+                value = held.value.data.float()
+                tensors[parameter.leaf] = precision.store(value, parameter.role, self.scheme.weight_scales)
             except InfeasibleError as error:
                 raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
         return component.form.module(tensors, self._inputs(component, name))
@@ -92,6 +93,11 @@ class Converter:
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
         return input_quantizer(scheme, name)
+
+
+def _is_source(held: FloatTensor) -> bool:
+    """Whether a tensor is one of an FP32 model, which may hold it in a smaller type."""
+    return isinstance(held, SourceTensor) or held.value.dtype == torch.float32
 
 
 def convert(

@@ -23,7 +23,8 @@ from ssm_mp.data import Windows
 from ssm_mp.errors import DataError, EvaluationError
 from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 from ssm_mp.model import LanguageModel
-from ssm_mp.parallel import in_parallel, shards
+from ssm_mp.parallel import in_parallel
+from ssm_mp.shards import shards
 
 LONG = 4
 """Long windows are so many times as long as those of training."""
@@ -134,7 +135,7 @@ def token_losses(model: LanguageModel, windows: Windows) -> Losses:
         return found
 
     ids = windows.ids.to(model.device)
-    found = np.concatenate(in_parallel(losses, shards(ids)))
+    found = np.concatenate(in_parallel(losses, shards(ids, model.config)))
     bad = np.argwhere(~np.isfinite(found))
     if bad.size:
         window, at = bad[0]

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from ssm_mp.blocks.block import State
 from ssm_mp.components import Component, find_components
-from ssm_mp.config import Config
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
@@ -31,6 +30,7 @@ from ssm_mp.modules.convolution import ConvolutionForm
 from ssm_mp.modules.linear import LinearForm
 from ssm_mp.parallel import in_parallel
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.shards import token_bytes
 
 Outcome = Evaluation | EvaluationError | InfeasibleError
 """What a map measures, or why it cannot be."""
@@ -360,9 +360,3 @@ def free_bytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it, empty
     return int(_GPU_SHARE * (free + unused))
-
-
-def token_bytes(config: Config) -> int:
-    """Upper bound of the bytes of activations that one token of one map takes at the widest point of a forward pass."""
-    branches = (branch for layer in config.branches for branch in layer)
-    return 4 * max(sum(part.block.token_floats for part in branch.parts) for branch in branches)

@@ -30,7 +30,6 @@ from ssm_mp.evaluation.stack import (
     free_bytes,
     in_order,
     make_stack,
-    token_bytes,
     windows_at_once,
 )
 from ssm_mp.families.itera import IteraConfig, IteraLayer
@@ -38,6 +37,7 @@ from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
+from ssm_mp.shards import token_bytes
 from tests.tiny import CONFIGS, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
 
 UNTIED = MambaConfig(
