@@ -58,7 +58,7 @@ def quantize_rows(rows: Tensor, factors: Tensor, q: Tensor, scales: Tensor) -> N
 def quantize_groups(
     groups: Tensor, factors: Tensor, levels: Tensor, bits: int, integers: bool, packed: Tensor, scales: Tensor
 ) -> None:
-    """`groups [g, 64]`, float32, as codes of the book with `levels [c]`, `packed [g, 8·bits]`, and `scales [g]` likewise.
+    """`groups [g, 64]`, float32, as codes of the book of `levels [c]`, `packed [g, 8·bits]`, and `scales [g]` likewise.
 
     integers: the levels are all integers between two opposite ones.
     """
@@ -79,4 +79,4 @@ def _require(tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
     """Raise ValueError where a tensor is not what C would take it for."""
     fits = tensor.dtype == dtype and tensor.is_contiguous() and (not shape or tuple(tensor.shape) == shape)
     if not fits:
-        raise ValueError(f"{tuple(tensor.shape)}, {tensor.dtype}: expected {shape or 'any shape'}, {dtype}, in one piece")
+        raise ValueError(f"{tuple(tensor.shape)}, {tensor.dtype}: expected {shape or 'any'}, {dtype}, in one piece")
