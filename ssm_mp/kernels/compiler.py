@@ -37,6 +37,7 @@ _SOURCES = (
     "layer.c",
     "decode.c",
     "weights.c",
+    "histogram.c",
 )
 _HEADERS = (
     "vector.h",
