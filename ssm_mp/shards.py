@@ -25,10 +25,15 @@ def shards(values: Tensor, config: Config) -> Sequence[Tensor]:
     if values.is_cuda:
         return list(values.split(_GPU_WINDOWS))
     tokens = values.shape[0] * values.shape[1]
-    most = min(_SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1), max(1, _SHARD_BYTES // token_bytes(config)))
-    parts = math.ceil(tokens / most)
+    parts = math.ceil(tokens / shard_tokens(config, tokens))
     even = parts + parts % 2 if parts > 1 else 1  # two threads have as much to do
     return list(values.tensor_split(min(even, values.shape[0])))
+
+
+def shard_tokens(config: Config, tokens: int) -> int:
+    """How many of so many tokens one thread takes at a time on a CPU, rounded up to whole windows."""
+    near = _SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)
+    return min(near, max(1, _SHARD_BYTES // token_bytes(config)))
 
 
 def token_bytes(config: Config) -> int:

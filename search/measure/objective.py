@@ -80,7 +80,7 @@ class Objective:
         self._before_layer = before_layer
         # windows stand in the order of the text, and its beginning is no random sample of it
         windows = len(workspace.splits.search)
-        self._shared = PrefixCache(workspace.spec.search.shared_mib << 20)
+        self._shared = PrefixCache(workspace.memory.shared)
         self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:

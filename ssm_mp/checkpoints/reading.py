@@ -48,9 +48,12 @@ def read_through(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Re
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             most, wrong = 0.0, 0
             for part in tensor.detach().contiguous().reshape(-1).split(_SLICE):
+                if not part.numel():
+                    continue
                 values = part.float()
                 hashed = pool.submit(digest.update, values.numpy())
-                found = values.abs().max().item()
+                low, high = (end.item() for end in torch.aminmax(values))
+                found = max(-low, high)
                 most = found if not found <= most else most  # NaN stays
                 if not found < float("inf"):
                     wrong += int((~torch.isfinite(values)).sum())

@@ -241,6 +241,10 @@ class Multiplier(nn.Module):
             self._matrix = current
         return current[1]
 
+    def forget(self) -> None:
+        """Let go of what was made of the weight, which may be held elsewhere from now on."""
+        self._matrix = None
+
     @property
     def inputs_stamp(self) -> object:
         """Changes whenever the way that inputs are quantised does."""
