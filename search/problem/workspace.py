@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from search.base.errors import StudyError
+from search.problem.calibration import kept_statistics
 from search.problem.memory import MemoryPlan, needs_of, plan_memory
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
@@ -19,7 +20,7 @@ from ssm_mp.artifact_folder import ACCOMPANYING
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
-from ssm_mp.conversion.calibrate import calibrate, hardly_reached
+from ssm_mp.conversion.calibrate import Statistics, calibrate, hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
@@ -80,7 +81,7 @@ class Workspace:
 
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
-        blocks = {"embedding blocks": self._blocks_digest} if self.spec.precision.embedding_blocks else {}
+        blocks = {"embedding blocks": _blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
         latency = {"latency": shape} if search.asks_latency else {}
@@ -99,13 +100,6 @@ class Workspace:
         }
 
     @property
-    def _blocks_digest(self) -> str:
-        """Which token is in which block of the embedding."""
-        embedding = self.model.embedding
-        assert isinstance(embedding, BlockedEmbedding)
-        return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
-
-    @property
     def fingerprint_digest(self) -> str:
         """The fingerprint as one short word, to mark what was measured under it."""
         return mark_of(self.fingerprint())
@@ -114,7 +108,7 @@ class Workspace:
 def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | None = None) -> Workspace:
     """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit.
 
-    cache: folder in which the token ids of a long text are kept.
+    cache: folder in which calibration is kept, and the token ids of a long text.
     """
     device = check_device(spec.search.device)
     checkpoint = study_checkpoint(spec)
@@ -134,8 +128,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     scheme = spec.precision.scheme
     statistics = None
     if scheme.activations == "static":
-        say(f"calibrating on {len(splits.calibration)} windows ({spec.data.calibration})")
-        statistics = calibrate(model, splits.calibration)
+        statistics = _statistics(spec, checkpoint, model, splits.calibration, say, cache)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
@@ -161,6 +154,32 @@ def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
     """How a study keeps below the memory that it may take."""
     components = find_components(checkpoint)
     return plan_memory(spec, needs_of(spec, checkpoint, components, window_length(spec, checkpoint.config)))
+
+
+def _statistics(
+    spec: StudySpec, checkpoint: Checkpoint, model: LanguageModel, windows: Windows, say: Say, cache: Path | None
+) -> Statistics:
+    """Those of a model's inputs on the calibration windows, from an earlier process where it kept them."""
+
+    def measure() -> Statistics:
+        say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
+        return calibrate(model, windows)
+
+    depends = {
+        "checkpoint": checkpoint.digest,
+        "windows": windows.digest,
+        "blocks": _blocks_digest(model) if spec.precision.embedding_blocks else None,
+        GROUPING: grouping_of(checkpoint.config),
+        "compute": _compute_type(spec.search.device),
+    }
+    return kept_statistics(cache, depends, measure, say)
+
+
+def _blocks_digest(model: LanguageModel) -> str:
+    """Which token is in which block of the embedding."""
+    embedding = model.embedding
+    assert isinstance(embedding, BlockedEmbedding)
+    return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
 
 def target_of(spec: StudySpec, config: Config) -> Format | None:

@@ -60,6 +60,10 @@ Watcher = Callable[..., Tensor]
 the same values, is what is multiplied."""
 
 
+Steps = Callable[[str, int], Callable[[], None]]
+"""Begins a stage of so many steps; what it returns is called after each of them."""
+
+
 class _Observed(nn.Module):
     """Passes inputs on to a component's module by way of `see`."""
 
@@ -161,12 +165,10 @@ def count_magnitudes_reference(x: Tensor, factor: float, bins: int) -> Tensor:
     return torch.bincount(found.flatten(), minlength=bins).cpu()
 
 
-def calibrate(
-    model: LanguageModel, windows: Windows, progress: Callable[[int, int], None] | None = None
-) -> dict[str, InputStatistics]:
+def calibrate(model: LanguageModel, windows: Windows, steps: Steps | None = None) -> dict[str, InputStatistics]:
     """Statistics of the inputs of every product of `model` on `windows`, in one pass in which no logit is computed.
 
-    progress: told how many of how many parts are done. The model is left as it is; the pass runs on one that shares its
+    steps: told what there is to do. The model is left as it is; the pass runs on one that shares its
     modules, layer by layer where the model asks for it (`after_layer`). Raises EvaluationError where an input is not
     finite.
     """
@@ -180,7 +182,7 @@ def calibrate(
         for name in heads:
             seen[name].see(x)
 
-    _run(observed(model, watchers), windows, see_head, progress or (lambda done, total: None))
+    _run(observed(model, watchers), windows, see_head, steps or (lambda what, count: lambda: None))
     return {name: one.statistics() for name, one in seen.items()}
 
 
@@ -223,21 +225,16 @@ def _run(
     model: LanguageModel,
     windows: Windows,
     see_head: Callable[[Tensor], None],
-    progress: Callable[[int, int], None],
+    steps: Steps,
 ) -> None:
     """All windows through the model; `see_head` gets their last hidden states."""
     states = list(shards(windows.ids.to(model.device), model.config))
-    lock, done = Lock(), 0
-
-    def told(total: int) -> None:
-        nonlocal done
-        with lock:
-            done += 1
-            progress(done, total)
+    lock, told = Lock(), steps("calibrating", len(states) * (1 if model.after_layer is None else len(model.layers)))
 
     def through(ids: Tensor) -> None:
         see_head(model.hidden(ids))
-        told(len(states))
+        with lock:
+            told()
 
     if model.after_layer is None:
         in_parallel(through, states)
@@ -246,7 +243,8 @@ def _run(
     def onward(step: tuple[nn.Module, int]) -> None:
         layer, s = step
         states[s] = layer(states[s])
-        told(len(states) * len(model.layers))
+        with lock:
+            told()
 
     everyone = range(len(states))
     states[:] = in_parallel(model.embed, states)

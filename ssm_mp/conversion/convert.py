@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ssm_mp.components import Component, find_components
-from ssm_mp.conversion.calibrate import Statistics
+from ssm_mp.conversion.calibrate import Statistics, Steps
 from ssm_mp.conversion.forms import Forms
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
@@ -17,9 +17,6 @@ from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, SourceTensor, Stored
 from ssm_mp.scheme import Scheme
-
-Steps = Callable[[str, int], Callable[[], None]]
-"""Begins a stage of so many steps; what it returns is called after each of them."""
 
 
 class Converter:
@@ -95,8 +92,7 @@ class Converter:
             if not isinstance(held, FloatTensor) or not _is_source(held):
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
             try:
-                value = held.value.data.float()
-                tensors[parameter.leaf] = precision.store(value, parameter.role, self.scheme.weight_scales)
+                tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
             except InfeasibleError as error:
                 raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
         if self.model.after_layer is not None:
