@@ -122,7 +122,7 @@ class _Magnitudes:
         with self._lock:
             self._tokens[expert] += x.numel() // x.shape[-1]
             self._largest = max(self._largest, largest)
-            self._widen(max(math.frexp(largest)[1], _LEAST_EXPONENT))
+            self._widen(math.frexp(largest)[1] if largest else _LEAST_EXPONENT)
             count_magnitudes(x, _FINE_BINS * 2.0**-self._exponent, self._counts)
         return x
 
