@@ -16,6 +16,10 @@ from torch import Tensor
 from ssm_mp.kernels.compiler import library
 
 
+_WORTH_THREADS = 1 << 15
+"""Values from which on several threads share a call."""
+
+
 class Book(ctypes.Structure):
     """`Book` of weights.c. It holds addresses only: whoever makes one keeps the tensors behind it alive."""
 
@@ -51,7 +55,7 @@ def quantize_rows(rows: Tensor, factors: Tensor, q: Tensor, scales: Tensor) -> N
     _require(scales, torch.float16, r)
     _kernels().quantize_weight_rows(
         r, n, rows.data_ptr(), factors.numel(), factors.data_ptr(), q.data_ptr(), scales.data_ptr(),
-        torch.get_num_threads(),
+        _threads(rows),
     )  # fmt: skip
 
 
@@ -71,8 +75,13 @@ def quantize_groups(
     book = Book(bits, levels.numel(), integers, levels.data_ptr(), between.data_ptr(), limit)
     _kernels().quantize_weight_groups(
         g, groups.data_ptr(), factors.numel(), factors.data_ptr(), byref(book), packed.data_ptr(), scales.data_ptr(),
-        torch.get_num_threads(),
+        _threads(groups),
     )  # fmt: skip
+
+
+def _threads(values: Tensor) -> int:
+    """As many as torch has, but one where there is so little to do that waiting for the others would take longer."""
+    return torch.get_num_threads() if values.numel() >= _WORTH_THREADS else 1
 
 
 def _require(tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
