@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ssm_mp.kernels.compiler import library
 
-
 _WORTH_THREADS = 1 << 15
 """Values from which on several threads share a call."""
 
