@@ -36,7 +36,8 @@ from benchmarks.huggingface import REFERENCE
 from benchmarks.widen import SIZES, make, weight_files
 from search.problem.run_directory import BASELINE, CERTIFICATE, DATABASE, FINGERPRINT, FRONT, RunDirectory
 from search.problem.spec import load_spec
-from search.problem.workspace import load_splits, plan_of, study_checkpoint
+from search.problem.splits import load_splits
+from search.problem.workspace import plan_of, study_checkpoint
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.evaluation.memory import let_go_of

@@ -52,7 +52,8 @@ from search.base.front import Point
 from search.problem.run_directory import RunDirectory
 from search.problem.space import Space
 from search.problem.spec import load_spec
-from search.problem.workspace import Workspace, load_splits
+from search.problem.splits import load_splits
+from search.problem.workspace import Workspace
 from search.run.prepare import prepare
 from search.sampling.catalogue import catalogue_of
 from search.sampling.surrogate import Surrogate, smallest_within

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ssm_mp.components import Component
 from ssm_mp.data import Windows
-from ssm_mp.evaluation.parallel import in_parallel
 from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.parallel import in_parallel
 
 _ROWS = (256, 512, 1024, 4096)
 """Sizes of blocks of tokens to choose from."""

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from benchmarks.huggingface import REFERENCE
 from search.problem.spec import load_spec
-from search.problem.workspace import load_splits
+from search.problem.splits import load_splits
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import evaluate, paired_increase

@@ -95,7 +95,8 @@ def drift(
 ) -> None:
     """Measure how the perplexity increase over FP32 depends on the position, also in windows 4 times as long."""
     from search.problem.spec import load_spec
-    from search.problem.workspace import check_device, load_splits, window_length
+    from search.problem.splits import load_splits, window_length
+    from search.problem.workspace import check_device
     from search.results.plots.drift import plot_drift
     from search.results.plots.files import require_writable, save_picture
     from ssm_mp.data import unigram_perplexity
@@ -165,7 +166,7 @@ def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.de
 def _tokenizer_file(path: Path, spec: StudySpec | None) -> Path:
     """The study's tokenizer, else the one beside the checkpoint, or beside the files of an artifact without its own."""
     from search.base.errors import StudyError
-    from search.problem.workspace import tokenizer_path
+    from search.problem.splits import tokenizer_path
     from ssm_mp.artifact import is_artifact
     from ssm_mp.data import find_tokenizer
 
@@ -187,7 +188,7 @@ def _long_windows(
 ) -> Windows | str:  # fmt: skip
     """As much text as the study's search windows, in windows of `length`; or why there are none."""
     from search.problem.spec import load_spec
-    from search.problem.workspace import load_splits, window_length
+    from search.problem.splits import load_splits, window_length
     from ssm_mp.errors import DataError
 
     data, times = spec.data, length // window_length(spec, config)

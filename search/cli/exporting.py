@@ -176,7 +176,7 @@ def transfer(
 def _windows(artifact: Artifact, study: Path | None) -> Windows | None:
     """Certify windows of a study; else some of the text that every user has, with the artifact's own tokenizer."""
     from search.problem.spec import load_spec
-    from search.problem.workspace import load_splits
+    from search.problem.splits import load_splits
     from search.results.transferred import ASKED_WINDOWS
     from ssm_mp.data import cut, draw, load_tokenizer, tokenize
     from ssm_mp.data.corpus import stdlib_documents

@@ -118,7 +118,8 @@ def evaluate(
     """Measure the perplexity of a checkpoint or an artifact on a study's windows."""
     from search.cli.answers import listed
     from search.problem.spec import load_spec
-    from search.problem.workspace import check_device, load_splits
+    from search.problem.splits import load_splits
+    from search.problem.workspace import check_device
     from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.data import unigram_perplexity

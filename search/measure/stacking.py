@@ -14,7 +14,8 @@ import torch
 
 from search.measure.objective import Finished, Measured, Objective
 from search.measure.racing import best_rival, rungs
-from search.problem.workspace import Workspace, window_length
+from search.problem.splits import window_length
+from search.problem.workspace import Workspace
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
 from ssm_mp.evaluation.stack import Outcome, at_once, evaluate_stacked

@@ -20,9 +20,9 @@ from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.components import Component
 from ssm_mp.conversion.forms import Scratch
 from ssm_mp.errors import MachineError
-from ssm_mp.evaluation.evaluate import shard_tokens, token_bytes
 from ssm_mp.evaluation.memory import Limit, memory_limit
 from ssm_mp.files.mapped import spilled
+from ssm_mp.shards import shard_tokens, token_bytes
 
 GIB = 1 << 30
 _PROCESS = 640 << 20

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,37 +11,23 @@ import torch
 from torch import nn
 
 from search.base.errors import StudyError
+from search.problem.calibration import kept_statistics
 from search.problem.grouping import grouped_by_rule, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
-from search.problem.spec import STDLIB, StudySpec
-from ssm_mp.artifact_folder import ACCOMPANYING
+from search.problem.spec import StudySpec
+from search.problem.splits import Say, load_splits, tokenizer_json, window_length
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
-from ssm_mp.conversion.calibrate import calibrate, hardly_reached
+from ssm_mp.conversion.calibrate import Statistics, calibrate, hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
 from ssm_mp.conversion.regroup import grouping_of, regrouped
-from ssm_mp.data import (
-    BYTES,
-    Pool,
-    Splits,
-    Windows,
-    bos_id,
-    cut,
-    draw,
-    find_tokenizer,
-    load_tokenizer,
-    overlap,
-    read_tokens,
-    synthetic_windows,
-    tokenize,
-)
-from ssm_mp.data.corpus import Part, stdlib_documents
+from ssm_mp.data import Splits, Windows
 from ssm_mp.errors import CheckpointError
 from ssm_mp.evaluation.memory import keep_freed_memory, let_go_of
 from ssm_mp.files.mapped import end_clearly
@@ -56,16 +41,6 @@ from ssm_mp.runtimes.capability import holds, not_worth, sized
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.registry import get_format
 from ssm_mp.runtimes.running import require_writer
-
-_LONGEST_DEFAULT_WINDOW = 1024
-_DEFAULT_WINDOW = 256
-"""Window length where neither the study nor the model's positions say one."""
-
-Say = Callable[[str], None]
-"""Told a line for people."""
-
-_CALIBRATION_STRIDE = 10
-"""Calibration windows are drawn from every tenth file of the training part: enough for ranges, quicker to tokenise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +60,7 @@ class Workspace:
 
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
-        blocks = {"embedding blocks": self._blocks_digest} if self.spec.precision.embedding_blocks else {}
+        blocks = {"embedding blocks": _blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
         latency = {"latency": shape} if search.asks_latency else {}
@@ -132,13 +107,6 @@ class Workspace:
         return apart if mine == theirs else self
 
     @property
-    def _blocks_digest(self) -> str:
-        """Which token is in which block of the embedding."""
-        embedding = self.model.embedding
-        assert isinstance(embedding, BlockedEmbedding)
-        return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
-
-    @property
     def fingerprint_digest(self) -> str:
         """The fingerprint as one short word, to mark what was measured under it."""
         return mark_of(self.fingerprint())
@@ -147,7 +115,7 @@ class Workspace:
 def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | None = None) -> Workspace:
     """Load what a study names; `say` gets a line before each slow step. Raises SsmMpError for what does not fit.
 
-    cache: folder in which the token ids of a long text are kept.
+    cache: folder in which calibration is kept, and the token ids of a long text.
     """
     device = check_device(spec.search.device)
     checkpoint = study_checkpoint(spec)
@@ -167,18 +135,18 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     scheme = spec.precision.scheme
     statistics = None
     if scheme.activations == "static":
-        say(f"calibrating on {len(splits.calibration)} windows ({spec.data.calibration})")
-        statistics = calibrate(model, splits.calibration)
+        statistics = _statistics(spec, checkpoint, model, splits.calibration, say, cache)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
     forms = Forms(plan.forms, plan.scratch)
+    largest = {} if spec.precision.embedding_blocks else checkpoint.reading.largest
     if target is None:
-        converter = Converter(model, scheme, statistics, forms=forms)
+        converter = Converter(model, scheme, statistics, forms=forms, largest=largest)
         space = make_space(converter, spec.precision.choices, pins)
     else:
         format_, config = target, checkpoint.config
-        converter = Converter(model, scheme, statistics, sized(format_, components, config), forms)
+        converter = Converter(model, scheme, statistics, sized(format_, components, config), forms, None, largest)
         space = make_space(
             converter,
             spec.precision.choices,
@@ -212,6 +180,32 @@ def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
     """How a study keeps below the memory that it may take."""
     components = find_components(checkpoint)
     return plan_memory(spec, needs_of(spec, checkpoint, components, window_length(spec, checkpoint.config)))
+
+
+def _statistics(
+    spec: StudySpec, checkpoint: Checkpoint, model: LanguageModel, windows: Windows, say: Say, cache: Path | None
+) -> Statistics:
+    """Those of a model's inputs on the calibration windows, from an earlier process where it kept them."""
+
+    def measure() -> Statistics:
+        say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
+        return calibrate(model, windows)
+
+    depends = {
+        "checkpoint": checkpoint.digest,
+        "windows": windows.digest,
+        "blocks": _blocks_digest(model) if spec.precision.embedding_blocks else None,
+        GROUPING: grouping_of(checkpoint.config),
+        "compute": _compute_type(spec.search.device),
+    }
+    return kept_statistics(cache, depends, measure, say)
+
+
+def _blocks_digest(model: LanguageModel) -> str:
+    """Which token is in which block of the embedding."""
+    embedding = model.embedding
+    assert isinstance(embedding, BlockedEmbedding)
+    return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
 
 def target_of(spec: StudySpec, config: Config) -> Format | None:
@@ -287,107 +281,3 @@ def _compute_type(device: str) -> str:
     if compiled():
         by = " kernels amx" if multiplies_by_amx() else " kernels"
     return f"cpu {torch.backends.cpu.get_cpu_capability()} float32{by}"
-
-
-def window_length(spec: StudySpec, config: Config) -> int:
-    """The study's window, else the model's positions, else a default. Raises StudyError beyond them."""
-    if spec.data.window is None:
-        return min(config.max_tokens or _DEFAULT_WINDOW, _LONGEST_DEFAULT_WINDOW)
-    if config.max_tokens is not None and spec.data.window > config.max_tokens:
-        raise StudyError(
-            f"[data] window = {spec.data.window}, but {config.limit}; expected at most {config.max_tokens}"
-        )
-    return spec.data.window
-
-
-def load_splits(
-    spec: StudySpec, config: Config, say: Say = lambda line: None, cache: Path | None = None
-) -> Splits:  # fmt: skip
-    """The study's disjoint windows: calibration, search, certify. Raises DataError where the text is too short.
-
-    cache: as in `open_workspace`. `say` is told what repeats and was left out.
-    """
-    splits = _stdlib_splits(spec, config, say) if spec.data.text == STDLIB else _file_splits(spec, config, say, cache)
-    certify = overlap(splits.certify, splits.search, splits.bos)
-    for note in (*splits.dropped, *([certify.sentence()] if certify.near_duplicates else [])):
-        say(f"note: {note}")
-    return replace(splits, overlap=certify)
-
-
-def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
-    """Each split from its own part of the library, less what another split has drawn already."""
-    data, length, path = spec.data, window_length(spec, config), tokenizer_path(spec)
-    tokenizer = load_tokenizer(path, config.vocabulary, say)
-    bos = bos_id(data.bos, tokenizer, path if path.is_dir() else path.parent, config.vocabulary)
-
-    def part(name: Part) -> Pool:
-        documents = stdlib_documents(name)
-        documents = documents[::_CALIBRATION_STRIDE] if name == "train" else documents
-        return cut(tokenize(documents, tokenizer), length, f"the library's {name} part", bos)
-
-    search_pool = part("search")
-    search = draw(search_pool, [data.search_windows], data.seed)[0]
-    text = part("train")
-    calibration = text.without([search])
-    counts = text.counts(config.vocabulary, repeats=True)
-    drawn = _calibration(spec, calibration, counts)
-    certify_pool = part("certify").without([search, drawn])
-    certify = draw(certify_pool, [data.certify_windows], data.seed)[0]
-    dropped = [line for pool in (calibration, search_pool, certify_pool) for line in pool.dropped()]
-    return Splits(drawn, search, certify, counts, bos, tuple(dropped))
-
-
-def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) -> Splits:
-    """All splits from one text."""
-    data, path = spec.data, spec.resolve(spec.data.text, "[data] text")
-    tokenizer, folder = None, None
-    if path.suffix != ".npy":
-        tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary, say)
-        named = tokenizer_path(spec)
-        folder = named if named.is_dir() else named.parent
-    bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
-    ids = read_tokens(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
-    pool = cut(ids, window_length(spec, config), str(path), bos)
-    # calibration windows first: a larger certify split then leaves the other two as they are
-    own = 0 if data.calibration == "synthetic" else data.calibration_count
-    calibration, search, certify = draw(pool, [own, data.search_windows, data.certify_windows], data.seed)
-    if data.calibration == "text":
-        # not the unused windows: there are fewer of them where more windows certify
-        counts = torch.bincount(calibration.ids.flatten(), minlength=config.vocabulary)
-    else:
-        counts = pool.without([search, certify]).counts(config.vocabulary)
-        calibration = _calibration(spec, pool, counts)
-    return Splits(calibration, search, certify, counts, bos, pool.dropped())
-
-
-def _calibration(spec: StudySpec, pool: Pool, counts: torch.Tensor) -> Windows:
-    """Calibration windows of a text, or made up from the frequencies of its tokens."""
-    data = spec.data
-    if data.calibration == "text":
-        return draw(pool, [data.calibration_count], data.seed)[0]
-    return synthetic_windows(counts.numpy(), data.calibration_count, pool.length, data.seed, pool.bos)
-
-
-def tokenizer_path(spec: StudySpec) -> Path:
-    """The study's tokenizer, else the one found beside the checkpoint."""
-    asked = spec.data.tokenizer
-    if asked is not None:
-        named = spec.resolve(asked, "[data] tokenizer")
-        return Path(BYTES) if asked == BYTES and not named.exists() else named
-    checkpoint = spec.checkpoint_path
-    folder = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    return find_tokenizer(folder) or folder / "tokenizer.json"
-
-
-def tokenizer_json(spec: StudySpec, config: Config) -> bytes | None:
-    """The tokenizer that the study's text is read with, as a `tokenizer.json`; None where the text is token ids."""
-    if Path(spec.data.text).suffix == ".npy":
-        return None
-    return load_tokenizer(tokenizer_path(spec), config.vocabulary).to_str().encode()
-
-
-def accompanying(spec: StudySpec) -> dict[str, bytes]:
-    """Files beside the checkpoint that other programs read: name → content."""
-    path = spec.checkpoint_path
-    folder = path if path.is_dir() else path.parent
-    return {name: (folder / name).read_bytes() for name in ACCOMPANYING if (folder / name).is_file()}

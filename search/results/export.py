@@ -15,7 +15,8 @@ import torch
 from search.measure.latency import summary
 from search.measure.objective import Baseline, Measured, Objective
 from search.problem.source import source_of
-from search.problem.workspace import Workspace, accompanying, tokenizer_json
+from search.problem.splits import accompanying, tokenizer_json
+from search.problem.workspace import Workspace
 from search.results.certify import Certificate, bounds
 from search.results.gates import Facts
 from search.results.ledger import finite_or_none

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from search.problem.workspace import Workspace, accompanying, tokenizer_json
+from search.problem.splits import accompanying, tokenizer_json
+from search.problem.workspace import Workspace
 from search.results.certify import Certificate
 from ssm_mp.artifact import ACCOMPANYING, Artifact
 from ssm_mp.data import Windows

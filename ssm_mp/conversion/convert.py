@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
 
 from ssm_mp.components import Component, find_components
-from ssm_mp.conversion.calibrate import Statistics
+from ssm_mp.conversion.calibrate import Statistics, Steps
 from ssm_mp.conversion.forms import Forms
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import InputQuantizer, StaticInput, input_quantizer
+from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precision_map import PrecisionMap, require_pins
+from ssm_mp.precisions.precision import Unsure
 from ssm_mp.precisions.registry import get_precision
+from ssm_mp.precisions.slices import largest_magnitude
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, SourceTensor, Stored
 from ssm_mp.scheme import Scheme
-
-Steps = Callable[[str, int], Callable[[], None]]
-"""Begins a stage of so many steps; what it returns is called after each of them."""
 
 
 class Converter:
@@ -37,10 +37,12 @@ class Converter:
         components: tuple[Component, ...] | None = None,
         forms: Forms | None = None,
         steps: Steps | None = None,
+        largest: Mapping[str, float] | None = None,
     ) -> None:
         """`components`: the model's own, with the sizes of another runtime's file, where they are not those of ours.
 
         forms: where components at precisions are kept; by default all in memory. steps: told what a map takes to make.
+        largest: the magnitudes of the model's tensors by name, as far as they are known.
         """
         if scheme.activations == "static" and statistics is None:
             raise PrecisionMapError(
@@ -52,6 +54,7 @@ class Converter:
         self._statistics = statistics or {}
         self._forms = Forms() if forms is None else forms
         self._steps = steps
+        self._largest = dict(largest or {})
 
     def convert(self, precision_map: PrecisionMap) -> LanguageModel:
         """A new model by `precision_map`. Raises InfeasibleError naming the component that does not fit."""
@@ -76,27 +79,46 @@ class Converter:
         return self._forms.get((component.name, precision), lambda: self._make(component, precision))
 
     def infeasible(self, component: Component, precision: str) -> str | None:
-        """Why a component cannot be held at a precision; None where it can."""
+        """Why a component cannot be held at a precision; None where it can. Nothing is quantised to find out, unless
+        the largest magnitudes do not tell."""
+        held = get_precision(precision)
+        for parameter in component.parameters:
+            refused = held.refusal(self._largest_of(parameter), parameter.role, self.scheme.weight_scales)
+            if isinstance(refused, Unsure):
+                return self._refused(lambda: self.module(component, precision))
+            if refused is not None:
+                return f"{parameter.name} cannot be {precision}: {refused}"
+        return self._refused(lambda: self._inputs(component, precision))
+
+    def _refused(self, make: Callable[[], object]) -> str | None:
         try:
-            self.module(component, precision)
+            make()
         except InfeasibleError as error:
             return str(error)
         return None
+
+    def _largest_of(self, parameter: Parameter) -> float:
+        """The largest magnitude of a tensor, found once where it was not given."""
+        if parameter.role == "index":
+            return 0.0
+        if parameter.name not in self._largest:
+            source = self.model.component(parameter.component)
+            self._largest[parameter.name] = largest_magnitude(_held(source, parameter.leaf).arrays()[""])
+        return self._largest[parameter.name]
 
     def _make(self, component: Component, name: str) -> nn.Module:
         precision = get_precision(name)
         source = self.model.component(component.name)
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:
-            held = source if isinstance(source, Stored) else getattr(source, parameter.leaf)
+            held = _held(source, parameter.leaf)
             if isinstance(held, ByteTensor):
                 tensors[parameter.leaf] = ByteTensor(held.value)
                 continue
             if not isinstance(held, FloatTensor) or not _is_source(held):
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
             try:
-                value = held.value.data.float()
-                tensors[parameter.leaf] = precision.store(value, parameter.role, self.scheme.weight_scales)
+                tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
             except InfeasibleError as error:
                 raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
         if self.model.after_layer is not None:
@@ -112,6 +134,13 @@ class Converter:
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
         return input_quantizer(scheme, name)
+
+
+def _held(module: nn.Module, leaf: str) -> Stored:
+    """How a component's module stores one of its tensors."""
+    held = module if isinstance(module, Stored) else getattr(module, leaf)
+    assert isinstance(held, Stored)
+    return held
 
 
 def _is_source(held: FloatTensor) -> bool:

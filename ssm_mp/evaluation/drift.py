@@ -21,9 +21,10 @@ from torch import Tensor
 from ssm_mp.config import Config
 from ssm_mp.data import Windows
 from ssm_mp.errors import DataError, EvaluationError
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase, shards
-from ssm_mp.evaluation.parallel import in_parallel
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 from ssm_mp.model import LanguageModel
+from ssm_mp.parallel import in_parallel
+from ssm_mp.shards import shards
 
 LONG = 4
 """Long windows are so many times as long as those of training."""

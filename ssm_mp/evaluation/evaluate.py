@@ -13,19 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.config import Config
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
-from ssm_mp.evaluation.parallel import in_parallel
 from ssm_mp.evaluation.prefix_cache import Key, Prefixes
 from ssm_mp.model import LanguageModel, Scorer
+from ssm_mp.parallel import in_parallel
+from ssm_mp.shards import shards
 
-_SHARD_TOKENS, _MANY_TOKENS = 1024, 8192
-"""Tokens that one thread takes at a time, so that their activations stay near its core; twice as many where there are
-enough of them, so that the interpreter, which threads share, has less to do."""
-_SHARD_BYTES = 320 << 20
-"""Activations of one shard at the most: fewer tokens go together where a model is so wide that they would take more."""
-_GPU_WINDOWS = 32
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
 
@@ -307,28 +301,6 @@ def skewness(values: FloatArray) -> float:
     if n < 3 or variance < 1e-200:  # whose power of 1.5 would be 0
         return 0.0
     return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
-
-
-def shards(values: Tensor, config: Config) -> Sequence[Tensor]:
-    """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
-    if values.is_cuda:
-        return list(values.split(_GPU_WINDOWS))
-    tokens = values.shape[0] * values.shape[1]
-    parts = math.ceil(tokens / shard_tokens(config, tokens))
-    even = parts + parts % 2 if parts > 1 else 1  # two threads have as much to do
-    return list(values.tensor_split(min(even, values.shape[0])))
-
-
-def shard_tokens(config: Config, tokens: int) -> int:
-    """How many of so many tokens one thread takes at a time on a CPU, rounded up to whole windows."""
-    near = _SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)
-    return min(near, max(1, _SHARD_BYTES // token_bytes(config)))
-
-
-def token_bytes(config: Config) -> int:
-    """Upper bound of the float32 activations that one token takes at the widest point of a model, its logits apart."""
-    branches = [branch for layer in config.branches for branch in layer]
-    return 4 * max((sum(part.block.token_floats for part in branch.parts) for branch in branches), default=1)
 
 
 def _scorer(model: LanguageModel) -> Scorer:

@@ -24,12 +24,13 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
-from ssm_mp.evaluation.evaluate import Evaluation, require_finite, token_bytes, window_nll
-from ssm_mp.evaluation.parallel import in_parallel
+from ssm_mp.evaluation.evaluate import Evaluation, require_finite, window_nll
 from ssm_mp.model import LanguageModel, Layer, Residual, Scorer, assemble
 from ssm_mp.modules.convolution import ConvolutionForm
 from ssm_mp.modules.linear import LinearForm
+from ssm_mp.parallel import in_parallel
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.shards import token_bytes
 
 Outcome = Evaluation | EvaluationError | InfeasibleError
 """What a map measures, or why it cannot be."""

@@ -76,6 +76,7 @@ _ARGUMENTS = {
     "add_scaled_logits": (*[c_int64] * 3, *[c_void_p] * 5, c_int),
     "likelihoods": (c_int64, c_void_p, c_void_p),
     "divergence": (c_int64, c_int64, *[c_void_p] * 3, c_int),
+    "count_magnitudes": (c_int64, c_int64, c_void_p, c_int64, c_float, c_int64, c_void_p),
 }
 
 
@@ -310,6 +311,16 @@ def divergence(logits: Tensor, expected: Tensor) -> Tensor:
     kl = torch.empty(m, dtype=torch.float64)
     _library().divergence(m, vocabulary, logits.data_ptr(), expected.data_ptr(), kl.data_ptr(), torch.get_num_threads())
     return kl
+
+
+def count_magnitudes(x: Tensor, factor: float, counts: Tensor) -> None:
+    """Add to `counts [bins]`, int64, how many magnitudes of `x [..., k]` times `factor` are in `[i, i + 1)`, in one
+    thread; the last bin counts those beyond it too."""
+    x = _rows(x)
+    k = x.shape[-1]
+    _library().count_magnitudes(
+        x.numel() // k, k, x.data_ptr(), x.stride(-2) if x.dim() > 1 else k, factor, counts.numel(), counts.data_ptr()
+    )
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

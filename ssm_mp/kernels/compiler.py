@@ -37,6 +37,8 @@ _SOURCES = (
     "layer.c",
     "decode.c",
     "bus_error.c",
+    "weights.c",
+    "histogram.c",
 )
 _HEADERS = (
     "vector.h",

@@ -7,6 +7,9 @@
 #define SSM_MP_REGISTER_H
 
 #include "vector.h"
+#if defined(__AVX__) && !defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 enum { WIDTH = 16 };
@@ -57,6 +60,18 @@ INLINE void put_part(float *p, Register x, int64_t count) {
 INLINE Register choose(Integers where, Register yes, Register no) {
     return (Register)((where & (Integers)yes) | (~where & (Integers)no));
 }
+
+/* One instruction each where `choose` would be several. Of a NaN `x` the bound is left. */
+#if defined(__AVX512F__)
+INLINE Register larger(Register x, Register bound) { return (Register)_mm512_max_ps((__m512)x, (__m512)bound); }
+INLINE Register smaller(Register x, Register bound) { return (Register)_mm512_min_ps((__m512)x, (__m512)bound); }
+#elif defined(__AVX__)
+INLINE Register larger(Register x, Register bound) { return (Register)_mm256_max_ps((__m256)x, (__m256)bound); }
+INLINE Register smaller(Register x, Register bound) { return (Register)_mm256_min_ps((__m256)x, (__m256)bound); }
+#else
+INLINE Register larger(Register x, Register bound) { return choose(x > bound, x, bound); }
+INLINE Register smaller(Register x, Register bound) { return choose(x < bound, x, bound); }
+#endif
 
 INLINE float total_of(Register x) {
     float total = 0;

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ssm_mp.precisions.precision import Precision, stored_half
+from ssm_mp.precisions.precision import Precision, half_refusal, stored_half
 from ssm_mp.precisions.stored import ArraySpec, FloatTensor, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
@@ -18,12 +18,16 @@ class Float16(Precision):
     name = "fp16"
     bits = 16
     quantizes_inputs = False
+    takes_any_float = True
 
     def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         return {"": ArraySpec(shape, torch.float16)}
 
     def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
         return stored_half(tensor)
+
+    def _refusal(self, largest: float, rule: ScaleRule) -> str | None:
+        return half_refusal(largest)
 
     def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
         return FloatTensor(arrays[""])

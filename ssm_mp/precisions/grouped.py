@@ -11,11 +11,15 @@ from math import gcd, prod
 import torch
 from torch import Tensor
 
+from ssm_mp.errors import InfeasibleError
+from ssm_mp.kernels import calls, weights
 from ssm_mp.precisions.groups import (
+    CLIPPINGS,
     GROUP,
     CodeBook,
+    best_group_scales,
     group_count,
-    group_scales,
+    group_ranges,
     nearest_codes,
     pack,
     to_groups,
@@ -23,6 +27,8 @@ from ssm_mp.precisions.groups import (
     unpack_values,
 )
 from ssm_mp.precisions.precision import Precision
+from ssm_mp.precisions.quantize import clippings, scale_refusal, stored_scales
+from ssm_mp.precisions.slices import in_slices, largest_magnitude
 from ssm_mp.precisions.stored import ArraySpec, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
@@ -90,6 +96,7 @@ class Grouped(Precision):
     """Codes of a book, packed, a float16 scale for each 64 values; inputs of a product stay as they are."""
 
     quantizes_inputs = False
+    takes_any_float = True
 
     def __init__(self, name: str, book: CodeBook) -> None:
         self.name = name
@@ -102,13 +109,61 @@ class Grouped(Precision):
         return {"q": packed, "scale": ArraySpec((groups,), torch.float16)}
 
     def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
-        groups = to_groups(tensor)
-        scale = group_scales(groups, rule, self.book)
-        packed = pack(nearest_codes(groups, scale, self.book), self.book.bits)
-        return GroupedTensor(packed, scale, tuple(tensor.shape), self.book)
+        flat = tensor.reshape(-1)
+        shape = (group_count(flat.numel()), GROUP * self.book.bits // 8)
+        packed = torch.empty(shape, dtype=torch.uint8, device=tensor.device)
+        store = _packed_by_kernel if calls.usable(flat[:0].float()) else _packed
+        return GroupedTensor(packed, store(flat, rule, self.book, packed), tuple(tensor.shape), self.book)
+
+    def _refusal(self, largest: float, rule: ScaleRule) -> str | None:
+        return scale_refusal(largest, self.book.limit)
 
     def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
         return GroupedTensor(arrays["q"], arrays["scale"], shape, self.book)
+
+
+def _groups_of(flat: Tensor, part: slice) -> Tensor:
+    """Some groups of a list of values of any float type: float32 `[g, 64]`."""
+    return to_groups(flat[GROUP * part.start : GROUP * part.stop].float())
+
+
+def _packed(flat: Tensor, rule: ScaleRule, book: CodeBook, packed: Tensor) -> Tensor:
+    """Fill `packed [g, 8·bits]` with the values `flat [n]` of any float type, slice by slice; their scales `[g]`.
+
+    What `group_scales`, `nearest_codes` and `pack` give for the whole.
+    """
+    count = len(packed)
+    full = torch.empty(count, device=flat.device)
+
+    def find_range(part: slice) -> None:
+        full[part] = group_ranges(_groups_of(flat, part), book)
+
+    in_slices(find_range, count, GROUP, flat.device)
+    scale = stored_scales(full)
+
+    def fill(part: slice) -> None:
+        groups = _groups_of(flat, part)
+        if rule.method == "mse":
+            scale[part] = best_group_scales(groups, full[part], book)
+        packed[part] = pack(nearest_codes(groups, scale[part], book), book.bits)
+
+    in_slices(fill, count, GROUP, flat.device)
+    return scale
+
+
+def _packed_by_kernel(flat: Tensor, rule: ScaleRule, book: CodeBook, packed: Tensor) -> Tensor:
+    """The same by a kernel; least-square scales of as little error, which may be others."""
+    scale, factors = torch.empty(len(packed), dtype=torch.float16), clippings(rule, CLIPPINGS)
+    levels = book.levels(flat.device)
+
+    def fill(part: slice) -> None:
+        groups = _groups_of(flat, part).contiguous()
+        weights.quantize_groups(groups, factors, levels, book.bits, book.is_of_integers, packed[part], scale[part])
+
+    in_slices(fill, len(packed), GROUP, flat.device)
+    if bool(scale.isinf().any()):
+        raise InfeasibleError(scale_refusal(largest_magnitude(flat), book.limit))
+    return scale
 
 
 INT6 = Grouped("int6", INT6_BOOK)

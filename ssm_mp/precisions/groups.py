@@ -21,7 +21,7 @@ from ssm_mp.scheme import ScaleRule
 GROUP = 64
 """Values that share a scale."""
 
-_CLIPPINGS = 33
+CLIPPINGS = 33
 """Clippings of a group's range that the least-square rule tries: fewer than of a row, there are more groups."""
 
 
@@ -35,6 +35,11 @@ class CodeBook:
     @property
     def limit(self) -> float:
         return max(abs(value) for value in self.values)
+
+    @property
+    def is_of_integers(self) -> bool:
+        """Whether its values are all integers between two opposite ones."""
+        return self.values == tuple(map(float, range(-int(self.limit), int(self.limit) + 1)))
 
     def levels(self, device: torch.device) -> Tensor:
         """The values as float32 `[c]`."""
@@ -65,10 +70,18 @@ def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook) -> Tensor:
     `minmax` and `percentile` reach to the largest magnitude (a percentile of 64 values is their largest);
     `mse` takes the clipping of the range with the least squared error.
     """
-    full = groups.abs().amax(dim=1) / book.limit
-    if rule.method != "mse":
-        return stored_scales(full)
-    return least_square_scales(full, lambda scales: _square_error(groups, scales, book), _CLIPPINGS)
+    full = group_ranges(groups, book)
+    return best_group_scales(groups, full, book) if rule.method == "mse" else stored_scales(full)
+
+
+def group_ranges(groups: Tensor, book: CodeBook) -> Tensor:
+    """The scale with which the book reaches the largest magnitude of each group: float32 `[g]`."""
+    return groups.abs().amax(dim=1) / book.limit
+
+
+def best_group_scales(groups: Tensor, full: Tensor, book: CodeBook) -> Tensor:
+    """The stored scales `[g]` of least square error; `full [g]`: those that clip nothing."""
+    return least_square_scales(full, lambda scales: _square_error(groups, scales, book), CLIPPINGS)
 
 
 def _square_error(groups: Tensor, scales: Tensor, book: CodeBook) -> Tensor:

@@ -10,15 +10,24 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ssm_mp.precisions.precision import Precision
+from ssm_mp.errors import InfeasibleError
+from ssm_mp.kernels import calls, weights
+from ssm_mp.precisions.precision import Precision, Unsure
 from ssm_mp.precisions.quantize import (
+    CLIPPINGS,
+    INT8_LIMIT,
+    best_row_scales,
+    clippings,
     dequantize_rows,
     fits_product,
     integer_product,
     padded_weight,
     quantize_rows,
-    weight_scales,
+    row_ranges,
+    scale_refusal,
+    stored_scales,
 )
+from ssm_mp.precisions.slices import in_slices, largest_magnitude
 from ssm_mp.precisions.stored import ArraySpec, IntegerTensor, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
@@ -75,6 +84,7 @@ class Int8(Precision):
     name = "int8"
     bits = 8
     quantizes_inputs = True
+    takes_any_float = True
 
     def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         scales = shape[0] if role == "weight" else 1
@@ -82,11 +92,54 @@ class Int8(Precision):
 
     def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
         rows = tensor.reshape(tensor.shape[0] if role == "weight" else 1, -1)
-        scale = weight_scales(rows, rule)
-        return Int8Tensor(quantize_rows(rows, scale).reshape(tensor.shape), scale)
+        q = torch.empty(tensor.shape, dtype=torch.int8, device=tensor.device)
+        by_kernel = rule.method != "percentile" and calls.usable(rows[:0].float())
+        scale = (_quantized_by_kernel if by_kernel else _quantized)(rows, rule, q.view(rows.shape))
+        return Int8Tensor(q, scale)
+
+    def _refusal(self, largest: float, rule: ScaleRule) -> str | Unsure | None:
+        refused = scale_refusal(largest, INT8_LIMIT)
+        # a percentile may leave the largest out
+        return refused if refused is None or rule.method != "percentile" else Unsure.UNSURE
 
     def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
         return Int8Tensor(arrays["q"], arrays["scale"])
+
+
+def _quantized(rows: Tensor, rule: ScaleRule, q: Tensor) -> Tensor:
+    """Fill `q [r, n]` with `rows [r, n]` of any float type, slice by slice; their scales, float16 `[r]`.
+
+    What `weight_scales` and `quantize_rows` give for the whole.
+    """
+    full = torch.empty(rows.shape[0], device=rows.device)
+
+    def find_range(part: slice) -> None:
+        full[part] = row_ranges(rows[part].float(), rule) / INT8_LIMIT
+
+    in_slices(find_range, rows.shape[0], rows.shape[1], rows.device)
+    scale = stored_scales(full)
+
+    def fill(part: slice) -> None:
+        values = rows[part].float()
+        if rule.method == "mse":
+            scale[part] = best_row_scales(values, full[part])
+        q[part] = quantize_rows(values, scale[part])
+
+    in_slices(fill, rows.shape[0], rows.shape[1], rows.device)
+    return scale
+
+
+def _quantized_by_kernel(rows: Tensor, rule: ScaleRule, q: Tensor) -> Tensor:
+    """The same by a kernel; least-square scales of as little error, which may be others."""
+    scale, factors = torch.empty(rows.shape[0], dtype=torch.float16), clippings(rule, CLIPPINGS)
+
+    def fill(part: slice) -> None:
+        weights.quantize_rows(rows[part].float().contiguous(), factors, q[part], scale[part])
+
+    in_slices(fill, rows.shape[0], rows.shape[1], rows.device)
+    if bool(scale.isinf().any()):
+        raise InfeasibleError(scale_refusal(largest_magnitude(rows), INT8_LIMIT))
+    return scale
 
 
 INT8 = Int8()

@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from ssm_mp.errors import InfeasibleError
+from ssm_mp.precisions.quantize import FLOAT16_LARGEST
+from ssm_mp.precisions.slices import in_slices, largest_magnitude
 from ssm_mp.precisions.stored import ArraySpec, ByteTensor, FloatTensor, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
-FLOAT16_LARGEST = 65504.0
+
+class Unsure(Enum):
+    """Neither a refusal nor none: whether a tensor can be held, only storing it tells."""
+
+    UNSURE = "only storing it tells"
 
 
 class Precision(ABC):
@@ -33,6 +40,8 @@ class Precision(ABC):
     quantizes_inputs: bool
     """Whether a linear layer of this precision takes part in the study's activation scheme: its weights are then stored
     as an `IntegerTensor`, which multiplies int8 inputs."""
+    takes_any_float = False
+    """Whether `_store` takes a tensor of any float type, and never copies the whole of it; else it is given float32."""
 
     def arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         """What is stored for a tensor: suffix → array."""
@@ -41,10 +50,20 @@ class Precision(ABC):
         return self._arrays(shape, role)
 
     def store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
-        """A float32 tensor in this precision. Raises InfeasibleError, with the reason, where it does not fit."""
+        """A tensor of any float type in this precision: what its values in float32 give.
+
+        Raises InfeasibleError, with the reason, where it does not fit.
+        """
         if role in ("bias", "index"):
             return stored_half(tensor) if role == "bias" else ByteTensor(tensor)
-        return self._store(tensor, role, rule)
+        return self._store(tensor if self.takes_any_float else tensor.float(), role, rule)
+
+    def refusal(self, largest: float, role: Role, rule: ScaleRule) -> str | Unsure | None:
+        """Why `store` would refuse a tensor whose largest magnitude is `largest`, in its words; None where it would
+        not. Finite values are taken for granted."""
+        if role == "index":
+            return None
+        return half_refusal(largest) if role == "bias" else self._refusal(largest, rule)
 
     def restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...], role: Role) -> Stored:
         """What `store` returned for a tensor of this shape, from its arrays."""
@@ -62,7 +81,11 @@ class Precision(ABC):
 
     @abstractmethod
     def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
-        """`store` of a weight or vector."""
+        """`store` of a weight or vector; of float32 unless `takes_any_float`."""
+
+    def _refusal(self, largest: float, rule: ScaleRule) -> str | Unsure | None:
+        """`refusal` of a weight or vector. A precision that can tell says so itself."""
+        return Unsure.UNSURE
 
     @abstractmethod
     def _restore(self, arrays: Mapping[str, Tensor], shape: tuple[int, ...]) -> Stored:
@@ -71,8 +94,22 @@ class Precision(ABC):
 
 def stored_half(tensor: Tensor) -> FloatTensor:
     """A tensor stored float16. Raises InfeasibleError where a value overflows."""
-    half = tensor.half()
-    if not bool(torch.isfinite(half).all()):
-        largest = tensor.abs().max().item()
-        raise InfeasibleError(f"its largest value, {largest:.4g}, is above float16's, {FLOAT16_LARGEST:.0f}")
+    flat = tensor.reshape(-1)
+    half = torch.empty(tensor.shape, dtype=torch.float16, device=tensor.device)
+    held = half.view(-1)
+
+    def fits(part: slice) -> bool:
+        return bool(held[part].copy_(flat[part]).isfinite().all())
+
+    if not all(in_slices(fits, flat.numel(), 1, tensor.device)):
+        raise InfeasibleError(_above_float16(largest_magnitude(tensor)))
     return FloatTensor(half)
+
+
+def half_refusal(largest: float) -> str | None:
+    """Why `stored_half` would refuse a tensor whose largest magnitude is `largest`; None where it would not."""
+    return None if torch.tensor(largest).half().isfinite() else _above_float16(largest)
+
+
+def _above_float16(largest: float) -> str:
+    return f"its largest value, {largest:.4g}, is above float16's, {FLOAT16_LARGEST:.0f}"

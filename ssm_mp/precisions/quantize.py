@@ -19,10 +19,12 @@ from torch import Tensor
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.scheme import ScaleRule
 
+FLOAT16_LARGEST = 65504.0
+
 INT8_LIMIT = 127
 """Largest magnitude of a symmetric int8 value; −128 is not used."""
 
-_CLIPPINGS = 51
+CLIPPINGS = 51
 """Clippings of a row's range that the least-square rule tries."""
 
 _EXACT_FLOAT32_TERMS = (1 << 24) // (INT8_LIMIT * INT8_LIMIT)
@@ -37,18 +39,24 @@ def weight_scales(rows: Tensor, rule: ScaleRule, limit: int = INT8_LIMIT) -> Ten
 
     Raises InfeasibleError where float16 cannot hold a scale. A row of zeros has scale 1.
     """
-    if rule.method == "mse":
-        full = rows.abs().amax(dim=1) / limit
-        return least_square_scales(full, lambda scales: _square_error(rows, scales, limit), _CLIPPINGS)
+    full = row_ranges(rows, rule) / limit
+    return best_row_scales(rows, full, limit) if rule.method == "mse" else stored_scales(full)
+
+
+def row_ranges(rows: Tensor, rule: ScaleRule) -> Tensor:
+    """Up to which magnitude each of `rows [r, n]` (float32) is held, float32 `[r]`; with `mse`, before any clipping."""
     magnitudes = rows.abs()
-    if rule.method == "minmax":
-        largest = magnitudes.amax(dim=1)
-    else:
-        rank = max(1, min(rows.shape[1], -int(-rule.percentile * rows.shape[1] // 100)))
-        largest = magnitudes.kthvalue(rank, dim=1).values
-        # a row whose percentile is zero still has values to hold
-        largest = torch.where(largest > 0, largest, magnitudes.amax(dim=1))
-    return stored_scales(largest / limit)
+    if rule.method != "percentile":
+        return magnitudes.amax(dim=1)
+    rank = max(1, min(rows.shape[1], -int(-rule.percentile * rows.shape[1] // 100)))
+    largest = magnitudes.kthvalue(rank, dim=1).values
+    # a row whose percentile is zero still has values to hold
+    return torch.where(largest > 0, largest, magnitudes.amax(dim=1))
+
+
+def best_row_scales(rows: Tensor, full: Tensor, limit: int = INT8_LIMIT) -> Tensor:
+    """The stored scales `[r]` of least square error; `full [r]`: those that clip nothing."""
+    return least_square_scales(full, lambda scales: _square_error(rows, scales, limit), CLIPPINGS)
 
 
 def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], steps: int) -> Tensor:
@@ -59,13 +67,23 @@ def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], steps: 
     best = stored_scales(full)
     best_error = error(best)
     for step in range(1, steps):
-        clipped = full * (1.0 - 0.5 * step / (steps - 1))
+        clipped = full * _clipping(step, steps)
         scales = stored_scales(clipped)
         found = error(scales)
         better = found < best_error
         best = torch.where(better, scales, best)
         best_error = torch.where(better, found, best_error)
     return best
+
+
+def clippings(rule: ScaleRule, steps: int) -> Tensor:
+    """The parts of a range that a rule tries, float32 `[s]`, the whole first: `steps` of them, or only the whole."""
+    tried = steps if rule.method == "mse" else 1
+    return torch.tensor([1.0, *(_clipping(step, steps) for step in range(1, tried))])
+
+
+def _clipping(step: int, steps: int) -> float:
+    return 1.0 - 0.5 * step / (steps - 1)
 
 
 def _square_error(rows: Tensor, scales: Tensor, limit: int) -> Tensor:
@@ -84,8 +102,18 @@ def stored_scales(scales: Tensor) -> Tensor:
     up = (half.view(torch.int16) + 1).view(torch.float16)
     half = torch.where(half.float() < scales, up, half)
     if bool(torch.isinf(half).any()):
-        raise InfeasibleError(f"a scale of {scales.max().item():.3g} is above float16's largest value, 65504")
+        raise InfeasibleError(_overflow(scales.max().item()))
     return torch.where(scales > 0, half, torch.ones_like(half))
+
+
+def scale_refusal(largest: float, limit: float) -> str | None:
+    """Why float16 holds no scale with which `limit` reaches a magnitude; None where it holds one."""
+    scale = torch.tensor(largest) / limit
+    return _overflow(scale.item()) if scale > FLOAT16_LARGEST else None
+
+
+def _overflow(scale: float) -> str:
+    return f"a scale of {scale:.3g} is above float16's largest value, {FLOAT16_LARGEST:.0f}"
 
 
 def quantize_rows(rows: Tensor, scales: Tensor, limit: int = INT8_LIMIT) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.huggingface import plain_perplexity, transformers_model, write_reference
 from search.problem.spec import load_spec
-from search.problem.workspace import load_splits
+from search.problem.splits import load_splits
 from ssm_mp import load_model
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter

@@ -132,7 +132,7 @@ def test_what_is_not_known_is_named_with_its_key(
 
 
 def test_a_tokenizer_may_lie_at_home_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from search.problem.workspace import tokenizer_path
+    from search.problem.splits import tokenizer_path
 
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.toml").write_text('[checkpoint]\npath = "$HOME/m/m.pt"\n', encoding="utf-8")

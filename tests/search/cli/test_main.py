@@ -358,7 +358,7 @@ def test_an_artifact_evaluates_as_its_metrics_say(tmp_path: Path) -> None:
     study = write_study(tmp_path, windows=(4, 32, 32))
     answer("convert", "model.safetensors", "--map", "conservative", "--study", study, "--out", "out", cwd=tmp_path)
     from search.problem.spec import load_spec
-    from search.problem.workspace import load_splits
+    from search.problem.splits import load_splits
 
     model = load_artifact(tmp_path / "out")
     found = evaluate(model, load_splits(load_spec(study), model.config).search)

@@ -12,7 +12,8 @@ from search.cli.main import app
 from search.measure.objective import measure_baseline, require_knowing
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
-from search.problem.workspace import load_splits, open_workspace
+from search.problem.splits import load_splits
+from search.problem.workspace import open_workspace
 from search.run.prepare import prepare
 from ssm_mp.data import unigram_perplexity
 from ssm_mp.data.token_files import KEPT_FROM

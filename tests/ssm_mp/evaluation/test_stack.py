@@ -21,7 +21,7 @@ from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
-from ssm_mp.evaluation.evaluate import Evaluation, evaluate, token_bytes
+from ssm_mp.evaluation.evaluate import Evaluation, evaluate
 from ssm_mp.evaluation.stack import (
     Split,
     Stack,
@@ -37,6 +37,7 @@ from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
+from ssm_mp.shards import token_bytes
 from tests.tiny import CONFIGS, ITERA, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
 
 UNTIED = MambaConfig(

@@ -23,6 +23,7 @@ TESTS = (
     "tests/ssm_mp/kernels/test_scan.py",
     "tests/ssm_mp/kernels/test_ssd.py",
     "tests/ssm_mp/kernels/test_gated_norm.py",
+    "tests/ssm_mp/precisions/test_slices.py",
 )
 
 AVX512 = ("AVX512F", "AVX512BW", "AVX512DQ")
