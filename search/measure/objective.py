@@ -68,6 +68,12 @@ def require_knowing(workspace: Workspace, baseline: Evaluation) -> str | None:
     return found
 
 
+def window_order(workspace: Workspace) -> np.ndarray:
+    """In which order the search windows are seen: as they stand, the text's beginning, is no random sample of it."""
+    order: np.ndarray = np.random.default_rng(workspace.spec.data.seed).permutation(len(workspace.splits.search))
+    return order
+
+
 class Objective:
     """Converts and evaluates maps of one workspace."""
 
@@ -78,10 +84,8 @@ class Objective:
         self._workspace = workspace
         self._baseline = baseline
         self._before_layer = before_layer
-        # windows stand in the order of the text, and its beginning is no random sample of it
-        windows = len(workspace.splits.search)
         self._shared = PrefixCache(workspace.spec.search.shared_mib << 20)
-        self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
+        self._order = window_order(workspace)
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:
         """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,11 @@ class Workspace:
 
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
+        return dict(self._fingerprint)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """Made once: digests read all weights and windows."""
         blocks = {"embedding blocks": self._blocks_digest} if self.spec.precision.embedding_blocks else {}
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
@@ -102,7 +108,7 @@ class Workspace:
         assert isinstance(embedding, BlockedEmbedding)
         return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
-    @property
+    @cached_property
     def fingerprint_digest(self) -> str:
         """The fingerprint as one short word, to mark what was measured under it."""
         return mark_of(self.fingerprint())

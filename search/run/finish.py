@@ -19,8 +19,9 @@ from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
 from search.results.certify import Certificate, certify
-from search.results.export import export, provenance_of
+from search.results.export import export, provenance_of, timing_seconds
 from search.results.gates import Gate, judge
+from search.results.known import known_of, seconds_spent
 from search.results.ledger import tries_of
 from search.results.outlook import outlook
 from search.results.plots.components import plot_allocation, plot_sensitivities
@@ -56,7 +57,9 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         try:
             exported = export(
                 workspace, baseline, workspace.space.map(winner.map), run / WINNER,
-                certificate=certificate, provenance={"trial": winner.trial}, replace=True, latency=prepared.latency,
+                known=known_of(study, winner.trial), certificate=certificate, provenance={"trial": winner.trial},
+                replace=True, latency=prepared.latency, say=say,
+                seconds=timing_seconds(seconds_spent(study, prepared.began)),
             )  # fmt: skip
         except (ArtifactError, DataError) as error:  # the report must still say what was found, and that this failed
             failure = str(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
 from search.results.certify import Certificate
-from search.results.export import Exported, export
+from search.results.export import Exported, export, timing_seconds
+from search.results.known import known_of, seconds_spent
 from search.run.finish import certify_front
 from search.run.stored import stored_certificate
 from search.trials.read_back import points
@@ -110,7 +112,10 @@ def export_pick(
         out,
         certificate=found.certificate,
         provenance={"trial": found.point.trial},
+        known=known_of(study, found.point.trial),
         replace=replace,
+        seconds=timing_seconds(seconds_spent(study, time.time())),
+        say=say,
         latency=stored_latency(run),
     )
     return exported, found.verdict

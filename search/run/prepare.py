@@ -7,8 +7,9 @@ out by the layer and the end that they depart from. What a former run measured i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -58,7 +59,10 @@ MANY_PROBES = 64
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What trials need: the loaded study, its baseline, the surrogate of its probes, its latencies if any."""
+    """What trials need: the loaded study, its baseline, the surrogate of its probes, its latencies if any.
+
+    began: when this process began to prepare, by the clock.
+    """
 
     workspace: Workspace
     baseline: Baseline
@@ -66,6 +70,7 @@ class Prepared:
     surrogate: Surrogate
     knowledge: Knowledge
     latency: LatencyTable | None = None
+    began: float = field(default_factory=time.time)
 
     @property
     def choices(self) -> dict[str, tuple[str, ...]]:
@@ -104,9 +109,11 @@ class _Preparation:
     baseline: Baseline
     offsets: tuple[float, float]
     latency: LatencyTable | None
+    began: float
 
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
+        began = time.time()
         workspace = open_workspace(spec, say, run.path)
         check_or_widen(spec, run, workspace.fingerprint(), say)
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
@@ -118,7 +125,7 @@ class _Preparation:
             f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
             f"{baseline.bytes:,} bytes in FP32"
         )
-        return cls(workspace, run, say, stop, baseline, offsets, latency)
+        return cls(workspace, run, say, stop, baseline, offsets, latency, began)
 
     @cached_property
     def _ends(self) -> tuple[End, End]:
@@ -185,7 +192,7 @@ class _Preparation:
             f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
         )
         knowledge = _knowledge(self.workspace, surrogate, probes, offsets, self.latency)
-        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency)
+        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency, self.began)
 
 
 def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tuple[Baseline, tuple[float, float]]:

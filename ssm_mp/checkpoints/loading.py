@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -52,7 +53,7 @@ class Checkpoint:
     def family(self) -> str:
         return self.config.family
 
-    @property
+    @cached_property
     def digest(self) -> str:
         digest = hashlib.sha256(json.dumps(config_to_json(self.config), sort_keys=True).encode())
         for name in sorted(self.tensors):

@@ -242,6 +242,11 @@ def shards(values: Tensor) -> Sequence[Tensor]:
     return list(values.tensor_split(min(even, values.shape[0])))
 
 
+def layer_calls(model: LanguageModel, windows: Windows) -> int:
+    """How often `evaluate` without prefixes, or `advance` through all layers, calls `before_layer`."""
+    return len(model.layers) * len(shards(windows.ids.to(model.device)))
+
+
 def _scorer(model: LanguageModel) -> Scorer:
     with torch.inference_mode():
         return model.scorer()

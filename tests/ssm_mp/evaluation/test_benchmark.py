@@ -29,7 +29,7 @@ def test_decoding_is_measured_beside_fp32_and_told_in_json(family: str) -> None:
     )
     told = found.to_json()["decode"]
     assert told.keys() == {"1", "4"}
-    assert told["4"].keys() == {"prompt", "steps", "tokens_per_second", "fp32_tokens_per_second", "speedup"}
+    assert told["4"].keys() == {"prompt", "steps", "tokens_per_second", "fp32_tokens_per_second", "speedup", "pairs"}
 
 
 def test_models_decode_the_tokens_after_the_prompt_in_turn_and_warm_up_uncounted(
