@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks.huggingface import REFERENCE
 from search.problem.space import make_space
 from search.problem.spec import load_spec
-from search.problem.workspace import Workspace
+from search.problem.workspace import Workspace, plan_of
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
@@ -92,4 +92,5 @@ def workspace_of(checkpoint: Checkpoint, windows: int, overrides: Iterable[str] 
     statistics = calibrate(model, calibration) if spec.precision.activations == "static" else None
     converter = Converter(model, spec.precision.scheme, statistics)
     space = make_space(converter, spec.precision.choices, pinned_names(converter.components))
-    return Workspace(spec, checkpoint, model, Splits(calibration, search, certify, counts), converter, space)
+    splits = Splits(calibration, search, certify, counts)
+    return Workspace(spec, checkpoint, model, splits, converter, space, plan_of(spec, checkpoint))

@@ -19,7 +19,10 @@ from ssm_mp.modules.embedding import BlockedEmbedding, blocked_embedding
 from ssm_mp.modules.inputs import Multiplied, Rounding
 from ssm_mp.modules.linear import Multiplier, Projection
 from ssm_mp.modules.parameter import Form
-from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
+from ssm_mp.precisions.stored import ByteTensor, Stored, source_tensor
+
+AfterLayer = Callable[[nn.Module], None]
+"""Told each part of a model once everything to be computed has passed through it."""
 
 _LOGIT_BYTES = {"cpu": 1 << 23, "cuda": 1 << 28}
 """Logits held at once: few enough to stay near a core, and enough that the interpreter is no burden; on a GPU, enough
@@ -109,12 +112,23 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Token ids `[b, l]` → logits `[b, l, V]`, in three stages that can be run apart: embed, layers, head."""
+    """Token ids `[b, l]` → logits `[b, l, V]`, in three stages that can be run apart: embed, layers, head.
 
-    def __init__(self, config: Config, modules: Mapping[str, nn.Module], scans: Mapping[str, Scan]) -> None:
+    after_layer: of a model too large for memory, to be run with all inputs layer by layer; it is then told each layer
+    that they have passed, the embedding and the head too. None: whoever runs it takes the inputs in any order.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        modules: Mapping[str, nn.Module],
+        scans: Mapping[str, Scan],
+        after_layer: AfterLayer | None = None,
+    ) -> None:
         """`modules`: the components' by name; `scans` as in `assemble`."""
         super().__init__()
         self.config = config
+        self.after_layer = after_layer
         self._components = dict(modules)
         blocks = [modules[f"embedding.blocks.{b}"] for b in range(len(config.embedding_blocks))]
         self.embedding = blocked_embedding(blocks, config.vocabulary) if blocks else modules["embedding"]
@@ -232,13 +246,17 @@ class LanguageModel(nn.Module):
 
 
 def assemble(
-    config: Config, modules: Mapping[str, nn.Module], scans: Mapping[str, Scan] | None = None
+    config: Config,
+    modules: Mapping[str, nn.Module],
+    scans: Mapping[str, Scan] | None = None,
+    after_layer: AfterLayer | None = None,
 ) -> LanguageModel:
     """A model of component modules by component name, in eval mode.
 
-    scans: by a block's word, what takes the place of its own fast scan, which cannot be differentiated.
+    scans: by a block's word, what takes the place of its own fast scan, which cannot be differentiated. after_layer: as
+    in `LanguageModel`.
     """
-    return LanguageModel(config, modules, scans or {}).eval()
+    return LanguageModel(config, modules, scans or {}, after_layer).eval()
 
 
 def differentiable_scans(config: Config) -> dict[str, Scan]:
@@ -247,12 +265,18 @@ def differentiable_scans(config: Config) -> dict[str, Scan]:
     return {block.word: block.differentiable for block in blocks if block.differentiable is not None}
 
 
-def build(config: Config, tensors: Mapping[str, Tensor], scans: Mapping[str, Scan] | None = None) -> LanguageModel:
-    """The model of canonical float tensors, held as they are (no copy); `scans` as in `assemble`."""
+def build(
+    config: Config,
+    tensors: Mapping[str, Tensor],
+    scans: Mapping[str, Scan] | None = None,
+    after_layer: AfterLayer | None = None,
+) -> LanguageModel:
+    """The FP32 model of canonical float tensors, held as they are (no copy); the others as in `assemble`."""
     stored: dict[str, dict[str, Stored]] = defaultdict(dict)
     forms: dict[str, Form] = {}
     for parameter in config.parameters():
-        held = ByteTensor if parameter.role == "index" else FloatTensor
+        held = ByteTensor if parameter.role == "index" else source_tensor
         stored[parameter.component][parameter.leaf] = held(tensors[parameter.name])
         forms[parameter.component] = parameter.form
-    return assemble(config, {name: forms[name].module(held, None) for name, held in stored.items()}, scans)
+    modules = {name: forms[name].module(held, None) for name, held in stored.items()}
+    return assemble(config, modules, scans, after_layer)

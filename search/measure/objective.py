@@ -84,7 +84,7 @@ class Objective:
         self._workspace = workspace
         self._baseline = baseline
         self._before_layer = before_layer
-        self._shared = PrefixCache(workspace.spec.search.shared_mib << 20)
+        self._shared = PrefixCache(workspace.memory.shared)
         self._order = window_order(workspace)
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:

@@ -111,7 +111,11 @@ OBJECTIVES = ("compression", "perplexity", "latency")
 
 
 class SearchSection(_Section):
-    """`[search]`: how many maps are tried, how, and what counts as good enough."""
+    """`[search]`: how many maps are tried, how, and what counts as good enough.
+
+    memory_gib: what the process may take at the most, where the default is too much or too little; scratch: the folder
+    for what does not fit, TMPDIR by default, and scratch_gib what it may take.
+    """
 
     objectives: tuple[str, ...] = OBJECTIVES[:2]
     latency_batch: int = Field(default=1, ge=1, le=4096)
@@ -128,6 +132,9 @@ class SearchSection(_Section):
     budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     force_baseline: bool = False
+    memory_gib: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
+    scratch: str | None = Field(default=None, min_length=1)
+    scratch_gib: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
     device: str = Field(default="cpu", pattern=r"^(cpu|cuda(:\d+)?)$")
 
     @property
@@ -162,7 +169,7 @@ class SearchSection(_Section):
             raise ValueError(f'expected "auto" or a number of trials from 1 to 4096, found {stacked!r}')
         return stacked
 
-    @field_validator("budget_percent", "confidence", mode="before")
+    @field_validator("budget_percent", "confidence", "memory_gib", "scratch_gib", mode="before")
     @classmethod
     def _as_float(cls, value: object) -> object:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from search.base.errors import StudyError
+from search.problem.memory import MemoryPlan, needs_of, plan_memory
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
@@ -22,6 +23,7 @@ from ssm_mp.config import Config
 from ssm_mp.conversion.calibrate import calibrate, hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
+from ssm_mp.conversion.forms import Forms
 from ssm_mp.conversion.regroup import grouping_of, regrouped
 from ssm_mp.data import (
     BYTES,
@@ -39,7 +41,7 @@ from ssm_mp.data import (
     tokenize,
 )
 from ssm_mp.data.corpus import Part, stdlib_documents
-from ssm_mp.evaluation.memory import keep_freed_memory
+from ssm_mp.evaluation.memory import keep_freed_memory, let_pages_go
 from ssm_mp.files.shown import listed
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
@@ -72,6 +74,7 @@ class Workspace:
     splits: Splits
     converter: Converter
     space: Space
+    memory: MemoryPlan
 
     def fingerprint(self) -> dict[str, Any]:
         """What a study's results depend on; resuming with another is refused.
@@ -119,13 +122,17 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
 
     cache: folder in which the token ids of a long text are kept.
     """
-    keep_freed_memory()
     device = check_device(spec.search.device)
     checkpoint = study_checkpoint(spec)
     for note in checkpoint.notes:
         say(f"note: {note}")
     target = target_of(spec, checkpoint.config)
-    model = build(checkpoint.config, checkpoint.tensors).to(device)
+    plan = plan_of(spec, checkpoint)
+    if plan.sentence:
+        say(plan.sentence)
+    keep_freed_memory(plan.kept)
+    after_layer = let_pages_go if plan.layer_by_layer else None
+    model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer).to(device)
     splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
     components = find_components(model)
@@ -138,12 +145,13 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
+    forms = Forms(plan.forms, plan.scratch)
     if target is None:
-        converter = Converter(model, scheme, statistics)
+        converter = Converter(model, scheme, statistics, forms=forms)
         space = make_space(converter, spec.precision.choices, pins)
     else:
         format_, config = target, checkpoint.config
-        converter = Converter(model, scheme, statistics, sized(format_, components, config))
+        converter = Converter(model, scheme, statistics, sized(format_, components, config), forms)
         space = make_space(
             converter,
             spec.precision.choices,
@@ -152,7 +160,13 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
         )
     for line in space.never():
         say(f"note: {line}")
-    return Workspace(spec, checkpoint, model, splits, converter, space)
+    return Workspace(spec, checkpoint, model, splits, converter, space, plan)
+
+
+def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
+    """How a study keeps below the memory that it may take."""
+    components = find_components(checkpoint)
+    return plan_memory(spec, needs_of(spec, checkpoint, components, window_length(spec, checkpoint.config)))
 
 
 def target_of(spec: StudySpec, config: Config) -> Format | None:

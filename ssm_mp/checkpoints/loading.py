@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssm_mp.checkpoints.folder import broken_link, read_content
+from ssm_mp.checkpoints.reading import Reading, read_through
 from ssm_mp.checkpoints.wrappers import Weights, find_weights, holds_model
 from ssm_mp.config import Config
 from ssm_mp.errors import CheckpointError
@@ -33,9 +32,9 @@ _HEAD, _EMBEDDING = "lm_head.weight", "embedding.weight"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's float32 tensors under canonical names.
+    """A model's tensors under canonical names, in the file's own types and mapped from it where it can be.
 
-    `digest` is the SHA-256 of config, names, shapes and values; `notes` are remarks for the user, e.g. where a
+    `digest` is the SHA-256 of config, names, shapes and float32 values; `notes` are remarks for the user, e.g. where a
     stored config disagrees with the shapes. `file_types` are the types in the file → how many parameters have them,
     `file_bytes` what these take there; a tied head counts once. `source` is the `config.json` that it came with.
     """
@@ -55,12 +54,12 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        digest = hashlib.sha256(json.dumps(config_to_json(self.config), sort_keys=True).encode())
-        for name in sorted(self.tensors):
-            tensor = self.tensors[name]
-            digest.update(f"{name} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return self.reading.digest
+
+    @cached_property
+    def reading(self) -> Reading:
+        """What one pass over all values finds; the pass is made once."""
+        return read_through(config_to_json(self.config), self.tensors)
 
 
 def load_checkpoint(path: str | Path, weights: str | None = None) -> Checkpoint:
@@ -122,8 +121,7 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
         config, more = found.family.config(shapes, stored)
     _account(found, weights, tensors, config)
     held = {name: tensor for name, tensor in tensors.items() if name in {one.name for one in config.parameters()}}
-    kept = {name: tensor.detach().float().contiguous() for name, tensor in held.items()}
-    _refuse_non_finite(kept)
+    kept = {name: _as_held(tensor) for name, tensor in held.items()}
     notes = [*content.notes, *weights.notes, *notes, *more]
     if left_out:
         notes.append(f"parts of a larger model that are not read: {listed(left_out)}")
@@ -133,9 +131,11 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
     for tensor in held.values():
         types[type_name(tensor)] += tensor.numel()
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in held.values())
-    return Checkpoint(
+    checkpoint = Checkpoint(
         path, found.layout, config, kept, tuple(notes), dict(types.most_common()), size, dict(stored.values)
     )
+    _refuse_non_finite(checkpoint)
+    return checkpoint
 
 
 def _without_other_parts(family: Family, weights: Weights) -> tuple[Weights, list[str]]:
@@ -209,11 +209,17 @@ def _misfits(
             yield f"misshapen: {original} {list(shape)}, expected {list(known[name])}"
 
 
-def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
+def _as_held(tensor: Tensor) -> Tensor:
+    """A tensor as a checkpoint has it: in the file's own type, unless that is wider than float32."""
+    held = tensor.detach().contiguous()
+    return held.float() if held.dtype == torch.float64 else held
+
+
+def _refuse_non_finite(checkpoint: Checkpoint) -> None:
     bad = [
-        f"{name} ({int((~torch.isfinite(tensor)).sum())} of {tensor.numel()} values)"
-        for name, tensor in tensors.items()
-        if not bool(torch.isfinite(tensor).all())
+        f"{name} ({checkpoint.reading.bad[name]} of {tensor.numel()} values)"
+        for name, tensor in checkpoint.tensors.items()
+        if name in checkpoint.reading.bad
     ]
     if bad:
         raise CheckpointError("NaN or infinite values in: " + listed(bad, 8))

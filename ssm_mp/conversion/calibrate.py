@@ -148,7 +148,7 @@ def observed(
         else:
             wrapper = _ObservedHead if component.kind == "embedding" else _Observed
             modules[component.name] = wrapper(inner, watchers[component.name])
-    return assemble(model.config, modules, scans)
+    return assemble(model.config, modules, scans, model.after_layer)
 
 
 def _run(model: LanguageModel, windows: Windows) -> None:

@@ -20,7 +20,7 @@ from ssm_mp.errors import PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.embedding import EmbeddingForm, index_bits
 from ssm_mp.precisions.groups import pack
-from ssm_mp.precisions.stored import ByteTensor, FloatTensor
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, source_tensor
 
 _MOST_BLOCKS = 256
 
@@ -70,8 +70,8 @@ def split_embedding(model: LanguageModel, counts: Tensor, boundaries: Sequence[i
     bits = index_bits(len(sizes))
     padded = torch.nn.functional.pad(numbers, (0, -config.vocabulary % (8 // bits)))
     for b in range(len(sizes)):
-        tensors: dict[str, FloatTensor | ByteTensor] = {"weight": FloatTensor(weight.value.data[numbers == b])}
+        tensors: dict[str, FloatTensor | ByteTensor] = {"weight": source_tensor(weight.value.data[numbers == b])}
         if b == 0:
             tensors["block_of"] = ByteTensor(pack(padded, bits))
         modules[f"embedding.blocks.{b}"] = EmbeddingForm(config.tied).module(tensors, None)
-    return assemble(config, modules)
+    return assemble(config, modules, after_layer=model.after_layer)

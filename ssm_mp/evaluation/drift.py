@@ -134,7 +134,7 @@ def token_losses(model: LanguageModel, windows: Windows) -> Losses:
         return found
 
     ids = windows.ids.to(model.device)
-    found = np.concatenate(in_parallel(losses, shards(ids)))
+    found = np.concatenate(in_parallel(losses, shards(ids, model.config)))
     bad = np.argwhere(~np.isfinite(found))
     if bad.size:
         window, at = bad[0]

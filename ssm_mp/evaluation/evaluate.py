@@ -11,17 +11,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ssm_mp.config import Config
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.parallel import in_parallel
-from ssm_mp.evaluation.prefix_cache import Prefixes
+from ssm_mp.evaluation.prefix_cache import Key, Prefixes
 from ssm_mp.model import LanguageModel, Scorer
 
 _SHARD_TOKENS, _MANY_TOKENS = 1024, 8192
 """Tokens that one thread takes at a time, so that their activations stay near its core; twice as many where there are
 enough of them, so that the interpreter, which threads share, has less to do."""
+_SHARD_BYTES = 320 << 20
+"""Activations of one shard at the most: fewer tokens go together where a model is so wide that they would take more."""
 _GPU_WINDOWS = 32
 FloatArray = np.ndarray[tuple[int], np.dtype[np.float64]]
 
@@ -104,14 +107,18 @@ def evaluate(
     >>> evaluate(model, Windows(torch.arange(256).reshape(2, 128))).tokens
     254
     """
+    every = shards(windows.ids.to(model.device), model.config)
+    if model.after_layer is not None:
+        states = _layer_by_layer(model, every, before_layer, prefixes)
+        found = _nll_of(model, states, every)
+        return require_finite(Evaluation(found, windows.predicted))
     score = _scorer(model)
 
     def nll(ids: Tensor) -> FloatArray:
         hidden = model.hidden(ids, before_layer) if prefixes is None else _continued(model, ids, before_layer, prefixes)
         return window_nll(model, score, hidden, ids)
 
-    parts = in_parallel(nll, shards(windows.ids.to(model.device)))
-    return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
+    return require_finite(Evaluation(np.concatenate(in_parallel(nll, every)), windows.predicted))
 
 
 def _continued(
@@ -132,9 +139,74 @@ def _continued(
     return x
 
 
+def _layer_by_layer(
+    model: LanguageModel, every: Sequence[Tensor], before_layer: Callable[[], None] | None, prefixes: Prefixes | None
+) -> list[Tensor]:
+    """`_continued` of all shards `[b, L]` of windows, a layer taken by all of them before the next: `[b, L, d]` each.
+
+    As many layers' states are kept for other models as there is room for, from the first that was computed on.
+    """
+    keys = [[] if prefixes is None else prefixes.keys(ids) for ids in every]
+    found = [None if prefixes is None else prefixes.cache.deepest(of) for of in keys]
+    first = [0 if held is None else held[0] + 1 for held in found]
+    states = [None if held is None else held[1] for held in found]
+    if None in states:
+        embedded = in_parallel(lambda s: model.embed(every[s]) if states[s] is None else states[s], range(len(every)))
+        _passed(model, model.embedding)
+    else:
+        embedded = states
+    hidden = [state for state in embedded if state is not None]
+    size = sum(state.numel() * state.element_size() for state in hidden)
+    room = 0 if prefixes is None else prefixes.cache.capacity // max(1, size)
+    new: list[list[tuple[Key, Tensor]]] = [[] for _ in every]
+    for i in range(min(first), len(model.layers)):
+        hidden = _through(model.layers[i], hidden, before_layer, [i >= begin for begin in first])
+        _passed(model, model.layers[i])
+        for s, state in enumerate(hidden):
+            if i >= first[s] and i < len(keys[s]) and len(new[s]) < room:
+                new[s].append((keys[s][i], state))
+    if prefixes is not None:
+        for states_of in new:
+            prefixes.cache.keep(states_of)
+    return hidden
+
+
+def _through(
+    layer: nn.Module, hidden: Sequence[Tensor], before_layer: Callable[[], None] | None, which: Sequence[bool]
+) -> list[Tensor]:
+    """Shards' states `[b, L, d]` after a layer; those that are not to take it stay as they are."""
+
+    def onward(s: int) -> Tensor:
+        if not which[s]:
+            return hidden[s]
+        if before_layer is not None:
+            before_layer()
+        found: Tensor = layer(hidden[s])
+        return found
+
+    return in_parallel(onward, range(len(hidden)))
+
+
+def _passed(model: LanguageModel, part: nn.Module | None) -> None:
+    """Tell a model that is run layer by layer that everything has passed through a part of it."""
+    if model.after_layer is not None and part is not None:
+        model.after_layer(part)
+
+
+def _nll_of(model: LanguageModel, states: Sequence[Tensor], every: Sequence[Tensor]) -> FloatArray:
+    """Likelihoods `[w]` of shards of windows `[b, L]` from their last hidden states `[b, L, d]`."""
+    score = _scorer(model)
+    pairs = list(zip(states, every, strict=True))
+    parts = in_parallel(lambda pair: window_nll(model, score, *pair), pairs)
+    _passed(model, model.embedding if model.lm_head is None else model.lm_head)
+    return np.concatenate(parts)
+
+
 def start(model: LanguageModel, windows: Windows) -> Prefix:
     """The embedded windows: the prefix of layer 0."""
-    return Prefix(0, torch.cat(in_parallel(model.embed, shards(windows.ids.to(model.device)))))
+    embedded = torch.cat(in_parallel(model.embed, shards(windows.ids.to(model.device), model.config)))
+    _passed(model, model.embedding)
+    return Prefix(0, embedded)
 
 
 def advance(
@@ -142,6 +214,13 @@ def advance(
 ) -> Prefix:
     """The prefix `layers` further on; `before_layer` as in `evaluate`."""
     run = model.layers[prefix.layer : prefix.layer + layers]
+    every = shards(prefix.hidden, model.config)
+    if model.after_layer is not None:
+        hidden = list(every)
+        for layer in run:
+            hidden = _through(layer, hidden, before_layer, [True] * len(hidden))
+            _passed(model, layer)
+        return Prefix(prefix.layer + layers, torch.cat(hidden))
 
     def onward(hidden: Tensor) -> Tensor:
         for layer in run:
@@ -150,15 +229,13 @@ def advance(
             hidden = layer(hidden)
         return hidden
 
-    return Prefix(prefix.layer + layers, torch.cat(in_parallel(onward, shards(prefix.hidden))))
+    return Prefix(prefix.layer + layers, torch.cat(in_parallel(onward, every)))
 
 
 def finish(model: LanguageModel, final: Prefix, windows: Windows) -> Evaluation:
     """Evaluation from the last hidden states alone."""
-    score = _scorer(model)
-    pairs = list(zip(shards(final.hidden), shards(windows.ids.to(final.hidden.device)), strict=True))
-    parts = in_parallel(lambda pair: window_nll(model, score, *pair), pairs)
-    return require_finite(Evaluation(np.concatenate(parts), windows.predicted))
+    ids = shards(windows.ids.to(final.hidden.device), model.config)
+    return require_finite(Evaluation(_nll_of(model, shards(final.hidden, model.config), ids), windows.predicted))
 
 
 def finish_against(
@@ -174,8 +251,8 @@ def finish_against(
         nll, kl = score.divergence(ours, model.columns(ids[:, 1:]).flatten(), score_reference, theirs)
         return _by_window(nll, ids), kl.sum().item()
 
-    ids = windows.ids.to(final.hidden.device)
-    parts = list(zip(shards(final.hidden), shards(expected.hidden), shards(ids), strict=True))
+    ids, config = windows.ids.to(final.hidden.device), model.config
+    parts = list(zip(*(shards(each, config) for each in (final.hidden, expected.hidden, ids)), strict=True))
     nll, sums = zip(*in_parallel(compared, parts), strict=True)
     evaluation = require_finite(Evaluation(np.concatenate(nll), windows.predicted))
     return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
@@ -232,19 +309,31 @@ def skewness(values: FloatArray) -> float:
     return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
 
 
-def shards(values: Tensor) -> Sequence[Tensor]:
+def shards(values: Tensor, config: Config) -> Sequence[Tensor]:
     """`[w, L, …]` in parts of whole windows, the same whatever the number of threads, so that results are the same."""
     if values.is_cuda:
         return list(values.split(_GPU_WINDOWS))
     tokens = values.shape[0] * values.shape[1]
-    parts = math.ceil(tokens / (_SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)))
+    parts = math.ceil(tokens / shard_tokens(config, tokens))
     even = parts + parts % 2 if parts > 1 else 1  # two threads have as much to do
     return list(values.tensor_split(min(even, values.shape[0])))
 
 
 def layer_calls(model: LanguageModel, windows: Windows) -> int:
     """How often `evaluate` without prefixes, or `advance` through all layers, calls `before_layer`."""
-    return len(model.layers) * len(shards(windows.ids.to(model.device)))
+    return len(model.layers) * len(shards(windows.ids.to(model.device), model.config))
+
+
+def shard_tokens(config: Config, tokens: int) -> int:
+    """How many of so many tokens one thread takes at a time on a CPU, rounded up to whole windows."""
+    near = _SHARD_TOKENS * (2 if tokens >= _MANY_TOKENS else 1)
+    return min(near, max(1, _SHARD_BYTES // token_bytes(config)))
+
+
+def token_bytes(config: Config) -> int:
+    """Upper bound of the float32 activations that one token takes at the widest point of a model, its logits apart."""
+    branches = [branch for layer in config.branches for branch in layer]
+    return 4 * max((sum(part.block.token_floats for part in branch.parts) for branch in branches), default=1)
 
 
 def _scorer(model: LanguageModel) -> Scorer:

@@ -1,23 +1,86 @@
-"""Memory of a process that evaluates one model after another."""
+"""Memory: what a process that evaluates one model after another may take, keeps, and lets go."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ssm_mp.files.mapped import let_go
+from ssm_mp.precisions.stored import Stored
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
 """Parameters of glibc's mallopt (malloc.h)."""
 _KEPT, _PAD, _LARGEST = 1 << 30, 1 << 24, 1 << 25
+_UNBOUNDED = 1 << 60
+"""A control group without a limit says a number of about this size."""
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, in place of giving it back to the system; whether it can be told so.
+@dataclass(frozen=True)
+class Limit:
+    """Bytes that this process may take, and who says so."""
+
+    bytes: int
+    who: str
+
+
+def keep_freed_memory(most: int = _KEPT) -> bool:
+    """Let the C library keep what is freed, at most so many bytes, in place of giving it back to the system; whether it
+    can be told so.
 
     Activations and logits are allocated and freed thousands of times; each time the system would hand out the same
     pages anew, zeroed. For processes of our own only: a program that merely uses the library decides for itself.
     """
     with suppress(OSError, AttributeError):  # another system, or another C library
         mallopt = ctypes.CDLL(None).mallopt
-        values = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, _KEPT), (_TOP_PAD, _PAD))
+        values = ((_MMAP_THRESHOLD, _LARGEST), (_TRIM_THRESHOLD, most), (_TOP_PAD, _PAD))
         return all(mallopt(parameter, value) == 1 for parameter, value in values)
     return False
+
+
+def memory_limit(root: Path = Path("/")) -> Limit | None:
+    """The least that machine, control group and Slurm job allow; None where nothing says anything.
+
+    root: where the system's `proc` and `sys` are.
+    """
+    return min(_limits(root), key=lambda limit: limit.bytes, default=None)
+
+
+def _limits(root: Path) -> Iterator[Limit]:
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text(encoding="utf-8").splitlines()
+        kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        yield Limit(kibibytes << 10, "this machine has free")
+    for file in _group_files(root):
+        with suppress(OSError, ValueError):
+            size = int(file.read_text(encoding="utf-8"))  # v2 says "max" where there is none
+            if size < _UNBOUNDED:
+                yield Limit(size, "this job's control group allows")
+    with suppress(ValueError):
+        yield Limit(int(os.environ.get("SLURM_MEM_PER_NODE", "")) << 20, "this Slurm job was given")
+
+
+def _group_files(root: Path) -> Iterator[Path]:
+    """Files with limits of the control groups that this process is in, from its own outwards."""
+    with suppress(OSError, ValueError):
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers not in ("", "memory"):
+                continue
+            top, name = ("sys/fs/cgroup", "memory.max")
+            if controllers == "memory":
+                top, name = ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
+            group = Path(path.lstrip("/"))
+            for part in (group, *group.parents):
+                yield root / top / part / name
+
+
+def let_pages_go(part: nn.Module) -> None:
+    """Drop the pages of all tensors of a part of a model that are mapped from files; their values stay."""
+    stored = (module for module in part.modules() if isinstance(module, Stored))
+    let_go(tensor for one in stored for tensor in one.arrays().values())

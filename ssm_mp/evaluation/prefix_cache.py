@@ -39,6 +39,11 @@ class PrefixCache:
         self._layers = self._reused = 0
 
     @property
+    def capacity(self) -> int:
+        """Bytes that it may hold."""
+        return self._capacity
+
+    @property
     def bytes(self) -> int:
         """Bytes held."""
         return self._bytes

@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from ssm_mp.blocks.block import State
 from ssm_mp.components import Component, find_components
-from ssm_mp.config import Config
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
-from ssm_mp.evaluation.evaluate import Evaluation, require_finite, window_nll
+from ssm_mp.evaluation.evaluate import Evaluation, require_finite, token_bytes, window_nll
 from ssm_mp.evaluation.parallel import in_parallel
 from ssm_mp.model import LanguageModel, Layer, Residual, Scorer, assemble
 from ssm_mp.modules.convolution import ConvolutionForm
@@ -360,9 +359,3 @@ def free_bytes(device: torch.device) -> int:
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch holds it, empty
     return int(_GPU_SHARE * (free + unused))
-
-
-def token_bytes(config: Config) -> int:
-    """Upper bound of the bytes of activations that one token of one map takes at the widest point of a forward pass."""
-    branches = (branch for layer in config.branches for branch in layer)
-    return 4 * max(sum(part.block.token_floats for part in branch.parts) for branch in branches)

@@ -51,6 +51,10 @@ class ExpertsLinear(nn.Module):
         """How its inputs are quantised."""
         return self.inputs
 
+    def forget(self) -> None:
+        """Let go of the parts of the weight, which may be held elsewhere from now on."""
+        self._parts = self._trained = None
+
     def __getstate__(self) -> dict[str, Any]:
         # views of the weight, and those of one that is trained cannot be copied
         return {**self.__dict__, "_parts": None, "_trained": None}

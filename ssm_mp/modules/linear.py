@@ -6,7 +6,8 @@ Dimensions: `b` batch, `l` length, `m` tokens (`b·l`), `n` outputs, `k` inputs 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from ssm_mp.modules.likelihood import likelihood_of, token_divergence, token_nll
 from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
 from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, RowsOf, Stored
 
+_MOST_UNPACKED = 1 << 27
+"""Bytes in float32 above which a head stays packed, and is unpacked a slice at a time for many tokens."""
 _TOKENS = 1024
 """Tokens at least of a product with parts of a head, where there are so many: fewer wait for the weights to be read."""
 
@@ -73,6 +76,15 @@ class Projection:
         """`x [..., k]` → `[..., n]`, one part after another."""
         return self._product(self._rounded(x))
 
+    def _unpacked(self) -> Projection:
+        """The same, its weights unpacked once for many calls, unless they multiply integers."""
+        parts = [(FloatTensor(w.tensor()) if _is_packed(w) else w, bias, inputs) for w, bias, inputs in self.parts]
+        return replace(self, parts=parts)
+
+    @property
+    def _is_packed(self) -> bool:
+        return any(_is_packed(weight) for weight, *_ in self.parts)
+
     def _rounded(self, x: Tensor) -> Tensor:
         return x if self.rounding is None else self.rounding(x)
 
@@ -94,7 +106,7 @@ class Projection:
             return self.matrix.nll(x, columns)
         tokens = min(_TOKENS, x.shape[0])
         if (
-            held < tokens
+            (held < tokens or self._is_packed)
             and x.device.type == "cpu"
             and all(_is_cut_by_rows(weight, bias) for weight, bias, _ in self.parts)
         ):
@@ -113,7 +125,8 @@ class Projection:
         if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
             return self.matrix.divergence(self._rounded(x), columns, reference.matrix, reference._rounded(expected))
         chunks = zip(x.split(held), expected.split(held), strict=True)
-        kl = torch.cat([token_divergence(self(ours), reference(theirs)) for ours, theirs in chunks])
+        own, other = self._unpacked(), reference._unpacked()
+        kl = torch.cat([token_divergence(own(ours), other(theirs)) for ours, theirs in chunks])
         return self.nll(x, columns, held), kl
 
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
@@ -139,6 +152,11 @@ class Projection:
 
 def _outputs(weight: Stored) -> int:
     return weight.scale.shape[0] if isinstance(weight, IntegerTensor) else weight.shape[0]
+
+
+def _is_packed(weight: Stored) -> bool:
+    """Whether a weight is unpacked, or widened, each time that it is multiplied."""
+    return type(weight) is not FloatTensor and not isinstance(weight, IntegerTensor)
 
 
 def _is_cut_by_rows(weight: Stored, bias: Stored | None) -> bool:
@@ -223,6 +241,10 @@ class Multiplier(nn.Module):
             self._matrix = current
         return current[1]
 
+    def forget(self) -> None:
+        """Let go of what was made of the weight, which may be held elsewhere from now on."""
+        self._matrix = None
+
     @property
     def inputs_stamp(self) -> object:
         """Changes whenever the way that inputs are quantised does."""
@@ -237,11 +259,19 @@ class Multiplier(nn.Module):
             matrix = self._own_matrix()
             if matrix is not None and matrix.scores_many:
                 return Projection([(self.weight, self.bias, self.inputs)], matrix, self.rounding)
-        return Projection([(self._to_multiply(), self.bias, self.inputs)], rounding=self.rounding)
+        weight = self.weight if self._is_cut_packed else self._to_multiply()
+        return Projection([(weight, self.bias, self.inputs)], rounding=self.rounding)
 
     def part(self) -> tuple[Stored, Stored | None, InputQuantizer | None]:
         """As one of several in a `Projection`: the weight is unpacked once."""
         return self._to_multiply(), self.bias, self.input_quantizer
+
+    @property
+    def _is_cut_packed(self) -> bool:
+        """Whether the weight is so large that it is better unpacked in slices of rows, and can be."""
+        weight, bias = self.weight, self.bias
+        large = weight.device.type == "cpu" and 4 * prod(weight.shape) > _MOST_UNPACKED
+        return large and weight.part(slice(1, 2))[1] == 0 and _is_cut_by_rows(weight, bias)
 
     @property
     def _is_float32(self) -> bool:

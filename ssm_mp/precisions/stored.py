@@ -154,6 +154,21 @@ class FloatTensor(Stored):
         return {"": self.value.data}
 
 
+class SourceTensor(FloatTensor):
+    """A tensor of the FP32 model that its file holds in a smaller type, such as bfloat16: always computed in float32.
+
+    Nothing is widened before it is asked for, so that what a file is mapped from stays all that is held.
+    """
+
+
+def source_tensor(value: Tensor) -> FloatTensor:
+    """A tensor of an FP32 model, held as its file has it: float32, or a type that is widened when it is computed with.
+
+    A float16 weight of a converted model is none of these: it computes in float16 on a GPU.
+    """
+    return FloatTensor(value) if value.dtype == torch.float32 else SourceTensor(value)
+
+
 class ByteTensor(Stored):
     """Packed integers `[bytes]`, the same in every precision; who reads them knows what they mean."""
 

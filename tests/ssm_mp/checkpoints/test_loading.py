@@ -71,10 +71,18 @@ def _trunk(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_other_float_types_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
-    torch.save({name: tensor.to(dtype) for name, tensor in random_tensors(MAMBA).items()}, tmp_path / "m.pt")
-    found = load_checkpoint(tmp_path / "m.pt")
-    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32}
+def test_other_float_types_are_kept_unless_they_are_wider_and_computed_in_float32(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    tensors = {name: tensor.to(dtype) for name, tensor in random_tensors(MAMBA).items()}
+    torch.save(tensors, tmp_path / "m.pt")
+    torch.save({name: tensor.float() for name, tensor in tensors.items()}, tmp_path / "wide.pt")
+    found, wide = load_checkpoint(tmp_path / "m.pt"), load_checkpoint(tmp_path / "wide.pt")
+    assert {tensor.dtype for tensor in found.tensors.values()} == {torch.float32 if dtype is torch.float64 else dtype}
+    assert found.digest == wide.digest
+    ids = torch.arange(12)[None]
+    with torch.inference_mode():
+        assert torch.equal(build(found.config, found.tensors)(ids), build(wide.config, wide.tensors)(ids))
 
 
 def test_the_files_own_types_and_bytes_are_kept_and_a_tied_head_counts_once(tmp_path: Path) -> None:

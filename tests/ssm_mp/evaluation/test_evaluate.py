@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import convert
@@ -21,14 +23,17 @@ from ssm_mp.evaluation.evaluate import (
     finish_against,
     paired_increase,
     require_better_than_guessing,
+    shard_tokens,
     start,
+    token_bytes,
 )
+from ssm_mp.evaluation.prefix_cache import PrefixCache, Prefixes
 from ssm_mp.kernels import calls
-from ssm_mp.model import build
+from ssm_mp.model import LanguageModel, assemble, build
 from ssm_mp.modules.likelihood import Likelihood, token_divergence, token_nll
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
-from tests.tiny import CONFIGS, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
+from tests.tiny import CONFIGS, HUGGING_FACE, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
 
 ADDS: list[Any] = [Likelihood, *([calls.LogSums] if calls.compiled() else [])]
 
@@ -197,3 +202,48 @@ def test_a_benchmark_counts_bytes_and_measures_both_sides() -> None:
 def test_a_benchmark_repeats_windows_where_a_batch_needs_more() -> None:
     model = random_model(MAMBA)
     assert [p.batch for p in benchmark(model, model, some_windows(3), batches=(8,), pairs=1).prefill] == [8]
+
+
+def by_layers(model: LanguageModel, passed: list[nn.Module]) -> LanguageModel:
+    """The same model, run layer by layer, noting what everything has passed."""
+    modules = {component.name: model.component(component.name) for component in find_components(model)}
+    return assemble(model.config, modules, after_layer=passed.append)
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_layer_by_layer_gives_the_very_same_numbers(family: str) -> None:
+    model, windows, passed = random_model(CONFIGS[family]), some_windows(300), list[nn.Module]()
+    layered = by_layers(model, passed)
+    assert np.array_equal(evaluate(layered, windows).nll, evaluate(model, windows).nll)
+    assert passed == [layered.embedding, *layered.layers, layered.embedding]
+    first, ours = start(model, windows), start(layered, windows)
+    final, found = advance(model, first, len(model.layers)), advance(layered, ours, len(model.layers))
+    assert torch.equal(final.hidden, found.hidden)
+    assert np.array_equal(finish(model, final, windows).nll, finish(layered, found, windows).nll)
+
+
+@pytest.mark.parametrize("capacity", [0, 300 * LENGTH * 16 * 4, 1 << 30])
+def test_layer_by_layer_shares_prefixes_as_window_by_window_does(capacity: int) -> None:
+    model, windows = random_model(CONFIGS["itera"]), some_windows(300)
+    components = find_components(model)
+    layered = by_layers(model, [])
+    cache = PrefixCache(capacity)
+    for changed in ("lm_head", "layers.2.ssm.in_proj", "layers.1.ssm.out_proj"):
+        one = (
+            PrecisionMap.from_rules({"*": "fp16", changed: "int8"}, components)
+            if changed in {c.name for c in components}
+            else PrecisionMap.uniform("fp16", components)
+        )
+        converted = convert(layered, one, Scheme(activations="none"))
+        held = one.to_json()
+        before = [tuple(held[c.name] for c in components if c.stage <= i) for i in range(1, len(model.layers))]
+        expected = evaluate(convert(model, one, Scheme(activations="none")), windows).nll
+        assert np.array_equal(evaluate(converted, windows, None, Prefixes(cache, before)).nll, expected)
+        assert cache.bytes <= capacity
+    assert (cache.reuse.reused > 0) == (capacity > 0)
+
+
+def test_a_wide_model_takes_fewer_tokens_at_a_time() -> None:
+    wide = replace(HUGGING_FACE, d_inner=1 << 20)
+    assert shard_tokens(HUGGING_FACE, 100) == 1024
+    assert shard_tokens(wide, 100) * token_bytes(wide) <= 320 << 20

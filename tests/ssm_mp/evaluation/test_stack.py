@@ -21,7 +21,7 @@ from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
-from ssm_mp.evaluation.evaluate import Evaluation, evaluate
+from ssm_mp.evaluation.evaluate import Evaluation, evaluate, token_bytes
 from ssm_mp.evaluation.stack import (
     Split,
     Stack,
@@ -30,7 +30,6 @@ from ssm_mp.evaluation.stack import (
     free_bytes,
     in_order,
     make_stack,
-    token_bytes,
     windows_at_once,
 )
 from ssm_mp.families.itera import IteraConfig, IteraLayer

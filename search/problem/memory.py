@@ -1,0 +1,199 @@
+"""How much memory a study takes, and how it is kept below what there is: decided before anything slow begins.
+
+Dimensions: `w` windows, `L` window length, `d` model.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from search.base.errors import StudyError
+from search.problem.spec import StudySpec
+from ssm_mp.checkpoints import Checkpoint
+from ssm_mp.components import Component
+from ssm_mp.conversion.forms import Scratch
+from ssm_mp.errors import MachineError
+from ssm_mp.evaluation.evaluate import shard_tokens, token_bytes
+from ssm_mp.evaluation.memory import Limit, memory_limit
+
+GIB = 1 << 30
+_PROCESS = 640 << 20
+"""Resident bytes of a search without a model: interpreter, torch, optuna, scipy, matplotlib, freed memory kept."""
+_STATES = {"measured": 6, "gradient": 4, "none": 3}
+"""Hidden states of all windows that are held at once, by the kind of probe: both ends', and a layer's in and out."""
+_KEPT = 64 << 20
+"""Freed bytes that the C library keeps where memory is short."""
+_RESERVE = 0.1
+"""Share of what there is that is left to others."""
+_OWN, _BESIDE = 1.5, 6 * GIB // 5
+"""Unless a study says more, a search takes this multiple of the checkpoint's own bytes, and so much beside it."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that parts of a search take.
+
+    checkpoint: its tensors as its file has them. forms: every component at every one of its precisions. running: hidden
+    states of all windows and the activations of each thread. layer: the layer that takes the most, as it is stored and
+    unpacked by each thread.
+    """
+
+    checkpoint: int
+    forms: int
+    running: int
+    layer: int
+
+    @property
+    def least(self) -> int:
+        """With one layer in memory at a time, nothing else kept."""
+        return _PROCESS + self.running + self.layer
+
+    @property
+    def all(self) -> int:
+        """With everything in memory."""
+        return _PROCESS + self.running + self.checkpoint + self.forms
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a study keeps below `bound` bytes.
+
+    forms: bytes of quantised components in memory, None: all of them; shared: of hidden states that maps share.
+    """
+
+    bound: int
+    layer_by_layer: bool
+    forms: int | None
+    shared: int
+    scratch: Scratch | None
+    sentence: str
+
+    @property
+    def kept(self) -> int:
+        """Freed bytes that the C library may keep."""
+        return _KEPT if self.layer_by_layer else GIB
+
+
+def needs_of(spec: StudySpec, checkpoint: Checkpoint, components: Sequence[Component], length: int) -> Needs:
+    """What a study of these components takes on windows of so many tokens."""
+    config, threads = checkpoint.config, torch.get_num_threads()
+    windows = max(spec.data.search_windows, spec.data.certify_windows, spec.data.calibration_count)
+    states = 4 * windows * length * config.d_model
+    tokens = min(windows * length, threads * max(length, shard_tokens(config, windows * length)))
+    own = {name: tensor.numel() * tensor.element_size() for name, tensor in checkpoint.tensors.items()}
+    stages: dict[int, int] = {}
+    for component in components:
+        held = 2 * component.count + sum(own.get(parameter.name, 0) for parameter in component.parameters)
+        stages[component.stage] = stages.get(component.stage, 0) + held
+    widened = max((4 * c.count for c in components if c.layer is not None), default=0)
+    asked = [(c, precision) for c in components for precision in spec.precision.choices]
+    return Needs(
+        checkpoint=sum(own.values()),
+        forms=sum(component.bytes(precision, spec.precision.activations) for component, precision in asked),
+        running=_STATES[spec.search.probe] * states + tokens * token_bytes(config),
+        layer=max(stages.values(), default=0) + threads * widened,
+    )
+
+
+def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
+    """How a study keeps below its bound. Raises StudyError or MachineError where it cannot, with what would fit.
+
+    On a GPU everything is held there, and nothing is planned.
+    """
+    limit = memory_limit()
+    bound = _bound(spec, needs, limit)
+    shared = spec.search.shared_mib << 20
+    if torch.device(spec.search.device).type == "cuda":
+        return MemoryPlan(bound, False, None, shared, None, "")
+    if needs.all + shared <= bound:
+        said = f"memory: at most about {_gib(needs.all + shared)}, all of it held at once"
+        return MemoryPlan(bound, False, None, shared, None, said)
+    if needs.least > bound:
+        raise _too_little(spec, needs, bound, limit)
+    shared = min(shared, bound - needs.least)
+    forms = bound - needs.least - shared
+    written = max(0, needs.forms - forms)
+    scratch = scratch_of(spec, written)
+    said = (
+        f"memory: the model and its quantised components would take {_gib(needs.all)}, above {_gib(bound)}: evaluating "
+        f"layer by layer, with {_gib(forms)} of components in memory, up to {written / 1e9:.1f} GB in {scratch.folder}"
+    )
+    return MemoryPlan(bound, True, forms, shared, scratch, said)
+
+
+def _bound(spec: StudySpec, needs: Needs, limit: Limit | None) -> int:
+    """Bytes that a study may take. Raises StudyError where it asks for more than there is."""
+    asked = spec.search.memory_gib
+    if asked is None:
+        wanted = max(needs.least, int(_OWN * needs.checkpoint) + _BESIDE)
+        return wanted if limit is None else min(wanted, int((1 - _RESERVE) * limit.bytes))
+    if limit is not None and asked * GIB > limit.bytes:
+        raise StudyError(
+            f"[search] memory_gib = {asked:g}, but {limit.who} {_gib(limit.bytes)}; expected at most that, e.g. "
+            f"memory_gib = {(1 - _RESERVE) * limit.bytes / GIB:.1f}, or more from Slurm with [slurm] mem"
+        )
+    return int(asked * GIB)
+
+
+def _too_little(spec: StudySpec, needs: Needs, bound: int, limit: Limit | None) -> MachineError:
+    who = "[search] memory_gib allows" if spec.search.memory_gib is not None else limit.who if limit else "there is"
+    rest = needs.least - needs.layer - _PROCESS
+    return MachineError(
+        f"too little memory for one layer at a time: it takes about {_gib(needs.least)} ({_gib(needs.layer)} for the "
+        f"largest layer, {_gib(rest)} for the states of all windows and the activations of {torch.get_num_threads()} "
+        f"threads, {_gib(_PROCESS)} without a model), and {who} {_gib(bound)}; give more, or fewer or shorter windows "
+        "([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS)"
+    )
+
+
+def scratch_of(spec: StudySpec, written: int) -> Scratch:
+    """The folder for quantised components that do not fit memory. Raises MachineError where it cannot take so much."""
+    asked = spec.search.scratch
+    folder = Path(tempfile.gettempdir()) if asked is None else spec.resolve(asked, "[search] scratch")
+    advice = "give another with [search] scratch (or TMPDIR), or more memory with [search] memory_gib"
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+        found = os.statvfs(folder)
+    except OSError as error:
+        raise MachineError(
+            f"{folder}: the scratch folder cannot be written ({error.strerror or error}); {advice}"
+        ) from None
+    if _is_memory(folder):
+        raise MachineError(f"{folder}: the scratch folder lies in memory, which it is to save; {advice}")
+    free = found.f_bavail * found.f_frsize
+    most = free if spec.search.scratch_gib is None else min(free, int(spec.search.scratch_gib * GIB))
+    if written > most:
+        has = (
+            f"has {free / 1e9:.1f} GB free" if most == free else f"may take {most / 1e9:.1f} GB ([search] scratch_gib)"
+        )
+        raise MachineError(
+            f"{folder}: quantised components may take {written / 1e9:.1f} GB of this scratch folder, which {has}; "
+            f"{advice}, or ask for fewer precisions"
+        )
+    return Scratch(folder, most)
+
+
+def _is_memory(folder: Path) -> bool:
+    """Whether a folder's file system is kept in memory."""
+    try:
+        lines = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    real, best, kind = os.path.realpath(folder), "", ""
+    for line in lines:
+        _, point, system, *_ = line.split()
+        point = point.replace("\\040", " ")
+        if (real == point or real.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
+            best, kind = point, system
+    return kind in ("tmpfs", "ramfs")
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
