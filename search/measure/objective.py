@@ -52,9 +52,9 @@ class Baseline:
         return self.evaluation.perplexity
 
 
-def measure_baseline(workspace: Workspace) -> Baseline:
+def measure_baseline(workspace: Workspace, before_layer: Callable[[], None] | None = None) -> Baseline:
     """Evaluate the FP32 checkpoint. Raises EvaluationError where it is not finite or no better than guessing."""
-    evaluation = evaluate(workspace.model, workspace.splits.search)
+    evaluation = evaluate(workspace.model, workspace.splits.search, before_layer)
     require_knowing(workspace, evaluation)
     return Baseline(evaluation, fp32_bytes(workspace.converter.components))
 

@@ -6,15 +6,27 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.study import Study
 
 from search.base.front import Point, front_by_size, pareto_front
+from search.base.progress import slow
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
-from search.problem.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINNER, RunDirectory
+from search.problem.run_directory import (
+    CERTIFICATE,
+    CERTIFY_BASELINE,
+    FRONT,
+    REPORT,
+    TRIES,
+    WINNER,
+    RunDirectory,
+    mark_of,
+)
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
@@ -34,8 +46,10 @@ from search.run.study import prediction_error
 from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
+from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError, DataError, ExportError
-from ssm_mp.evaluation.evaluate import Increase, evaluate, paired_increase
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, evaluate, layer_calls, paired_increase
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.placing import remove
@@ -162,11 +176,11 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
     if not front:
         return None
     say(f"certifying on {len(windows)} windows")
-    reference = evaluate(workspace.model, windows)
+    reference = cache(lambda: _certify_baseline(workspace, run))  # only where a map is tried that was not yet
 
     def measure(point: Point) -> Increase:
         model = workspace.converter.convert(workspace.space.map(point.map))
-        return paired_increase(evaluate(model, windows), reference)
+        return paired_increase(_certified(model, windows, f"certifying trial {point.trial}"), reference())
 
     with run.lock("certify").held():  # two exports at once must not spend the same share
         former = tries_of(run.read_lines(TRIES), str(run / TRIES))
@@ -181,6 +195,26 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
         new = [tried for tried in certificate.tries if tried not in former] if certificate else []
         run.append_lines(TRIES, [tried.to_json() for tried in new])
     return certificate
+
+
+def _certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
+    """The FP32 checkpoint on the certify windows, evaluated once by a study."""
+    windows = workspace.splits.certify
+    depends = {name: workspace.fingerprint()[name] for name in ("checkpoint", "compute")}
+    mark = mark_of({**depends, "certify windows": windows.digest})
+    stored = run.read_json(CERTIFY_BASELINE)
+    if isinstance(stored, dict) and stored.get("mark") == mark:
+        return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
+    found = _certified(workspace.model, windows, "certifying: FP32")
+    run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
+    return found
+
+
+def _certified(model: LanguageModel, windows: Windows, what: str) -> Evaluation:
+    progress = slow(what, layer_calls(model, windows))
+    found = evaluate(model, windows, progress.step)
+    progress.close()
+    return found
 
 
 def draw(

@@ -10,42 +10,35 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-
-import numpy as np
 
 from search.base.file_lock import FileLock
 from search.base.progress import Progress
 from search.base.stop import Stop
-from search.measure.gradient import gradient_probes, gradient_windows
 from search.measure.latency import latency_table
-from search.measure.objective import Baseline, measure_baseline, require_knowing
+from search.measure.objective import Baseline, require_knowing
 from search.measure.probe import (
     GRADIENT,
     LOWEST,
     WIDEST,
-    End,
     Group,
     Probe,
     groups,
     missing,
-    open_end,
     planned,
     probe_from_stored,
     run_group,
 )
-from search.problem.run_directory import BASELINE, PROBES, RunDirectory
-from search.problem.source import source_of
+from search.problem.run_directory import PROBES, RunDirectory
 from search.problem.space import Space
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
 from search.run.claim import Seed
+from search.run.ends import Ends, measured_ends
+from search.run.gradients import measured_gradients
 from search.run.widening import check_or_widen
 from search.sampling.catalogue import catalogue_of
 from search.sampling.knowledge import Knowledge, before_any_trial
 from search.sampling.surrogate import Surrogate, additive, effects_of_size, fit, predicted_front
-from ssm_mp.components import fp32_bytes
-from ssm_mp.evaluation.evaluate import Evaluation, paired_increase
 from ssm_mp.evaluation.latency import LatencyTable
 from ssm_mp.precision_map import EIGHT_BIT, FOUR_BIT, PRESETS, PrecisionMap
 from ssm_mp.precisions.registry import precisions_of
@@ -110,14 +103,16 @@ class _Preparation:
     offsets: tuple[float, float]
     latency: LatencyTable | None
     began: float
+    ends: Ends
 
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
         began = time.time()
         workspace = open_workspace(spec, say, run.path)
         check_or_widen(spec, run, workspace.fingerprint(), say)
+        ends = Ends(workspace)
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
-            baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
+            baseline, offsets = measured_ends(run, workspace, ends, say)
             latency = latency_table(run, workspace, say, stop) if spec.search.asks_latency else None
         if doubt := require_knowing(workspace, baseline.evaluation):
             say(f"note: {doubt}")
@@ -125,11 +120,9 @@ class _Preparation:
             f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
             f"{baseline.bytes:,} bytes in FP32"
         )
-        return cls(workspace, run, say, stop, baseline, offsets, latency, began)
-
-    @cached_property
-    def _ends(self) -> tuple[End, End]:
-        return open_end(self.workspace, WIDEST), open_end(self.workspace, LOWEST)
+        if spec.search.probe != "measured":
+            ends.close()
+        return cls(workspace, run, say, stop, baseline, offsets, latency, began, ends)
 
     def _stored(self) -> list[Probe]:
         """Probes that were measured under this fingerprint, of the kind that the study asks for."""
@@ -150,8 +143,7 @@ class _Preparation:
         if kind == "gradient":
             with self.run.lock("prepare").awaited(self.stop.check):
                 if not self._stored():
-                    progress = Progress("gradients", len(gradient_windows(self.workspace)))
-                    self._save(gradient_probes(self.workspace, progress.step))
+                    self._save(measured_gradients(self.run, self.workspace, self.stop))
         else:
             self._measure_probes()
         by_key = {(probe.end, probe.component, probe.precision): probe for probe in self._stored()}
@@ -159,8 +151,11 @@ class _Preparation:
 
     def _measure_probes(self) -> None:
         """Measure the groups of probes that nobody has taken; then, in case a worker died, what is still missing."""
-        progress = Progress("probes", planned(self.workspace), len(self._stored()))
-        every = groups(self.workspace)
+        done = self._stored()
+        every = [group for group in groups(self.workspace) if missing(self.workspace, group, done)]
+        if not every:
+            return
+        progress = Progress("probes", planned(self.workspace), len(done))
         for group in every:
             with self._lock(group).tried() as free:
                 if free:
@@ -170,10 +165,13 @@ class _Preparation:
                 with self._lock(group).awaited(self.stop.check):
                     self._measure(group, progress)
         progress.close()
+        self.ends.close()
 
     def _measure(self, group: Group, progress: Progress) -> None:
-        end = self._ends[0] if group.end == WIDEST else self._ends[1]
-        for probe in run_group(self.workspace, end, group, self._stored(), self.stop.check):
+        done = self._stored()
+        if not missing(self.workspace, group, done):  # by others meanwhile
+            return
+        for probe in run_group(self.workspace, self.ends[group.end], group, done, self.stop.check):
             self._save([probe])
             progress.step()
 
@@ -193,36 +191,6 @@ class _Preparation:
         )
         knowledge = _knowledge(self.workspace, surrogate, probes, offsets, self.latency)
         return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency, self.began)
-
-
-def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tuple[Baseline, tuple[float, float]]:
-    """Measure the FP32 checkpoint and both ends, and write them down."""
-    say("measuring the baseline and both ends")
-    baseline = measure_baseline(workspace)
-    widest, lowest = (
-        paired_increase(open_end(workspace, name).evaluation, baseline.evaluation).log_mean for name in (WIDEST, LOWEST)
-    )
-    content = {
-        "perplexity": baseline.perplexity,
-        "bytes": baseline.bytes,
-        **({} if (source := source_of(workspace.checkpoint)) is None else source.to_json()),
-        "ends": {WIDEST: widest, LOWEST: lowest},
-        "fingerprint": workspace.fingerprint_digest,
-        "predicted": baseline.evaluation.predicted,
-        "nll": baseline.evaluation.nll.tolist(),
-    }
-    run.write_json(BASELINE, content)
-    return baseline, (widest, lowest)
-
-
-def _stored_baseline(run: RunDirectory, workspace: Workspace) -> tuple[Baseline, tuple[float, float]] | None:
-    """What another process or a former run measured; None where that is missing, or of an older version."""
-    stored = run.read_json(BASELINE)
-    if not isinstance(stored, dict) or stored.get("fingerprint") != workspace.fingerprint_digest:
-        return None
-    evaluation = Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
-    ends = stored["ends"]
-    return Baseline(evaluation, fp32_bytes(workspace.converter.components)), (ends[WIDEST], ends[LOWEST])
 
 
 def _knowledge(
