@@ -86,7 +86,7 @@ def test_the_linear_term_of_inputs_is_the_slope_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_differentiable_model_is_the_model(tmp_path: Path, family: str) -> None:
     workspace = open_tiny(tmp_path, family)
-    model = differentiable(workspace, Tally())
+    model = differentiable(workspace, [Tally()])
     ids = workspace.splits.search.ids
     torch.testing.assert_close(model(ids), workspace.model(ids), rtol=1e-4, atol=1e-5)
     windows = Windows(ids[:1])
