@@ -16,36 +16,27 @@ Dimensions: `w` windows, `c` windows of a chunk, `b` windows run at once, `L` wi
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from search.measure.weighing import Batch, How, Key, Tally, differentiable, forms_of
 from search.problem.workspace import Workspace
 from ssm_mp.components import Component
-from ssm_mp.conversion.calibrate import Watcher, observed
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import advance, start
-from ssm_mp.model import LanguageModel, assemble, differentiable_scans
-from ssm_mp.modules.convolution import DepthwiseConv, convolved
-from ssm_mp.modules.embedding import Embedding
-from ssm_mp.modules.experts import ExpertsLinear
-from ssm_mp.modules.inputs import InputQuantizer, rounded
+from ssm_mp.model import LanguageModel
+from ssm_mp.modules.convolution import DepthwiseConv
 from ssm_mp.modules.linear import Linear
-from ssm_mp.precisions.stored import FloatTensor, Stored
 
-Key = tuple[str, str]
-"""Component and precision."""
-
-_INPUTS, _ERRORS, _SAVED = 1 << 28, 1 << 29, 1 << 28
-"""Bytes at most of the layers' inputs of a chunk, of the unpacked errors of a layer, and of what autograd saves of a
-layer for windows that are run at once."""
+_INPUTS, _SAVED = 1 << 27, 1 << 27
+"""Bytes at most of the layers' inputs of a chunk, and of what autograd saves of a layer for windows run at once."""
 _CHUNK = 16
 """Windows of a chunk at most: what an interruption loses."""
 
@@ -66,18 +57,6 @@ def joined(parts: Sequence[Scores]) -> Scores:
 def keys_of(workspace: Workspace) -> list[Key]:
     """Every free component at each of its choices."""
     return [(c.name, precision) for c in workspace.space.free for precision in workspace.space.choices[c.name]]
-
-
-@dataclass(frozen=True, eq=False)
-class Tally:
-    """The scores of one window, those of weights and of inputs apart."""
-
-    weights: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
-    inputs: dict[Key, float] = field(default_factory=lambda: defaultdict(float))
-
-
-Batch = list[Tally]
-"""Of the windows that are being run at once, in their order."""
 
 
 def window_nll(model: LanguageModel, ids: Tensor) -> Tensor:
@@ -149,7 +128,9 @@ class _Stage:
         self._workspace = workspace
         self.components = [c for c in workspace.space.free if c.stage in stages]
         self._modules = [workspace.model.component(c.name) for c in workspace.space.components if c.stage in stages]
-        self._products = layer is not None and _of_products(workspace, self.components, layer)
+        self._how: How = "graph" if stages != {0} else "lookup"
+        if layer is not None and _of_products(workspace, self.components, layer):
+            self._how = "products"
 
     def backward(self, inputs: Tensor | None, tallies: Sequence[Tally], run: Run, gradient: Tensor | None) -> Tensor:
         """Add the scores of each window to its tally: gradients of the inputs `[c, L, d]` from those of the outputs.
@@ -158,7 +139,7 @@ class _Stage:
         """
         batch = Batch()
         names = {component.name for component in self.components}
-        model = differentiable(self._workspace, batch, names, products=self._products)
+        model = differentiable(self._workspace, batch, names, self._how)
         found, began, count = list[Tensor](), 0, 1
         while began < len(tallies):
             at = slice(began, began + count)
@@ -170,7 +151,7 @@ class _Stage:
             out.backward(None if gradient is None else gradient[at])
             found.append(torch.empty(0) if x.grad is None else x.grad)
             began += len(batch)
-            if self._products:  # the first window has told what one takes
+            if self._how == "products":  # the first window has told what one takes
                 count = max(1, _SAVED // max(1, saved.bytes // len(batch)))
         self._let_go()
         return torch.cat(found)
@@ -180,7 +161,7 @@ class _Stage:
         after = self._workspace.model.after_layer
         if after is None:
             return
-        forms = [_forms(self._workspace, component) for component in self.components]
+        forms = [forms_of(self._workspace, component) for component in self.components]
         for module in (*self._modules, *(form for held in forms for form in held.values())):
             after(module)
 
@@ -215,200 +196,3 @@ def _scores(tallies: Sequence[Tally], keys: Sequence[Key]) -> Scores:
         for each in ([tally.weights for tally in tallies], [tally.inputs for tally in tallies])
     )
     return Scores(weights, inputs)
-
-
-def differentiable(
-    workspace: Workspace, batch: Batch, names: Collection[str] | None = None, *, products: bool = False
-) -> LanguageModel:
-    """The FP32 model over again; `backward` adds to the tallies of the batch and leaves no gradient.
-
-    names: the free components that are differentiated, None: all of them. Their weights are float32, and share the
-    model's memory where its own are; all other modules are the model's. products: whether they are all plain products
-    and convolutions, so that the batch may be of several windows.
-    """
-    model, space = workspace.model, workspace.space
-    chosen = {component.name for component in space.free if names is None or component.name in names}
-    modules: dict[str, nn.Module] = {}
-    watchers: dict[str, Watcher] = {}
-    errors = _Errors(workspace, [component for component in space.free if component.name in chosen])
-    for component in space.components:
-        source = model.component(component.name)
-        if component.name not in chosen:
-            modules[component.name] = source
-            continue
-        if not products:
-            modules[component.name] = _weighed(component, source, errors, batch)
-        elif isinstance(source, DepthwiseConv):
-            modules[component.name] = _Convolution(component, source, errors, batch)
-        else:
-            modules[component.name] = _Product(component, source, errors, batch)
-        quantizers = _input_quantizers(workspace, component)
-        if quantizers:
-            watchers[component.name] = _watcher(component.name, quantizers, batch)
-    scans = differentiable_scans(model.config)
-    return observed(assemble(model.config, modules, scans), watchers, scans)
-
-
-def _forms(workspace: Workspace, component: Component) -> dict[str, nn.Module]:
-    """A component at each of its choices."""
-    choices = workspace.space.choices[component.name]
-    return {precision: workspace.converter.module(component, precision) for precision in choices}
-
-
-class _Errors:
-    """Quantisation errors dW of some components; they stay unpacked where all together are few enough bytes."""
-
-    def __init__(self, workspace: Workspace, components: Sequence[Component]) -> None:
-        self._workspace = workspace
-        floats = sum(c.count * len(workspace.space.choices[c.name]) for c in components)
-        self._kept: dict[tuple[str, str], Tensor] | None = {} if 4 * floats <= _ERRORS else None
-
-    def choices(self, component: Component) -> Sequence[str]:
-        """A component's precisions."""
-        return self._workspace.space.choices[component.name]
-
-    def dots(self, component: Component, leaf: str, value: Tensor, gradient: Tensor) -> list[float]:
-        """∇ · dW for each of a component's choices, where `value` is W."""
-        key, flat = (component.name, leaf), gradient.flatten()
-        kept = None if self._kept is None else self._kept.get(key)
-        if kept is None:
-            modules = (self._workspace.converter.module(component, precision) for precision in self.choices(component))
-            errors = (_error(_stored(module, leaf), value) for module in modules)
-            if self._kept is None:
-                return [torch.dot(flat, error).item() for error in errors]
-            kept = self._kept[key] = torch.stack(list(errors))
-        found: list[float] = torch.mv(kept, flat).tolist()
-        return found
-
-
-def _error(quantized: Stored, value: Tensor) -> Tensor:
-    return (quantized.tensor() - value).flatten()
-
-
-def _weighed(component: Component, source: nn.Module, errors: _Errors, batch: Batch) -> nn.Module:
-    """A free component's module whose gradients are multiplied with each precision's error and let go."""
-    tensors: dict[str, Stored] = {}
-    for parameter in component.parameters:
-        held = _stored(source, parameter.leaf)
-        if isinstance(held, FloatTensor):
-            held = FloatTensor(held.value.data.float())
-            held.value.requires_grad_()
-            held.value.register_post_accumulate_grad_hook(_weigher(component, parameter.leaf, errors, batch))
-        tensors[parameter.leaf] = held
-    return component.form.module(tensors, None)
-
-
-class _Weighed(nn.Module):
-    """A free component run for several windows at once, whose weights' gradients are multiplied likewise."""
-
-    def __init__(self, component: Component, source: nn.Module, errors: _Errors, batch: Batch) -> None:
-        super().__init__()
-        self._component, self._errors, self._batch = component, errors, batch
-        held = {parameter.leaf: _stored(source, parameter.leaf) for parameter in component.parameters}
-        self._held = {leaf: FloatTensor(h.value.data.float()) for leaf, h in held.items() if isinstance(h, FloatTensor)}
-        self._inner = component.form.module(self._held, None)
-
-    def _add(self, tally: Tally, leaf: str, gradient: Tensor) -> None:
-        """Add one window's ∇_W L_w · dW of one tensor."""
-        found = self._errors.dots(self._component, leaf, self._held[leaf].value.detach(), gradient)
-        for precision, score in zip(self._errors.choices(self._component), found, strict=True):
-            tally.weights[self._component.name, precision] += score
-
-
-class _Product(_Weighed):
-    """A product; its weights are shared by the windows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, …, i]` → `[b, …, n]`."""
-        out: Tensor = self._inner(x)
-        if not out.requires_grad:
-            return out
-        seen = x.detach().reshape(len(self._batch), -1, x.shape[-1])
-
-        def weigh(gradient: Tensor) -> None:
-            of_windows = gradient.reshape(len(self._batch), -1, gradient.shape[-1])
-            for tally, inputs, outputs in zip(self._batch, seen, of_windows, strict=True):
-                for leaf in self._held:
-                    self._add(tally, leaf, outputs.T @ inputs if leaf == "weight" else outputs.sum(dim=0))
-
-        out.register_hook(weigh)
-        return out
-
-
-class _Convolution(_Weighed):
-    """A convolution; each window has weights of its own."""
-
-    def forward(self, x: Tensor, before: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `DepthwiseConv.forward`, from the beginning of each window."""
-        assert before is None
-        assert isinstance(self._inner, DepthwiseConv)
-        own = {leaf: self._own(leaf) for leaf in self._held}
-        weight = own["weight"][:, :, 0].mT[:, :, None]  # [b, K, 1, I]
-        bias = own["bias"][:, None] if "bias" in own else None
-        padding = x.new_zeros(x.shape[0], weight.shape[1] - 1, x.shape[2])
-        y = convolved(x, weight, bias, padding)
-        return F.silu(y) if self._inner.activation else y, padding
-
-    def _own(self, leaf: str) -> Tensor:
-        """A tensor for each window, whose gradients are weighed: `[b, …]`."""
-        value = self._held[leaf].value.detach()
-        own = value.expand(len(self._batch), *value.shape).requires_grad_()
-
-        def weigh(gradient: Tensor) -> None:
-            for tally, of_window in zip(self._batch, gradient, strict=True):
-                self._add(tally, leaf, of_window)
-
-        own.register_hook(weigh)
-        return own
-
-
-def _stored(module: nn.Module, leaf: str) -> Stored:
-    held = module if isinstance(module, Stored) else getattr(module, leaf)
-    assert isinstance(held, Stored)
-    return held
-
-
-def _weigher(component: Component, leaf: str, errors: _Errors, batch: Batch) -> Callable[[Tensor], None]:
-    """Adds ∇_W L_w · dW of one tensor to its component's score at each precision, in a batch of one window."""
-
-    def weigh(parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        found = errors.dots(component, leaf, parameter.detach(), parameter.grad)
-        for precision, score in zip(errors.choices(component), found, strict=True):
-            batch[0].weights[component.name, precision] += score
-        parameter.grad = None
-
-    return weigh
-
-
-def _input_quantizers(workspace: Workspace, component: Component) -> dict[str, InputQuantizer]:
-    """The quantisers of a component's inputs, by those of its precisions that have one."""
-    found: dict[str, InputQuantizer] = {}
-    for precision, module in _forms(workspace, component).items():
-        quantizer = module.input_quantizer if isinstance(module, Linear | Embedding | ExpertsLinear) else None
-        if quantizer is not None:
-            found[precision] = quantizer
-    return found
-
-
-def _watcher(name: str, quantizers: dict[str, InputQuantizer], batch: Batch) -> Watcher:
-    """Adds ∇_x L_w · dx of one product, summed over tokens, to its component's score."""
-
-    def watch(x: Tensor, *expert: int) -> Tensor:
-        if not torch.is_grad_enabled():
-            return x
-        # a tensor of this product's own: its gradient leaves out what else is done with x
-        own = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        flat = x.detach().reshape(-1, x.shape[-1])  # [m, k]
-
-        def weigh(gradient: Tensor) -> None:
-            for precision, quantizer in quantizers.items():
-                errors = (rounded(quantizer, flat) - flat).reshape(len(batch), -1)
-                found = (gradient.reshape(len(batch), -1) * errors).sum(dim=1).tolist()
-                for tally, score in zip(batch, found, strict=True):
-                    tally.inputs[name, precision] += score
-
-        own.register_hook(weigh)
-        return own
-
-    return watch

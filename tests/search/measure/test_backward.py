@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from search.measure import backward
+from search.measure import backward, weighing
 from search.measure.backward import Scores, chunk_windows, joined, keys_of, layer_by_layer, whole_graph
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
@@ -53,7 +53,7 @@ def test_errors_that_are_unpacked_for_every_window_give_the_same(
 ) -> None:
     workspace = open_tiny(tmp_path, CONFIGS["itera"])
     kept = layer_by_layer(workspace, workspace.splits.calibration)
-    monkeypatch.setattr(backward, "_ERRORS", 0)
+    monkeypatch.setattr(weighing, "_ERRORS", 0)
     assert_close(layer_by_layer(workspace, workspace.splits.calibration), kept)
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from search.measure.backward import Tally, differentiable, window_nll
+from search.measure.backward import window_nll
 from search.measure.gradient import gradient_effects, gradient_evaluations, gradient_windows
+from search.measure.weighing import Tally, differentiable
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.conversion.convert import Converter
