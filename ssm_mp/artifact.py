@@ -52,6 +52,7 @@ __all__ = [
     "TENSORS",
     "TOKENIZER",
     "Artifact",
+    "add_metrics",
     "is_artifact",
     "load_artifact",
     "read_artifact",
@@ -170,6 +171,12 @@ def _write(
 
 def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def add_metrics(folder: Path, more: Mapping[str, Any]) -> None:
+    """Add to the metrics of a folder that is being written: for `verify` of `save_artifact`."""
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    _write_json(folder / METRICS, {**metrics, **more})
 
 
 def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:

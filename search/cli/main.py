@@ -181,7 +181,7 @@ def convert(
         precision_map = PrecisionMap.preset(map_, components, pins)
     else:
         precision_map = PrecisionMap.from_rules(rules, components, pins)
-    exported = export(workspace, measure_baseline(workspace), precision_map, out, replace=force)
+    exported = export(workspace, measure_baseline(workspace), precision_map, out, replace=force, say=say)
     content = {
         "path": str(out),
         "compression": exported.compression,

@@ -52,9 +52,9 @@ class Baseline:
         return self.evaluation.perplexity
 
 
-def measure_baseline(workspace: Workspace) -> Baseline:
+def measure_baseline(workspace: Workspace, before_layer: Callable[[], None] | None = None) -> Baseline:
     """Evaluate the FP32 checkpoint. Raises EvaluationError where it is not finite or no better than guessing."""
-    evaluation = evaluate(workspace.model, workspace.splits.search)
+    evaluation = evaluate(workspace.model, workspace.splits.search, before_layer)
     require_knowing(workspace, evaluation)
     return Baseline(evaluation, fp32_bytes(workspace.converter.components))
 
@@ -68,6 +68,12 @@ def require_knowing(workspace: Workspace, baseline: Evaluation) -> str | None:
     return found
 
 
+def window_order(workspace: Workspace) -> np.ndarray:
+    """In which order the search windows are seen: as they stand, the text's beginning, is no random sample of it."""
+    order: np.ndarray = np.random.default_rng(workspace.spec.data.seed).permutation(len(workspace.splits.search))
+    return order
+
+
 class Objective:
     """Converts and evaluates maps of one workspace."""
 
@@ -78,10 +84,8 @@ class Objective:
         self._workspace = workspace
         self._baseline = baseline
         self._before_layer = before_layer
-        # windows stand in the order of the text, and its beginning is no random sample of it
-        windows = len(workspace.splits.search)
         self._shared = PrefixCache(workspace.memory.shared)
-        self._order = np.random.default_rng(workspace.spec.data.seed).permutation(windows)
+        self._order = window_order(workspace)
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:
         """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""

@@ -92,12 +92,12 @@ def planned(workspace: Workspace) -> int:
     return sum(2 * (len(unit.choices) - 1) for unit in workspace.space.units)
 
 
-def open_end(workspace: Workspace, name: str) -> End:
-    """Convert and evaluate one end, keeping its last hidden states."""
+def open_end(workspace: Workspace, name: str, before_layer: Callable[[], None] | None = None) -> End:
+    """Convert and evaluate one end, keeping its last hidden states; `before_layer` as in `evaluate`."""
     space, windows = workspace.space, workspace.splits.search
     precision_map = space.widest() if name == WIDEST else space.lowest()
     model = workspace.converter.convert(precision_map)
-    final = advance(model, start(model, windows), len(model.layers))
+    final = advance(model, start(model, windows), len(model.layers), before_layer)
     return End(name, precision_map, model, finish(model, final, windows), final, Walk(model, windows))
 
 

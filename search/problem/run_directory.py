@@ -20,7 +20,10 @@ from ssm_mp.runtimes.registry import FORMATS
 
 FINGERPRINT = "study.json"
 PROBES = "probes.jsonl"
+GRADIENTS = "gradients.jsonl"
 BASELINE = "baseline.json"
+CERTIFY_BASELINE = "certify-baseline.json"
+"""The FP32 checkpoint on the certify windows."""
 LATENCY = "latency.json"
 CERTIFICATE = "certificate.json"
 TRIES = "tries.jsonl"

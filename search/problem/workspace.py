@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ class Workspace:
 
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
+        return dict(self._fingerprint)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        """Made once: digests read all weights and windows."""
         blocks = {"embedding blocks": _blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
@@ -106,7 +112,7 @@ class Workspace:
         mine, theirs = ((one.space.widest(), one.space.lowest()) for one in (self, apart))
         return apart if mine == theirs else self
 
-    @property
+    @cached_property
     def fingerprint_digest(self) -> str:
         """The fingerprint as one short word, to mark what was measured under it."""
         return mark_of(self.fingerprint())

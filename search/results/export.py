@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,23 +14,31 @@ from typing import Any
 
 import torch
 
+from search.base.progress import slow
 from search.measure.latency import summary
 from search.measure.objective import Baseline, Measured, Objective
 from search.problem.source import source_of
 from search.problem.splits import accompanying, tokenizer_json
 from search.problem.workspace import Workspace
 from search.results.certify import Certificate, bounds
-from search.results.gates import Facts
+from search.results.gates import GATE_BATCH, Facts
 from search.results.ledger import finite_or_none
 from search.results.plots.components import allocation_png
-from ssm_mp.artifact import SOURCE, TOKENIZER, Artifact, read_artifact, require_free, save_artifact, stored_arrays
+from search.results.reread import Expected, Reread, reread
+from ssm_mp.artifact import SOURCE, TOKENIZER, Artifact, add_metrics, require_free, save_artifact, stored_arrays
 from ssm_mp.artifact_folder import PICTURE
 from ssm_mp.components import find_components
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.benchmark import Benchmark, benchmark
-from ssm_mp.evaluation.evaluate import evaluate
+from ssm_mp.evaluation.evaluate import layer_calls
 from ssm_mp.evaluation.latency import LatencyTable
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
+
+MOST_TIMING = 30.0
+"""Seconds that timing a winner may take, whatever the search took: with writing and reading back it is a minute."""
+_LEAST_TIMING = 5.0
+"""Nobody waits for so long; a search of seconds would else leave nothing to time in."""
 
 _VERSIONS = ("torch", "optuna", "numpy", "scipy", "safetensors")
 
@@ -51,26 +61,35 @@ class Exported:
     source_compression: float | None = None
 
 
-def export(
+def timing_seconds(spent: float) -> float:
+    """How long timing may take after a search of `spent` seconds: a tenth of it, within bounds."""
+    return min(MOST_TIMING, max(_LEAST_TIMING, spent / 10))
+
+
+def export(  # noqa: PLR0913, what is known of the map, each in its place
     workspace: Workspace,
     baseline: Baseline,
     precision_map: PrecisionMap,
     out: str | Path,
     *,
+    known: Measured | None = None,
     certificate: Certificate | None = None,
     provenance: Mapping[str, Any] | None = None,
     replace: bool = False,
     latency: LatencyTable | None = None,
+    seconds: float = MOST_TIMING,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the artifact of a map and verify what is on disk.
 
-    latency: the study's table, from which the map's latency is predicted.
+    known: what a trial has measured of the map on all search windows; None: it is measured now. latency: the study's
+    table, from which the map's latency is predicted. seconds: what timing may take.
     Raises ArtifactError where the folder cannot be written, or where what is read back is not what was measured.
     """
     require_free(out, replace)
-    measured = Objective(workspace, baseline)(precision_map)
-    model = workspace.converter.convert(precision_map)
-    speed = benchmark(model, workspace.model, workspace.splits.search)
+    expected = Expected(known, None) if known is not None else _measured(workspace, baseline, precision_map)
+    measured, model = expected.measured, workspace.converter.convert(precision_map)
+    speed = _timed(workspace, model, seconds, say)
     scheme, components = workspace.spec.precision.scheme, find_components(workspace.model)
     predicted = precision_map.bytes(components, scheme.activations)  # of our own file, whatever the study's target
     metrics = {
@@ -80,15 +99,16 @@ def export(
         **({} if latency is None else {"latency": _latency(latency, precision_map)}),
         "provenance": {**provenance_of(workspace), **(provenance or {})},
     }
+    read = list[Reread]()
 
     def verify(folder: Path) -> None:
-        artifact = read_artifact(folder, device=workspace.spec.search.device)
-        found = evaluate(artifact.model, workspace.splits.search).perplexity
-        if found != measured.perplexity or artifact.tensor_bytes != predicted:
+        try:
+            read.append(reread(folder, model, workspace, baseline, expected, predicted))
+        except ArtifactError as error:
             raise ArtifactError(
-                f"{out}: what was read back is not what was measured, and was not kept: perplexity {found!r} for "
-                f"{measured.perplexity!r}, {artifact.tensor_bytes} bytes for {predicted}"
-            )
+                f"{out}: what was read back is not what was measured, and was not kept: {error}"
+            ) from None
+        add_metrics(folder, {"read_back": read[0].to_json()})
 
     extra = {
         PICTURE: allocation_png(components, precision_map, scheme.activations), **_tokenizer(workspace),
@@ -98,17 +118,54 @@ def export(
         out, model, precision_map, scheme, metrics, pins=workspace.space.pins, extra=extra, replace=replace,
         verify=verify,
     )  # fmt: skip
-    artifact = read_artifact(out, device=workspace.spec.search.device)
+    return _exported(Path(out), read[0], baseline, measured, speed, metrics, latency)
+
+
+def _exported(
+    out: Path, read: Reread, baseline: Baseline, measured: Measured, speed: Benchmark, metrics: Mapping[str, Any],
+    latency: LatencyTable | None,
+) -> Exported:  # fmt: skip
+    """What was read back, now in its place."""
+    found = read.artifact
+    artifact = dataclasses.replace(
+        found, path=out, metrics=metrics, tokenizer=None if found.tokenizer is None else out / found.tokenizer.name
+    )
+    largest = max(speed.prefill, key=lambda prefill: prefill.batch, default=None)
     facts = Facts(
         compression=baseline.bytes / artifact.tensor_bytes,
-        speedup=max(speed.prefill, key=lambda prefill: prefill.batch).speedup,
+        speedup=None if largest is None or largest.batch < GATE_BATCH else largest.speedup,
         float32_arrays=sum(array.dtype == torch.float32 for array in stored_arrays(artifact.model).values()),
+        untimed="; ".join(speed.left_out),
+        read_back=read.sentence,
     )
-    predicted_latency = None if latency is None else latency.predict(precision_map.to_json())
+    predicted_latency = None if latency is None else latency.predict(artifact.precision_map.to_json())
     return Exported(
         artifact, facts.compression, measured.perplexity, measured.increase.percent, speed, facts, predicted_latency,
         metrics.get("source_compression"),
     )  # fmt: skip
+
+
+def _measured(workspace: Workspace, baseline: Baseline, precision_map: PrecisionMap) -> Expected:
+    """A map of which no trial tells, measured now."""
+    model = workspace.converter.convert(precision_map)
+    progress = slow("measuring", layer_calls(model, workspace.splits.search))
+    began = time.monotonic()
+    found = Objective(workspace, baseline, progress.step)(precision_map)
+    progress.close()
+    return Expected(found, time.monotonic() - began)
+
+
+def _timed(workspace: Workspace, model: LanguageModel, seconds: float, say: Callable[[str], None]) -> Benchmark:
+    """Speed beside FP32, as far as it can be measured within so many seconds."""
+    progress = slow("timing", 100)
+    found = benchmark(
+        model, workspace.model, workspace.splits.search, batches=(1, GATE_BATCH), seconds=seconds,
+        progress=lambda share: progress.show(round(100 * share)),
+    )  # fmt: skip
+    progress.close()
+    for line in found.left_out:
+        say(f"note: {line}")
+    return found
 
 
 def _tokenizer(workspace: Workspace) -> dict[str, bytes]:

@@ -11,7 +11,7 @@ from search.results.certify import Certificate
 GateVerdict = Literal["pass", "warn", "fail"]
 
 GOOD_COMPRESSION, LEAST_COMPRESSION = 1.5, 1.3
-GOOD_SPEEDUP = 1.2
+GOOD_SPEEDUP, GATE_BATCH = 1.2, 32
 _ORDER: tuple[GateVerdict, ...] = ("pass", "warn", "fail")
 
 
@@ -29,11 +29,16 @@ class Gate:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the gates judge: measured on the exported artifact, read back from disk."""
+    """What the gates judge: measured on the exported artifact, read back from disk.
+
+    speedup: None where it was not measured, and `untimed` says why not. read_back: what was evaluated of it.
+    """
 
     compression: float
-    speedup: float
+    speedup: float | None
     float32_arrays: int
+    untimed: str = ""
+    read_back: str = "same perplexity"
 
 
 def overall(gates: Sequence[Gate]) -> GateVerdict:
@@ -59,8 +64,8 @@ def judge(
         *gates,
         _compression(facts.compression),
         _precision(facts),
-        Gate("loads", "pass", "re-read from disk, same perplexity"),
-        _speed(facts.speedup),
+        Gate("loads", "pass", f"re-read from disk, {facts.read_back}"),
+        _speed(facts),
         *([] if runtime is None else [runtime]),
     ]
 
@@ -90,6 +95,8 @@ def _precision(facts: Facts) -> Gate:
     return Gate("no FP32 left", "fail" if count else "pass", f"{count} float32 arrays in the file")
 
 
-def _speed(speedup: float) -> Gate:
-    verdict: GateVerdict = "pass" if speedup >= GOOD_SPEEDUP else "warn"
-    return Gate("speed", verdict, f"{speedup:.2f}× FP32, prefill at batch 32 (< {GOOD_SPEEDUP} warns)")
+def _speed(facts: Facts) -> Gate:
+    if facts.speedup is None:
+        return Gate("speed", "warn", f"not measured{f': {facts.untimed}' if facts.untimed else ''}")
+    verdict: GateVerdict = "pass" if facts.speedup >= GOOD_SPEEDUP else "warn"
+    return Gate("speed", verdict, f"{facts.speedup:.2f}× FP32, prefill at batch {GATE_BATCH} (< {GOOD_SPEEDUP} warns)")

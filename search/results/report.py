@@ -261,7 +261,8 @@ def _winner(result: Result) -> str:
         for d in figures.decode
     ]
     rows = [(name, f"{ours:,.0f}", f"{theirs:,.0f}", f"{ratio:.3f}") for name, ours, theirs, ratio in pairs]
-    return text + "\n\n" + _table(("", "winner", "FP32", "ratio"), rows)
+    left_out = "".join(f"\n\n{line[0].upper()}{line[1:]}." for line in figures.left_out)
+    return text + "\n\n" + _table(("", "winner", "FP32", "ratio"), rows) + left_out
 
 
 def _file(result: Result) -> str:

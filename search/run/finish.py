@@ -6,22 +6,35 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from optuna.study import Study
 
 from search.base.front import Point, front_by_size, pareto_front
+from search.base.progress import slow
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
 from search.problem.groups import NO_GROUPS, Groups
-from search.problem.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINNER, RunDirectory
+from search.problem.run_directory import (
+    CERTIFICATE,
+    CERTIFY_BASELINE,
+    FRONT,
+    REPORT,
+    TRIES,
+    WINNER,
+    RunDirectory,
+    mark_of,
+)
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
 from search.results.certify import Certificate, certify
-from search.results.export import export, provenance_of
+from search.results.export import export, provenance_of, timing_seconds
 from search.results.gates import Gate, judge
+from search.results.known import known_of, seconds_spent
 from search.results.ledger import tries_of
 from search.results.outlook import outlook
 from search.results.plots.components import plot_allocation, plot_sensitivities
@@ -34,8 +47,10 @@ from search.run.study import prediction_error
 from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
+from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError, DataError, ExportError
-from ssm_mp.evaluation.evaluate import Increase, evaluate, paired_increase
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, evaluate, layer_calls, paired_increase
+from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.placing import remove
@@ -57,7 +72,9 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         try:
             exported = export(
                 workspace, baseline, workspace.space.map(winner.map), run / WINNER,
-                certificate=certificate, provenance={"trial": winner.trial}, replace=True, latency=prepared.latency,
+                known=known_of(study, winner.trial), certificate=certificate, provenance={"trial": winner.trial},
+                replace=True, latency=prepared.latency, say=say,
+                seconds=timing_seconds(seconds_spent(study, prepared.began)),
             )  # fmt: skip
         except (ArtifactError, DataError) as error:  # the report must still say what was found, and that this failed
             failure = str(error)
@@ -161,11 +178,11 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
     if not front:
         return None
     say(f"certifying on {len(windows)} windows")
-    reference = evaluate(workspace.model, windows)
+    reference = cache(lambda: _certify_baseline(workspace, run))  # only where a map is tried that was not yet
 
     def measure(point: Point) -> Increase:
         model = workspace.converter.convert(workspace.space.map(point.map))
-        return paired_increase(evaluate(model, windows), reference)
+        return paired_increase(_certified(model, windows, f"certifying trial {point.trial}"), reference())
 
     with run.lock("certify").held():  # two exports at once must not spend the same share
         former = tries_of(run.read_lines(TRIES), str(run / TRIES))
@@ -180,6 +197,26 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
         new = [tried for tried in certificate.tries if tried not in former] if certificate else []
         run.append_lines(TRIES, [tried.to_json() for tried in new])
     return certificate
+
+
+def _certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
+    """The FP32 checkpoint on the certify windows, evaluated once by a study."""
+    windows = workspace.splits.certify
+    depends = {name: workspace.fingerprint()[name] for name in ("checkpoint", "compute")}
+    mark = mark_of({**depends, "certify windows": windows.digest})
+    stored = run.read_json(CERTIFY_BASELINE)
+    if isinstance(stored, dict) and stored.get("mark") == mark:
+        return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
+    found = _certified(workspace.model, windows, "certifying: FP32")
+    run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
+    return found
+
+
+def _certified(model: LanguageModel, windows: Windows, what: str) -> Evaluation:
+    progress = slow(what, layer_calls(model, windows))
+    found = evaluate(model, windows, progress.step)
+    progress.close()
+    return found
 
 
 def draw(

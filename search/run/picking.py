@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,13 @@ from optuna.study import Study
 from search.base.errors import NothingFoundError, StudyError
 from search.base.front import Point, fastest, knee, pareto_front
 from search.measure.latency import stored_latency
-from search.measure.objective import measure_baseline
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
 from search.results.certify import Certificate
-from search.results.export import Exported, export
+from search.results.export import Exported, export, timing_seconds
+from search.results.known import known_of, seconds_spent
+from search.run.ends import known_baseline
 from search.run.finish import certify_front
 from search.run.grouping import grouped_as_stored
 from search.run.stored import stored_certificate
@@ -107,12 +109,15 @@ def export_pick(
     workspace = found.workspace
     exported = export(
         workspace,
-        measure_baseline(workspace),
+        known_baseline(run, workspace),
         workspace.space.map(found.point.map),
         out,
         certificate=found.certificate,
         provenance={"trial": found.point.trial},
+        known=known_of(study, found.point.trial),
         replace=replace,
+        seconds=timing_seconds(seconds_spent(study, time.time())),
+        say=say,
         latency=stored_latency(run),
     )
     return exported, found.verdict

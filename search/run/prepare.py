@@ -7,46 +7,40 @@ out by the layer and the end that they depart from. What a former run measured i
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from search.base.file_lock import FileLock
 from search.base.progress import Progress
 from search.base.stop import Stop
-from search.measure.gradient import gradient_probes, gradient_windows
 from search.measure.latency import latency_table
-from search.measure.objective import Baseline, measure_baseline, require_knowing
+from search.measure.objective import Baseline, require_knowing
 from search.measure.probe import (
     GRADIENT,
     LOWEST,
     WIDEST,
-    End,
     Group,
     Probe,
     gathered,
     groups,
     missing,
-    open_end,
     planned,
     probe_from_stored,
     run_group,
 )
-from search.problem.run_directory import BASELINE, PROBES, RunDirectory
-from search.problem.source import source_of
+from search.problem.run_directory import PROBES, RunDirectory
 from search.problem.space import Space
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
 from search.run.claim import Seed
+from search.run.ends import Ends, measured_ends
+from search.run.gradients import measured_gradients
 from search.run.grouping import grouped_by_probes
 from search.run.widening import check_or_widen
 from search.sampling.catalogue import catalogue_of
 from search.sampling.knowledge import Knowledge, before_any_trial
 from search.sampling.surrogate import Surrogate, additive, effects_of_size, fit, predicted_front
-from ssm_mp.components import fp32_bytes
-from ssm_mp.evaluation.evaluate import Evaluation, paired_increase
 from ssm_mp.evaluation.latency import LatencyTable
 from ssm_mp.precision_map import EIGHT_BIT, FOUR_BIT, PRESETS, PrecisionMap
 from ssm_mp.precisions.registry import precisions_of
@@ -60,7 +54,10 @@ MANY_PROBES = 64
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """What trials need: the loaded study, its baseline, the surrogate of its probes, its latencies if any."""
+    """What trials need: the loaded study, its baseline, the surrogate of its probes, its latencies if any.
+
+    began: when this process began to prepare, by the clock.
+    """
 
     workspace: Workspace
     baseline: Baseline
@@ -68,6 +65,7 @@ class Prepared:
     surrogate: Surrogate
     knowledge: Knowledge
     latency: LatencyTable | None = None
+    began: float = field(default_factory=time.time)
 
     @property
     def choices(self) -> dict[str, tuple[str, ...]]:
@@ -105,15 +103,21 @@ class _Preparation:
     baseline: Baseline
     offsets: tuple[float, float]
     latency: LatencyTable | None
+    began: float
+    ends: Ends
 
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
+        began = time.time()
         workspace = open_workspace(spec, say, run.path)
         if spec.precision.group == "auto":
-            workspace = grouped_by_probes(workspace, run, lambda: _probes_to_group(workspace, run, say, stop), say)
+            before, alone = Ends(workspace), workspace
+            workspace = grouped_by_probes(alone, run, lambda: _probes_to_group(alone, run, before, say, stop), say)
+            before.close()
         check_or_widen(spec, run, workspace.fingerprint(), say)
+        ends = Ends(workspace)
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
-            baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
+            baseline, offsets = measured_ends(run, workspace, ends, say)
             latency = latency_table(run, workspace, say, stop) if spec.search.asks_latency else None
         if doubt := require_knowing(workspace, baseline.evaluation):
             say(f"note: {doubt}")
@@ -121,11 +125,9 @@ class _Preparation:
             f"baseline: perplexity {baseline.perplexity:.4f} on {baseline.evaluation.windows} windows, "
             f"{baseline.bytes:,} bytes in FP32"
         )
-        return cls(workspace, run, say, stop, baseline, offsets, latency)
-
-    @cached_property
-    def _ends(self) -> tuple[End, End]:
-        return open_end(self.workspace, WIDEST), open_end(self.workspace, LOWEST)
+        if spec.search.probe != "measured":
+            ends.close()
+        return cls(workspace, run, say, stop, baseline, offsets, latency, began, ends)
 
     def _stored(self) -> list[Probe]:
         """Probes that were measured under this fingerprint."""
@@ -138,7 +140,7 @@ class _Preparation:
             return []
         if kind == "gradient":
             with self.run.lock("prepare").awaited(self.stop.check):
-                single = _gradient_probes(self.run, self.workspace.apart)
+                single = _gradient_probes(self.run, self.workspace.apart, self.stop)
             found = gathered(single, self.workspace.space.choices, self.workspace.space.groups)
         else:
             self._measure_probes()
@@ -148,8 +150,11 @@ class _Preparation:
 
     def _measure_probes(self) -> None:
         """Measure the groups of probes that nobody has taken; then, in case a worker died, what is still missing."""
-        progress = Progress("probes", planned(self.workspace), len(self._stored()))
-        every = groups(self.workspace)
+        done = self._stored()
+        every = [group for group in groups(self.workspace) if missing(self.workspace, group, done)]
+        if not every:
+            return
+        progress = Progress("probes", planned(self.workspace), len(done))
         for group in every:
             with self._lock(group).tried() as free:
                 if free:
@@ -159,10 +164,13 @@ class _Preparation:
                 with self._lock(group).awaited(self.stop.check):
                     self._measure(group, progress)
         progress.close()
+        self.ends.close()
 
     def _measure(self, group: Group, progress: Progress) -> None:
-        end = self._ends[0] if group.end == WIDEST else self._ends[1]
-        for probe in run_group(self.workspace, end, group, self._stored(), self.stop.check):
+        done = self._stored()
+        if not missing(self.workspace, group, done):  # by others meanwhile
+            return
+        for probe in run_group(self.workspace, self.ends[group.end], group, done, self.stop.check):
             _save(self.run, self.workspace, [probe])
             progress.step()
 
@@ -181,7 +189,7 @@ class _Preparation:
             f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
         )
         knowledge = _knowledge(self.workspace, surrogate, probes, offsets, self.latency)
-        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency)
+        return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency, self.began)
 
 
 def _stored_probes(run: RunDirectory, workspace: Workspace) -> list[Probe]:
@@ -196,52 +204,20 @@ def _save(run: RunDirectory, workspace: Workspace, probes: Iterable[Probe]) -> N
     run.append_lines(PROBES, [{"fingerprint": mark, "probe": probe.stored()} for probe in probes])
 
 
-def _gradient_probes(run: RunDirectory, apart: Workspace) -> list[Probe]:
+def _gradient_probes(run: RunDirectory, apart: Workspace, stop: Stop) -> list[Probe]:
     """The gradient probes of single components, measured where nobody did. Under the lock."""
     stored = [probe for probe in _stored_probes(run, apart) if probe.end == GRADIENT]
     if not stored:
-        progress = Progress("gradients", len(gradient_windows(apart)))
-        stored = gradient_probes(apart, progress.step)
+        stored = measured_gradients(run, apart, stop)
         _save(run, apart, stored)
     return stored
 
 
-def _probes_to_group(workspace: Workspace, run: RunDirectory, say: Say, stop: Stop) -> list[Probe]:
+def _probes_to_group(workspace: Workspace, run: RunDirectory, ends: Ends, say: Say, stop: Stop) -> list[Probe]:
     """The gradient probes that groups are made of; after the baseline, which may end a study at once."""
     with run.lock("prepare").awaited(stop.check):
-        if _stored_baseline(run, workspace) is None:
-            _measured_baseline(run, workspace, say)
-        return _gradient_probes(run, workspace.apart)
-
-
-def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tuple[Baseline, tuple[float, float]]:
-    """Measure the FP32 checkpoint and both ends, and write them down."""
-    say("measuring the baseline and both ends")
-    baseline = measure_baseline(workspace)
-    widest, lowest = (
-        paired_increase(open_end(workspace, name).evaluation, baseline.evaluation).log_mean for name in (WIDEST, LOWEST)
-    )
-    content = {
-        "perplexity": baseline.perplexity,
-        "bytes": baseline.bytes,
-        **({} if (source := source_of(workspace.checkpoint)) is None else source.to_json()),
-        "ends": {WIDEST: widest, LOWEST: lowest},
-        "fingerprint": workspace.at_the_ends.fingerprint_digest,
-        "predicted": baseline.evaluation.predicted,
-        "nll": baseline.evaluation.nll.tolist(),
-    }
-    run.write_json(BASELINE, content)
-    return baseline, (widest, lowest)
-
-
-def _stored_baseline(run: RunDirectory, workspace: Workspace) -> tuple[Baseline, tuple[float, float]] | None:
-    """What another process or a former run measured; None where that is missing, or of an older version."""
-    stored = run.read_json(BASELINE)
-    if not isinstance(stored, dict) or stored.get("fingerprint") != workspace.at_the_ends.fingerprint_digest:
-        return None
-    evaluation = Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
-    ends = stored["ends"]
-    return Baseline(evaluation, fp32_bytes(workspace.converter.components)), (ends[WIDEST], ends[LOWEST])
+        measured_ends(run, workspace, ends, say)
+        return _gradient_probes(run, workspace.apart, stop)
 
 
 def _knowledge(

@@ -55,7 +55,7 @@ class Checkpoint:
     def family(self) -> str:
         return self.config.family
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return self.reading.digest
 

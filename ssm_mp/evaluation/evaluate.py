@@ -303,6 +303,11 @@ def skewness(values: FloatArray) -> float:
     return float(np.mean(centred**3) / variance**1.5) * math.sqrt(n * (n - 1)) / (n - 2)
 
 
+def layer_calls(model: LanguageModel, windows: Windows) -> int:
+    """How often `evaluate` without prefixes, or `advance` through all layers, calls `before_layer`."""
+    return len(model.layers) * len(shards(windows.ids.to(model.device), model.config))
+
+
 def _scorer(model: LanguageModel) -> Scorer:
     with torch.inference_mode():
         return model.scorer()

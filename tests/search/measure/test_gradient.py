@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from search.measure.gradient import (
-    _differentiable,
-    _Scores,
-    gradient_effects,
-    gradient_evaluations,
-    gradient_windows,
-    window_nll,
-)
+from search.measure.backward import window_nll
+from search.measure.gradient import gradient_effects, gradient_evaluations, gradient_windows
+from search.measure.weighing import Tally, differentiable
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.conversion.convert import Converter
@@ -93,7 +87,7 @@ def test_the_linear_term_of_inputs_is_the_slope_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_differentiable_model_is_the_model(tmp_path: Path, family: str) -> None:
     workspace = open_tiny(tmp_path, family)
-    model = _differentiable(workspace, _Scores(defaultdict(float), defaultdict(float)))
+    model = differentiable(workspace, [Tally()])
     ids = workspace.splits.search.ids
     torch.testing.assert_close(model(ids), workspace.model(ids), rtol=1e-4, atol=1e-5)
     windows = Windows(ids[:1])

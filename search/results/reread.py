@@ -1,0 +1,149 @@
+"""An artifact that was just written, read back: it must be what was converted, and do what was measured.
+
+Every array is compared bit for bit with the one in memory, so that an evaluation has little left to find: that the
+folder's config and map put them together to the same function. It is made on all search windows where that is quick,
+and on as many as time allows where it is not.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from search.base.progress import slow
+from search.measure.objective import Baseline, Measured, window_order
+from search.problem.workspace import Workspace
+from ssm_mp.artifact import Artifact, read_artifact, stored_arrays
+from ssm_mp.data import Windows
+from ssm_mp.errors import ArtifactError
+from ssm_mp.evaluation.evaluate import Evaluation, evaluate, layer_calls
+from ssm_mp.files.shown import listed
+from ssm_mp.model import LanguageModel
+
+MOST_SECONDS = 15.0
+"""What evaluating an artifact that was read back may take."""
+
+TOLERANCE = 1e-3
+"""Nats a token that another process may have measured otherwise: it adds up in another order."""
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a map is to do. seconds: what measuring it took here, in one pass; None where a trial measured it."""
+
+    measured: Measured
+    seconds: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Reread:
+    """An artifact as it was read back. windows: how many of the search windows it was evaluated on.
+
+    difference: its distance from what was measured in nats a token, the mean over those windows; 0 is demanded where
+    this process measured it the same way.
+    """
+
+    artifact: Artifact
+    arrays: int
+    windows: int
+    of_windows: int
+    difference: float
+
+    @property
+    def sentence(self) -> str:
+        """In a few words, for the gate."""
+        if self.windows == self.of_windows:
+            return "same perplexity"
+        return f"same arrays, same likelihood on {self.windows} of {self.of_windows} windows"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {
+            "arrays": self.arrays,
+            "windows": self.windows,
+            "of_windows": self.of_windows,
+            "difference_nats_per_token": self.difference,
+        }
+
+
+def reread(
+    folder: Path,
+    model: LanguageModel,
+    workspace: Workspace,
+    baseline: Baseline,
+    expected: Expected,
+    size: int,
+    seconds: float = MOST_SECONDS,
+) -> Reread:
+    """Read a folder and hold it against the model that was written, of `size` bytes of tensors, and what it is to do.
+
+    Raises ArtifactError, without the path, where anything differs.
+    """
+    artifact = read_artifact(folder, device=workspace.spec.search.device)
+    different = different_arrays(model, artifact.model)
+    if different or artifact.tensor_bytes != size:
+        of = f"; arrays that differ: {listed(different, 4)}" if different else ""
+        raise ArtifactError(f"{artifact.tensor_bytes} bytes for {size}{of}")
+    full, measured = baseline.evaluation, expected.measured
+    every = workspace.splits.search
+    numbers = _numbers(artifact.model, workspace, expected.seconds, seconds)
+    found = _evaluated(artifact.model, every if numbers is None else _part(every, numbers))
+    at = np.arange(len(every)) if numbers is None else numbers
+    known = full.nll[at] + measured.differences[at] * full.predicted
+    difference = float(np.abs(found.nll - known).mean()) / full.predicted
+    wrong = difference > TOLERANCE
+    if numbers is None and expected.seconds is not None:
+        wrong = found.perplexity != measured.perplexity
+        difference = 0.0
+    if wrong:
+        theirs = Evaluation(known, full.predicted).perplexity
+        raise ArtifactError(f"perplexity {found.perplexity!r} for {theirs!r} on {at.size} windows")
+    return Reread(artifact, len(stored_arrays(model)), at.size, len(every), difference)
+
+
+def different_arrays(ours: LanguageModel, theirs: LanguageModel) -> list[str]:
+    """Names of the arrays that two models do not hold alike, bit for bit."""
+    held, found = stored_arrays(ours), stored_arrays(theirs)
+    return sorted(name for name in held.keys() | found.keys() if not _same(held.get(name), found.get(name)))
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(array: Tensor) -> Tensor:
+    return array.detach().contiguous().flatten().view(torch.uint8)
+
+
+def _numbers(model: LanguageModel, workspace: Workspace, known: float | None, most: float) -> np.ndarray | None:
+    """The windows to evaluate within `most` seconds, at least one; None for all of them.
+
+    known: what all of them take; None: one of them tells.
+    """
+    windows, order = workspace.splits.search, window_order(workspace)
+    if known is None:
+        began = time.monotonic()
+        evaluate(model, _part(windows, order[:1]))
+        known = (time.monotonic() - began) * len(windows)
+    if known <= most:
+        return None
+    return order[: max(1, int(len(windows) * most / known))]
+
+
+def _part(windows: Windows, numbers: np.ndarray) -> Windows:
+    return Windows(windows.ids[torch.from_numpy(numbers)])
+
+
+def _evaluated(model: LanguageModel, windows: Windows) -> Evaluation:
+    progress = slow("evaluating what was read back", layer_calls(model, windows))
+    found = evaluate(model, windows, progress.step)
+    progress.close()
+    return found
