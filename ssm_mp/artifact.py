@@ -36,7 +36,7 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.families.registry import config_from_json, config_to_json
-from ssm_mp.model import LanguageModel, assemble
+from ssm_mp.model import AfterLayer, LanguageModel, assemble
 from ssm_mp.modules.inputs import StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
@@ -179,10 +179,11 @@ def add_metrics(folder: Path, more: Mapping[str, Any]) -> None:
     _write_json(folder / METRICS, {**metrics, **more})
 
 
-def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
+def read_artifact(path: str | Path, device: str = "cpu", after_layer: AfterLayer | None = None) -> Artifact:
     """Load an artifact folder and verify its checksums and the shape and type of every array.
 
     Where replacing it was interrupted, the artifact that is whole is read, and a warning says from where.
+    after_layer: of its model, as in `assemble`.
     Raises ArtifactError for anything missing, changed or of another format.
     """
     path = Path(path)
@@ -190,7 +191,7 @@ def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
         before = state_of(path)
         failure, found = None, None
         try:
-            found = _read(before[0], device)
+            found = _read(before[0], device, after_layer)
         except ArtifactError as error:
             failure = error
         if state_of(path) == before:
@@ -204,7 +205,7 @@ def read_artifact(path: str | Path, device: str = "cpu") -> Artifact:
     return found
 
 
-def _read(path: Path, device: str) -> Artifact:
+def _read(path: Path, device: str, after_layer: AfterLayer | None) -> Artifact:
     if not (path / MAP).is_file():
         raise ArtifactError(f"{path}: not an artifact folder, it has no {MAP}")
     try:
@@ -226,7 +227,7 @@ def _read(path: Path, device: str) -> Artifact:
                 f"{path / MAP}: its {', '.join(changed)} is not what {TENSORS} was made with; it was changed"
             )
         scheme = Scheme.from_json(content["scheme"])
-        model, precision_map = _restore(config, content["map"], scheme, arrays)
+        model, precision_map = _restore(config, content["map"], scheme, arrays, after_layer)
     except ArtifactError as error:
         raise error if str(path) in str(error) else ArtifactError(f"{path}: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, SafetensorError, SsmMpError) as error:
@@ -273,7 +274,11 @@ class _Skeleton:
 
 
 def _restore(
-    config: Config, precisions: Mapping[str, str], scheme: Scheme, arrays: Mapping[str, Tensor]
+    config: Config,
+    precisions: Mapping[str, str],
+    scheme: Scheme,
+    arrays: Mapping[str, Tensor],
+    after_layer: AfterLayer | None,
 ) -> tuple[LanguageModel, PrecisionMap]:
     components = find_components(_Skeleton(config))
     if {component.name for component in components} != precisions.keys():
@@ -293,7 +298,7 @@ def _restore(
         component.name: _restored(component, precisions[component.name], scheme, arrays, config)
         for component in components
     }
-    return assemble(config, modules), precision_map
+    return assemble(config, modules, after_layer=after_layer), precision_map
 
 
 def _restored(

@@ -280,3 +280,13 @@ def build(
         forms[parameter.component] = parameter.form
     modules = {name: forms[name].module(held, None) for name, held in stored.items()}
     return assemble(config, modules, scans, after_layer)
+
+
+def in_float32(model: LanguageModel) -> LanguageModel:
+    """The same FP32 model with every tensor in memory in float32: what its speed is measured of."""
+    tensors: dict[str, Tensor] = {}
+    for parameter in model.config.parameters():
+        module = model.component(parameter.component)
+        held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
+        tensors[parameter.name] = held.tensor()
+    return build(model.config, tensors)

@@ -18,6 +18,7 @@ from search.base.errors import StudyError
 from search.problem.spec import StudySpec
 from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.components import Component
+from ssm_mp.config import Config
 from ssm_mp.conversion.forms import Scratch
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.memory import Limit, memory_limit
@@ -29,6 +30,9 @@ _PROCESS = 640 << 20
 """Resident bytes of a search without a model: interpreter, torch, optuna, scipy, matplotlib, freed memory kept."""
 _STATES = {"measured": 6, "gradient": 4, "none": 3}
 """Hidden states of all windows that are held at once, by the kind of probe: both ends', and a layer's in and out."""
+_GRADIENTS = 512 << 20
+"""What gradients keep of layers' inputs, activations and errors, beside three times a layer in float32: its weights,
+and two gradients."""
 _KEPT = 64 << 20
 """Freed bytes that the C library keeps where memory is short."""
 _LARGE = 64 << 20
@@ -99,12 +103,23 @@ def needs_of(spec: StudySpec, checkpoint: Checkpoint, components: Sequence[Compo
         stages[component.stage] = stages.get(component.stage, 0) + held
     widened = max((4 * c.count for c in components if c.layer is not None), default=0)
     asked = [(c, precision) for c in components for precision in spec.precision.choices]
+    running = _STATES[spec.search.probe] * states + tokens * token_bytes(config)
+    if spec.search.probe == "gradient":
+        running += _GRADIENTS + 4 * 3 * max(_stage_counts(components).values(), default=0)
     return Needs(
         checkpoint=sum(own.values()),
         forms=sum(component.bytes(precision, spec.precision.activations) for component, precision in asked),
-        running=_STATES[spec.search.probe] * states + tokens * token_bytes(config),
+        running=running,
         layer=max(stages.values(), default=0) + threads * widened,
     )
+
+
+def _stage_counts(components: Sequence[Component]) -> dict[int, int]:
+    """Parameters of what acts at each stage of the forward pass."""
+    found: dict[int, int] = {}
+    for component in components:
+        found[component.stage] = found.get(component.stage, 0) + component.count
+    return found
 
 
 def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
@@ -168,12 +183,25 @@ def _bound(spec: StudySpec, least: int, needs: Needs, limit: Limit | None) -> in
 
 
 def _too_little(spec: StudySpec, needs: Needs, bound: int, limit: Limit | None) -> MachineError:
+    instead = ', or probe = "none" for "gradient"' if spec.search.probe == "gradient" else ""
     rest = needs.least - needs.layer - _PROCESS
     return MachineError(
         f"too little memory for one layer at a time: it takes about {_gib(needs.least)} ({_gib(needs.layer)} for the "
         f"largest layer, {_gib(rest)} for the states of all windows and the activations of {torch.get_num_threads()} "
         f"threads, {_gib(_PROCESS)} without a model), and {_who(spec, limit)} {_gib(bound)}; give more, or fewer or "
-        "shorter windows ([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS)"
+        f"shorter windows ([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS){instead}"
+    )
+
+
+def too_large_to_time(plan: MemoryPlan, fp32: int, stored: int, tokens: int, config: Config) -> str | None:
+    """Why a converted model of `stored` bytes cannot be timed beside FP32 of `fp32` bytes within a plan, in a sentence;
+    None where it can. tokens: that are read at once."""
+    takes = _PROCESS + fp32 + stored + tokens * token_bytes(config)
+    if not plan.layer_by_layer or takes <= plan.bound:
+        return None
+    return (
+        f"speed not measured: with the FP32 model beside it that takes about {_gib(takes)} of memory, above "
+        f"{_gib(plan.bound)}; [search] memory_gib gives more"
     )
 
 

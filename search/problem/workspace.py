@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from search.base.errors import StudyError
+from search.base.progress import slow
 from search.problem.calibration import kept_statistics
 from search.problem.grouping import grouped_by_rule, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
@@ -148,11 +150,11 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     forms = Forms(plan.forms, plan.scratch)
     largest = {} if spec.precision.embedding_blocks else checkpoint.reading.largest
     if target is None:
-        converter = Converter(model, scheme, statistics, forms=forms, largest=largest)
+        converter = Converter(model, scheme, statistics, forms=forms, steps=_steps, largest=largest)
         space = make_space(converter, spec.precision.choices, pins)
     else:
         format_, config = target, checkpoint.config
-        converter = Converter(model, scheme, statistics, sized(format_, components, config), forms, None, largest)
+        converter = Converter(model, scheme, statistics, sized(format_, components, config), forms, _steps, largest)
         space = make_space(
             converter,
             spec.precision.choices,
@@ -165,6 +167,11 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     if space.groups:
         say(told(space))
     return Workspace(spec, checkpoint, model, splits, converter, space, plan)
+
+
+def _steps(stage: str, total: int) -> Callable[[], None]:
+    """Progress of a stage that is mostly short."""
+    return slow(stage, total).step
 
 
 def _after_layer(checkpoint: Checkpoint) -> AfterLayer:
@@ -195,7 +202,7 @@ def _statistics(
 
     def measure() -> Statistics:
         say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
-        return calibrate(model, windows)
+        return calibrate(model, windows, _steps)
 
     depends = {
         "checkpoint": checkpoint.digest,

@@ -17,6 +17,7 @@ import torch
 from search.base.progress import slow
 from search.measure.latency import summary
 from search.measure.objective import Baseline, Measured, Objective
+from search.problem.memory import too_large_to_time
 from search.problem.source import source_of
 from search.problem.splits import accompanying, tokenizer_json
 from search.problem.workspace import Workspace
@@ -25,14 +26,23 @@ from search.results.gates import GATE_BATCH, Facts
 from search.results.ledger import finite_or_none
 from search.results.plots.components import allocation_png
 from search.results.reread import Expected, Reread, reread
-from ssm_mp.artifact import SOURCE, TOKENIZER, Artifact, add_metrics, require_free, save_artifact, stored_arrays
+from ssm_mp.artifact import (
+    SOURCE,
+    TOKENIZER,
+    Artifact,
+    add_metrics,
+    require_free,
+    save_artifact,
+    stored_arrays,
+    tensor_bytes,
+)
 from ssm_mp.artifact_folder import PICTURE
-from ssm_mp.components import find_components
+from ssm_mp.components import find_components, fp32_bytes
 from ssm_mp.errors import ArtifactError
-from ssm_mp.evaluation.benchmark import Benchmark, benchmark
+from ssm_mp.evaluation.benchmark import Benchmark, benchmark, untimed
 from ssm_mp.evaluation.evaluate import layer_calls
 from ssm_mp.evaluation.latency import LatencyTable
-from ssm_mp.model import LanguageModel
+from ssm_mp.model import LanguageModel, in_float32
 from ssm_mp.precision_map import PrecisionMap
 
 MOST_TIMING = 30.0
@@ -156,10 +166,17 @@ def _measured(workspace: Workspace, baseline: Baseline, precision_map: Precision
 
 
 def _timed(workspace: Workspace, model: LanguageModel, seconds: float, say: Callable[[str], None]) -> Benchmark:
-    """Speed beside FP32, as far as it can be measured within so many seconds."""
+    """Speed beside FP32, as far as it can be measured within so many seconds and the study's memory."""
+    components, windows = find_components(workspace.model), workspace.splits.search
+    tokens, config = GATE_BATCH * windows.length, workspace.model.config
+    sizes = fp32_bytes(components), tensor_bytes(model)
+    refused = too_large_to_time(workspace.memory, *sizes, tokens, config)
+    if refused is not None:
+        say(f"note: {refused}")
+        return untimed(model, sizes[0], refused)
     progress = slow("timing", 100)
     found = benchmark(
-        model, workspace.model, workspace.splits.search, batches=(1, GATE_BATCH), seconds=seconds,
+        model, in_float32(workspace.model), windows, batches=(1, GATE_BATCH), seconds=seconds,
         progress=lambda share: progress.show(round(100 * share)),
     )  # fmt: skip
     progress.close()

@@ -23,6 +23,7 @@ from ssm_mp.artifact import Artifact, read_artifact, stored_arrays
 from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.evaluate import Evaluation, evaluate, layer_calls
+from ssm_mp.files.mapped import let_go
 from ssm_mp.files.shown import listed
 from ssm_mp.model import LanguageModel
 
@@ -85,7 +86,7 @@ def reread(
 
     Raises ArtifactError, without the path, where anything differs.
     """
-    artifact = read_artifact(folder, device=workspace.spec.search.device)
+    artifact = read_artifact(folder, workspace.spec.search.device, workspace.model.after_layer)
     different = different_arrays(model, artifact.model)
     if different or artifact.tensor_bytes != size:
         of = f"; arrays that differ: {listed(different, 4)}" if different else ""
@@ -110,7 +111,13 @@ def reread(
 def different_arrays(ours: LanguageModel, theirs: LanguageModel) -> list[str]:
     """Names of the arrays that two models do not hold alike, bit for bit."""
     held, found = stored_arrays(ours), stored_arrays(theirs)
-    return sorted(name for name in held.keys() | found.keys() if not _same(held.get(name), found.get(name)))
+    different = []
+    for name in sorted(held.keys() | found.keys()):
+        pair = held.get(name), found.get(name)
+        if not _same(*pair):
+            different.append(name)
+        let_go(array for array in pair if array is not None)
+    return different
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:

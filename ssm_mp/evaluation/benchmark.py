@@ -150,6 +150,11 @@ def benchmark(
     )
 
 
+def untimed(model: LanguageModel, fp32: int, reason: str) -> Benchmark:
+    """Sizes of a model beside FP32 of `fp32` bytes, of which nothing is timed, for a reason."""
+    return Benchmark(tensor_bytes(model), None, fp32, resident_bytes(model), fp32, (), (), (reason,))
+
+
 @dataclass(frozen=True)
 class _Cost:
     """About how many seconds both models together take: for anything, and for each further token read."""
