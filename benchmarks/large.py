@@ -36,9 +36,10 @@ from benchmarks.huggingface import REFERENCE
 from benchmarks.widen import SIZES, make, weight_files
 from search.problem.run_directory import BASELINE, CERTIFICATE, DATABASE, FINGERPRINT, FRONT, RunDirectory
 from search.problem.spec import load_spec
-from search.problem.workspace import load_splits, study_checkpoint
+from search.problem.workspace import load_splits, plan_of, study_checkpoint
 from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.evaluation.evaluate import evaluate
+from ssm_mp.evaluation.memory import let_go_of
 from ssm_mp.model import build
 
 ROOT = Path(__file__).parents[1]
@@ -159,7 +160,8 @@ def run_search(study: Path, run: Path, overrides: Sequence[str], timeout: float)
     # GNU time ignores the signal, so that it still says what an interrupted search took
     alarm = threading.Timer(timeout, os.killpg, (process.pid, signal.SIGINT))
     murder = threading.Timer(timeout + _LEAVING_SECONDS, os.killpg, (process.pid, signal.SIGKILL))
-    alarm.start(), murder.start()
+    alarm.start()
+    murder.start()
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -167,7 +169,8 @@ def run_search(study: Path, run: Path, overrides: Sequence[str], timeout: float)
             print(f"{lines[-1][0]:8.1f} s  {lines[-1][1]}", file=sys.stderr, flush=True)
         code = process.wait()
     finally:
-        alarm.cancel(), murder.cancel()
+        alarm.cancel()
+        murder.cancel()
     ended = Ended(tuple(lines), began, time.time(), peak_of(report) if timer else None)
     if code != 0 and not (run / FRONT).exists():  # 1 also where nothing could be certified
         said = "\n".join(line for _, line in lines[-5:])
@@ -203,14 +206,18 @@ def certificate_seconds(lines: Sequence[Line]) -> float:
     return next(after, lines[-1][0]) - lines[starts[-1]][0]
 
 
-def evaluate_fp32(study: Path) -> dict[str, float]:
-    """Seconds of an evaluation of all search windows by the FP32 model, and the reference's perplexity on them."""
-    spec = load_spec(study)
+def evaluate_fp32(study: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Seconds of an evaluation of all search windows by the FP32 model, and the reference's perplexity on them.
+
+    Layer by layer where the search would go so.
+    """
+    spec = load_spec(study, overrides)
     checkpoint, reference = study_checkpoint(spec), load_checkpoint(REFERENCE)
     windows = load_splits(spec, checkpoint.config).search
     perplexity = evaluate(build(reference.config, reference.tensors), windows).perplexity
-    model = build(checkpoint.config, checkpoint.tensors)
-    seconds = []
+    after_layer = let_go_of if plan_of(spec, checkpoint).layer_by_layer else None
+    model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer)
+    seconds: list[float] = []
     while len(seconds) < 3 and sum(seconds) < 30:
         began = time.perf_counter()
         evaluate(model, windows)
@@ -218,9 +225,9 @@ def evaluate_fp32(study: Path) -> dict[str, float]:
     return {"seconds": min(seconds), "reference": perplexity}
 
 
-def _evaluated_apart(study: Path) -> dict[str, float]:
+def _evaluated_apart(study: Path, overrides: Sequence[str]) -> dict[str, float]:
     """The same in a new process."""
-    command = [sys.executable, "-m", "benchmarks.large", "--evaluate", str(study)]
+    command = [sys.executable, "-m", "benchmarks.large", "--evaluate", str(study), "--set", *overrides]
     done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
     found: dict[str, float] = json.loads(done.stdout)
     return found
@@ -236,9 +243,10 @@ def measure(size: str, plan: Plan, folder: Path, overrides: Mapping[str, str], t
         if not (run / FINGERPRINT).exists():
             raise RuntimeError(f"{run}: expected the run directory of a former measurement; remove it")
         shutil.rmtree(run)  # a search that is continued measures nothing
-    ended = run_search(study, run, [f"{key}={value}" for key, value in overrides.items()], timeout)
+    changed = [f"{key}={value}" for key, value in overrides.items()]
+    ended = run_search(study, run, changed, timeout)
     first, last = trials_between(run)
-    fp32 = _evaluated_apart(study)
+    fp32 = _evaluated_apart(study, changed)
     held = RunDirectory(run)
     front, certificate, baseline = held.read_json(FRONT), held.read_json(CERTIFICATE), held.read_json(BASELINE)
     winner = next((point for point in front["front"] if point["trial"] == front["winner"]), None)
@@ -312,13 +320,13 @@ def main() -> None:
     arguments.add_argument("--probe", choices=("none", "gradient", "measured"))
     arguments.add_argument("--activations", choices=("none", "dynamic", "static"))
     arguments.add_argument("--memory-gib", type=float)
-    arguments.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="of the study, as in ssm-mp")
+    arguments.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="of the study, as in ssm-mp")
     arguments.add_argument("--timeout", type=float, default=6 * 3600.0, help="seconds of one search")
     arguments.add_argument("--json", action="store_true")
     arguments.add_argument("--evaluate", type=Path, help=argparse.SUPPRESS)
     given = arguments.parse_args()
     if given.evaluate is not None:
-        print(json.dumps(evaluate_fp32(given.evaluate)))
+        print(json.dumps(evaluate_fp32(given.evaluate, given.set)))
         return
     given.folder.mkdir(parents=True, exist_ok=True)
     overrides = dict(one.partition("=")[::2] for one in given.set)

@@ -242,8 +242,8 @@ def search_windows(count: int) -> Windows:
 def compare(folder: Path, windows: Windows, reference: Path = REFERENCE) -> tuple[float, float, float]:
     """Perplexity of the reference and of a widened model on the same windows, and the increase in percent."""
     ours, theirs = (load_checkpoint(path) for path in (folder, reference))
-    evaluations = [evaluate(build(one.config, one.tensors), windows) for one in (theirs, ours)]
-    return (*(one.perplexity for one in evaluations), paired_increase(evaluations[1], evaluations[0]).percent)
+    found, reference_found = (evaluate(build(one.config, one.tensors), windows) for one in (ours, theirs))
+    return reference_found.perplexity, found.perplexity, paired_increase(found, reference_found).percent
 
 
 def main() -> None:

@@ -183,14 +183,15 @@ def _flattened(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[s
             yield prefix + key, value
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern, with `*` for any characters, is of a component's whole name."""
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), name) is not None
 
 
 def _check_rule(
     pattern: str, precision: str, names: Sequence[str], pins: frozenset[str], components: Sequence[Component]
 ) -> None:
-    matched = [name for name in names if _matches(pattern, name)]
+    matched = [name for name in names if matches(pattern, name)]
     if not matched:
         raise PrecisionMapError(f"{pattern!r} matches no component; {_closest(pattern, names)}")
     if precision == PINNED_TO or not pins.issuperset(matched):
@@ -204,7 +205,7 @@ def _winner(name: str, rules: Mapping[str, str]) -> str | None:
     """The precision of the most specific rule for a component; None where no rule matches."""
     if name in rules:
         return rules[name]
-    matching = sorted((pattern for pattern in rules if _matches(pattern, name)), key=len, reverse=True)
+    matching = sorted((pattern for pattern in rules if matches(pattern, name)), key=len, reverse=True)
     if not matching:
         return None
     if len(matching) > 1 and len(matching[0]) == len(matching[1]):

@@ -8,12 +8,13 @@ probes that share them are one group, the unit that workers share out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from search.problem.groups import Groups
+from search.problem.space import Unit
 from search.problem.workspace import Workspace
-from ssm_mp.components import Component
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
 from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, finish, finish_against, paired_increase, start
@@ -27,6 +28,8 @@ WIDEST, LOWEST, GRADIENT = "widest", "lowest", "gradient"
 @dataclass(frozen=True)
 class Probe:
     """One measurement: `component` put to `precision` while all others stand as at the `end` it departs from.
+
+    A group of components that move together is one `component` here, under its own name.
 
     `origin` is the component's own precision there. `log_increase` and `log_stderr` are of log-perplexity,
     paired by window, against the map it departs from (so raising a component gives a negative increase);
@@ -86,7 +89,7 @@ class End:
 
 def planned(workspace: Workspace) -> int:
     """How many probes a study has."""
-    return sum(2 * (len(workspace.space.choices[c.name]) - 1) for c in workspace.space.free)
+    return sum(2 * (len(unit.choices) - 1) for unit in workspace.space.units)
 
 
 def open_end(workspace: Workspace, name: str) -> End:
@@ -100,7 +103,7 @@ def open_end(workspace: Workspace, name: str) -> End:
 
 @dataclass(frozen=True)
 class Group:
-    """Probes that share a prefix: from one end, of the components that act at one stage."""
+    """Probes that share a prefix: from one end, of what begins to act at one stage."""
 
     end: str
     stage: int
@@ -108,21 +111,20 @@ class Group:
 
 def groups(workspace: Workspace) -> list[Group]:
     """All groups of a study's probes, in the order of the data flow."""
-    stages = sorted({component.stage for component in workspace.space.free})
+    stages = sorted({unit.stage for unit in workspace.space.units})
     return [Group(end, stage) for end in (WIDEST, LOWEST) for stage in stages]
 
 
-def missing(workspace: Workspace, group: Group, done: Iterable[Probe]) -> list[tuple[Component, str]]:
-    """Components and precisions of a group that were not measured yet."""
+def missing(workspace: Workspace, group: Group, done: Iterable[Probe]) -> list[tuple[Unit, str]]:
+    """What moves at which precisions of a group that was not measured yet."""
     space = workspace.space
-    held = (space.widest() if group.end == WIDEST else space.lowest()).to_json()
     known = {(probe.component, probe.precision, probe.end) for probe in done}
     return [
-        (component, precision)
-        for component in space.free
-        if component.stage == group.stage
-        for precision in space.choices[component.name]
-        if precision != held[component.name] and (component.name, precision, group.end) not in known
+        (unit, precision)
+        for unit in space.units
+        if unit.stage == group.stage
+        for precision in unit.choices
+        if precision != _at(group.end, unit) and (unit.name, precision, group.end) not in known
     ]
 
 
@@ -135,8 +137,8 @@ def run_group(
         return
     # stage 0 is what acts at the embedding: nothing before it to reuse
     prefix = end.walk.to(max(0, group.stage - 1), check)
-    for component, precision in wanted:
-        yield _measure(workspace, end, component, precision, prefix, check)
+    for unit, precision in wanted:
+        yield _measure(workspace, end, unit, precision, prefix, check)
 
 
 def run_probes(
@@ -152,22 +154,47 @@ def run_probes(
     return probes
 
 
+def _at(end: str, unit: Unit) -> str:
+    """The precision that a unit has at an end."""
+    return unit.choices[0 if end == WIDEST else -1]
+
+
 def _measure(
-    workspace: Workspace, end: End, component: Component, precision: str, prefix: Prefix, check: Callable[[], None]
+    workspace: Workspace, end: End, unit: Unit, precision: str, prefix: Prefix, check: Callable[[], None]
 ) -> Probe:
     windows = workspace.splits.search
-    model = workspace.converter.convert(end.map.changed({component.name: precision}))
-    origin = end.map[component.name]
-    begin = prefix if component.stage > 0 else start(model, windows)
+    model = workspace.converter.convert(end.map.changed({member.name: precision for member in unit.members}))
+    begin = prefix if unit.stage > 0 else start(model, windows)
     final = advance(model, begin, len(model.layers) - begin.layer, before_layer=check)
     try:
         evaluation, kl = finish_against(end.model, end.final, model, final, windows)
     except EvaluationError as error:
-        raise EvaluationError(f"probe of {component.name} at {precision} (from {end.name}): {error}") from None
+        raise EvaluationError(f"probe of {unit.name} at {precision} (from {end.name}): {error}") from None
     increase = paired_increase(evaluation, end.evaluation)
-    return Probe(component.name, precision, end.name, origin, increase.log_mean, increase.log_stderr, kl)
+    return Probe(unit.name, precision, end.name, _at(end.name, unit), increase.log_mean, increase.log_stderr, kl)
 
 
 def probe_from_stored(values: Mapping[str, Any]) -> Probe:
     """Inverse of `Probe.stored`."""
     return Probe(**values)
+
+
+def gathered(probes: Iterable[Probe], choices: Mapping[str, Sequence[str]], groups: Groups) -> list[Probe]:
+    """Gradient probes of single components as those of what moves: a group's effects are the sums of its members'.
+
+    choices: every component's in the grouped space. Standard errors are combined as of independent errors.
+    """
+    held = {(probe.component, probe.precision): probe for probe in probes}
+    group_of = {member: name for name, members in groups.items() for member in members}
+    found = [probe for (name, precision), probe in held.items() if name not in group_of and precision in choices[name]]
+    for name, members in groups.items():
+        top = choices[members[0]][0]
+        for precision in choices[members[0]][1:]:
+            parts = [held[member, precision] for member in members]
+            # a member's own widest may be wider than the group's
+            above = [held[member, top] for member in members if (member, top) in held]
+            increase = math.fsum(p.log_increase for p in parts) - math.fsum(p.log_increase for p in above)
+            found.append(
+                Probe(name, precision, GRADIENT, top, increase, math.hypot(*(p.log_stderr for p in parts)), None)
+            )
+    return found

@@ -36,7 +36,7 @@ def trials_at_once(workspace: Workspace) -> int:
     search = workspace.spec.search
     if search.stacked != "auto":
         return int(search.stacked)
-    if torch.device(search.device).type == "cpu":
+    if torch.device(search.device).type == "cpu" or workspace.memory.layer_by_layer:
         return 1
     length = window_length(workspace.spec, workspace.checkpoint.config)
     return max(1, min(at_once(workspace.model, length), search.trials // _FEWEST_ROUNDS))

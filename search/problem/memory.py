@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from search.base.errors import StudyError
 from search.problem.spec import StudySpec
@@ -20,6 +21,7 @@ from ssm_mp.components import Component
 from ssm_mp.conversion.forms import Scratch
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.memory import Limit, memory_limit
+from ssm_mp.files.mapped import spilled
 from ssm_mp.shards import shard_tokens, token_bytes
 
 GIB = 1 << 30
@@ -29,6 +31,10 @@ _STATES = {"measured": 6, "gradient": 4, "none": 3}
 """Hidden states of all windows that are held at once, by the kind of probe: both ends', and a layer's in and out."""
 _KEPT = 64 << 20
 """Freed bytes that the C library keeps where memory is short."""
+_LARGE = 64 << 20
+"""Bytes of a checkpoint from which on a layer takes so long that taking all windows through it first costs nothing."""
+_FEW_SHARED = 128 << 20
+"""States that maps share give way to a model that then fits, down to so many bytes."""
 _RESERVE = 0.1
 """Share of what there is that is left to others."""
 _OWN, _BESIDE = 1.5, 6 * GIB // 5
@@ -107,31 +113,51 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
     On a GPU everything is held there, and nothing is planned.
     """
     limit = memory_limit()
-    bound = _bound(spec, needs, limit)
+    at_once = _at_once(spec)
+    bound = _bound(spec, needs.all + _FEW_SHARED if at_once else needs.least, needs, limit)
     shared = spec.search.shared_mib << 20
     if torch.device(spec.search.device).type == "cuda":
         return MemoryPlan(bound, False, None, shared, None, "")
-    if needs.all + shared <= bound:
+    fits = needs.all + min(shared, _FEW_SHARED) <= bound
+    if at_once and not fits:
+        raise MachineError(
+            f"{at_once} needs the model and all its quantised components in memory at once, about {_gib(needs.all)}, "
+            f"and {_who(spec, limit)} {_gib(bound)}; give more, or leave it out"
+        )
+    if fits and (at_once or needs.checkpoint < _LARGE):
+        shared = min(shared, bound - needs.all)
         said = f"memory: at most about {_gib(needs.all + shared)}, all of it held at once"
         return MemoryPlan(bound, False, None, shared, None, said)
     if needs.least > bound:
         raise _too_little(spec, needs, bound, limit)
     shared = min(shared, bound - needs.least)
     forms = bound - needs.least - shared
-    written = max(0, needs.forms - forms)
-    scratch = scratch_of(spec, written)
-    said = (
-        f"memory: the model and its quantised components would take {_gib(needs.all)}, above {_gib(bound)}: evaluating "
-        f"layer by layer, with {_gib(forms)} of components in memory, up to {written / 1e9:.1f} GB in {scratch.folder}"
-    )
+    said = f"memory: below {_gib(bound)}, evaluating layer by layer, quantised components "
+    if needs.forms <= forms:
+        return MemoryPlan(bound, True, None, shared, None, said + f"({_gib(needs.forms)}) in memory")
+    scratch = scratch_of(spec, needs.forms - forms)
+    said += f"in memory ({_gib(forms)}) and, up to {_gib(needs.forms - forms)} of them, in {scratch.folder}"
     return MemoryPlan(bound, True, forms, shared, scratch, said)
 
 
-def _bound(spec: StudySpec, needs: Needs, limit: Limit | None) -> int:
-    """Bytes that a study may take. Raises StudyError where it asks for more than there is."""
+def _at_once(spec: StudySpec) -> str | None:
+    """What a study asks for that cannot be had layer by layer."""
+    if spec.search.asks_latency:
+        return 'the objective "latency"'
+    return f"[search] stacked = {spec.search.stacked}" if spec.search.stacked not in ("auto", 1) else None
+
+
+def _who(spec: StudySpec, limit: Limit | None) -> str:
+    """Who bounds a study's memory, to be followed by how much that is."""
+    return "[search] memory_gib allows" if spec.search.memory_gib is not None else limit.who if limit else "there is"
+
+
+def _bound(spec: StudySpec, least: int, needs: Needs, limit: Limit | None) -> int:
+    """Bytes that a study may take which cannot do with less than `least`. Raises StudyError where it asks for more than
+    there is."""
     asked = spec.search.memory_gib
     if asked is None:
-        wanted = max(needs.least, int(_OWN * needs.checkpoint) + _BESIDE)
+        wanted = max(least, int(_OWN * needs.checkpoint) + _BESIDE)
         return wanted if limit is None else min(wanted, int((1 - _RESERVE) * limit.bytes))
     if limit is not None and asked * GIB > limit.bytes:
         raise StudyError(
@@ -142,14 +168,28 @@ def _bound(spec: StudySpec, needs: Needs, limit: Limit | None) -> int:
 
 
 def _too_little(spec: StudySpec, needs: Needs, bound: int, limit: Limit | None) -> MachineError:
-    who = "[search] memory_gib allows" if spec.search.memory_gib is not None else limit.who if limit else "there is"
     rest = needs.least - needs.layer - _PROCESS
     return MachineError(
         f"too little memory for one layer at a time: it takes about {_gib(needs.least)} ({_gib(needs.layer)} for the "
         f"largest layer, {_gib(rest)} for the states of all windows and the activations of {torch.get_num_threads()} "
-        f"threads, {_gib(_PROCESS)} without a model), and {who} {_gib(bound)}; give more, or fewer or shorter windows "
-        "([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS)"
+        f"threads, {_gib(_PROCESS)} without a model), and {_who(spec, limit)} {_gib(bound)}; give more, or fewer or "
+        "shorter windows ([data] search_windows, certify_windows, window), or fewer threads (OMP_NUM_THREADS)"
     )
+
+
+def put_aside(spec: StudySpec, checkpoint: Checkpoint) -> Callable[[Tensor], Tensor] | None:
+    """Where tensors that are put together of a large checkpoint's are held; None: in memory."""
+    if checkpoint.file_bytes < _LARGE or torch.device(spec.search.device).type == "cuda":
+        return None
+    folder = scratch_of(spec, checkpoint.file_bytes).folder
+
+    def place(tensor: Tensor) -> Tensor:
+        try:
+            return spilled(tensor, folder)
+        except OSError as error:
+            raise MachineError(f"{folder}: the scratch folder cannot be written ({error.strerror or error})") from None
+
+    return place
 
 
 def scratch_of(spec: StudySpec, written: int) -> Scratch:

@@ -13,6 +13,7 @@ from typing import Any
 from search.base.errors import StudyError
 from search.base.file_lock import FileLock
 from search.base.paths import shown
+from search.problem.groups import GROUPS, groups_in
 from search.problem.spec import StudySpec
 from ssm_mp.errors import MachineError
 from ssm_mp.runtimes.registry import FORMATS
@@ -123,6 +124,10 @@ class RunDirectory:
         choices: dict[str, list[str]] = self.fingerprint()["space"]
         return choices
 
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """Which components move together, as the fingerprint holds them."""
+        return groups_in(self.fingerprint())
+
     def write_json(self, name: str, content: object) -> None:
         """Write a file whole: under another name first, then renamed."""
         self.write_text(name, json.dumps(content, indent=2) + "\n")
@@ -196,6 +201,8 @@ def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: s
     changed = _changed(stored, current)
     if GROUPING in changed:  # a checkpoint's digest and its space follow from that
         changed = [key for key in changed if key not in ("checkpoint", "space")]
+    if GROUPS in changed:  # members share their choices
+        changed = [key for key in changed if key != "space"]
     if changed:
         details = "; ".join(_difference(key, stored.get(key), current[key]) for key in changed)
         rule = " (a space may get more choices, never lose any)" if changed == ["space"] else ""
@@ -205,9 +212,8 @@ def require_same(stored: Mapping[str, Any], current: Mapping[str, Any], where: s
         )
         if grown_in(stored, current):
             advice = "`ssm-mp search` takes its trials over into the larger space"
-        raise StudyError(
-            f"{where}: this study was begun with another {', another '.join(changed)} ({details}). {advice}"
-        )
+        named = ", another ".join(map(_called, changed))
+        raise StudyError(f"{where}: this study was begun with another {named} ({details}). {advice}")
 
 
 def _changed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -217,8 +223,16 @@ def _changed(stored: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]
     return [key for key in current if stored.get(key) != current[key]]
 
 
+def _called(key: str) -> str:
+    """A part of a fingerprint in a sentence."""
+    return "division into groups" if key == GROUPS else key
+
+
 def _difference(key: str, stored: object, current: object) -> str:
     """What changed, in a few words."""
+    if key == GROUPS:
+        rules = [one["rule"] if isinstance(one, dict) else "none" for one in (stored, current)]
+        return f"{rules[0]} → {rules[1]}" if rules[0] != rules[1] else f"{rules[0]}, with other members"
     stored, current = ({} if key == GROUPING and one is None else one for one in (stored, current))
     if isinstance(stored, dict) and isinstance(current, dict):
         names = [name for name in sorted(stored.keys() | current.keys()) if stored.get(name) != current.get(name)]

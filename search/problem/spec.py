@@ -57,7 +57,10 @@ class DataSection(_Section):
 
 
 class PrecisionSection(_Section):
-    """`[precision]`: what a component may become, and what quantised means."""
+    """`[precision]`: what a component may become, what quantised means, and which components move together.
+
+    group: a rule, or `groups` patterns of components; `auto` makes at most `max_groups` of gradient probes.
+    """
 
     choices: tuple[str, ...] = ("fp16", "int8")
     activations: ActivationScheme = "static"
@@ -69,8 +72,11 @@ class PrecisionSection(_Section):
     embedding_blocks: tuple[int, ...] = ()
     experts: Literal["each", "together"] | None = None
     split: tuple[Literal["in_proj"], ...] = ()
+    group: Literal["none", "layer", "kind", "auto"] = "none"
+    groups: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
+    max_groups: int = Field(default=32, ge=2, le=4096)
 
-    @field_validator("choices", "pin", "unpin", "embedding_blocks", "split", mode="before")
+    @field_validator("choices", "pin", "unpin", "embedding_blocks", "split", "groups", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
         return tuple(value) if isinstance(value, list) else value
@@ -87,6 +93,14 @@ class PrecisionSection(_Section):
         if widest_first[0] != "fp16":
             raise ValueError("'fp16' must be among the choices: it is where the pinned components and the probes stand")
         return widest_first
+
+    @field_validator("groups")
+    @classmethod
+    def _different(cls, groups: tuple[str, ...]) -> tuple[str, ...]:
+        twice = [pattern for pattern in groups if groups.count(pattern) > 1]
+        if twice:
+            raise ValueError(f"{twice[0]!r} stands there twice: keep one of them")
+        return groups
 
     @property
     def scheme(self) -> Scheme:
@@ -285,7 +299,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
     if "path" in content:
         raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
     try:
-        return _for_its_target(StudySpec.model_validate({**content, "path": path}))
+        return _with_its_groups(_for_its_target(StudySpec.model_validate({**content, "path": path})))
     except ValidationError as error:
         lines = [_explained(detail) for detail in error.errors()]
         raise StudyError(f"{path}: " + "; ".join(lines)) from None
@@ -311,6 +325,22 @@ def _for_its_target(spec: StudySpec) -> StudySpec:
             "blocks; leave the key out, or the target"
         )
     return spec.model_copy(update={"precision": precision.model_copy(update={"activations": inputs})})
+
+
+def _with_its_groups(spec: StudySpec) -> StudySpec:
+    """The study itself. Raises StudyError where its keys for groups contradict one another."""
+    precision, given = spec.precision, spec.precision.model_fields_set
+    where = f"{spec.path}: [precision]"
+    if precision.groups and precision.group != "none":
+        raise StudyError(f'{where} group = "{precision.group}" and groups say two things: keep one of them')
+    if precision.group == "auto" and spec.search.probe != "gradient":
+        raise StudyError(
+            f'{where} group = "auto" makes groups of gradient probes: set [search] probe = "gradient" '
+            f'(found "{spec.search.probe}"), or group = "layer" or "kind"'
+        )
+    if "max_groups" in given and precision.group != "auto":
+        raise StudyError(f'{where} max_groups is for group = "auto" (found "{precision.group}"); leave one of them out')
+    return spec
 
 
 def _overridden(content: Mapping[str, Any], override: str) -> dict[str, Any]:

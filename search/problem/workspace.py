@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from search.base.errors import StudyError
-from search.problem.calibration import kept_statistics
-from search.problem.memory import MemoryPlan, needs_of, plan_memory
+from search.problem.calibration import blocks_digest, statistics_of
+from search.problem.grouping import grouped_by_rule, rule_of, told
+from search.problem.groups import GROUPS, Groups, recorded
+from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import STDLIB, StudySpec
@@ -20,7 +22,7 @@ from ssm_mp.artifact_folder import ACCOMPANYING
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
-from ssm_mp.conversion.calibrate import Statistics, calibrate, hardly_reached
+from ssm_mp.conversion.calibrate import hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
@@ -41,12 +43,13 @@ from ssm_mp.data import (
     tokenize,
 )
 from ssm_mp.data.corpus import Part, stdlib_documents
-from ssm_mp.evaluation.memory import keep_freed_memory, let_pages_go
+from ssm_mp.errors import CheckpointError
+from ssm_mp.evaluation.memory import keep_freed_memory, let_go_of
+from ssm_mp.files.mapped import end_clearly
 from ssm_mp.files.shown import listed
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
-from ssm_mp.model import LanguageModel, build
-from ssm_mp.modules.embedding import BlockedEmbedding
+from ssm_mp.model import AfterLayer, LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.runtimes.capability import holds, not_worth, sized
 from ssm_mp.runtimes.format import Format
@@ -81,11 +84,11 @@ class Workspace:
 
         The certify windows are not in it: an inconclusive certificate may be repeated with more of them.
         """
-        blocks = {"embedding blocks": _blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
+        blocks = {"embedding blocks": blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
         latency = {"latency": shape} if search.asks_latency else {}
-        grouping = grouping_of(self.checkpoint.config)
+        grouping, rule = grouping_of(self.checkpoint.config), rule_of(self.spec.precision)
         return {
             "checkpoint": self.checkpoint.digest,
             "search windows": self.splits.search.digest,
@@ -97,7 +100,35 @@ class Workspace:
             **blocks,
             **latency,
             **({GROUPING: grouping} if grouping else {}),
+            **({GROUPS: recorded(rule, self._groups)} if rule else {}),
         }
+
+    @property
+    def _groups(self) -> Groups | None:
+        """Those of the space; None where they are to be made of probes that are still to be measured."""
+        return None if self.spec.precision.group == "auto" and self.space.apart is None else self.space.groups
+
+    def grouped(self, groups: Groups) -> Workspace:
+        """The same with components that move together."""
+        return replace(self, space=self.space.grouped(groups))
+
+    @property
+    def ungrouped(self) -> Workspace:
+        """The same study before its groups were made."""
+        return replace(self, space=self.space.apart or self.space)
+
+    @property
+    def apart(self) -> Workspace:
+        """The study without groups, whatever it says: its fingerprint marks what does not depend on them."""
+        precision = self.spec.precision.model_copy(update={"group": "none", "groups": ()})
+        return replace(self.ungrouped, spec=self.spec.model_copy(update={"precision": precision}))
+
+    @property
+    def at_the_ends(self) -> Workspace:
+        """`apart` where both ends have the same maps in it: what is measured of them does not depend on groups."""
+        apart = self.apart
+        mine, theirs = ((one.space.widest(), one.space.lowest()) for one in (self, apart))
+        return apart if mine == theirs else self
 
     @property
     def fingerprint_digest(self) -> str:
@@ -119,7 +150,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     if plan.sentence:
         say(plan.sentence)
     keep_freed_memory(plan.kept)
-    after_layer = let_pages_go if plan.layer_by_layer else None
+    after_layer = _after_layer(checkpoint) if plan.layer_by_layer else None
     model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer).to(device)
     splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
@@ -128,7 +159,8 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     scheme = spec.precision.scheme
     statistics = None
     if scheme.activations == "static":
-        statistics = _statistics(spec, checkpoint, model, splits.calibration, say, cache)
+        compute = _compute_type(spec.search.device)
+        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
@@ -145,41 +177,33 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
             pins,
             lambda component, asked: not_worth(format_, component, asked, config),
         )
-    for line in space.never():
+    space = grouped_by_rule(space, spec.precision)
+    for line in (*space.never(), *space.narrowed()):
         say(f"note: {line}")
+    if space.groups:
+        say(told(space))
     return Workspace(spec, checkpoint, model, splits, converter, space, plan)
+
+
+def _after_layer(checkpoint: Checkpoint) -> AfterLayer:
+    """What is done after each layer of a large model: pages and freed memory go back, and files must still be there."""
+    end_clearly(
+        f"error: {checkpoint.path}: a file that its tensors are mapped from, or a scratch file, cannot be read any "
+        "more (bus error); restore it and start the same command again, what was measured so far is kept\n",
+        CheckpointError.exit_code,
+    )
+
+    def passed(part: nn.Module) -> None:
+        checkpoint.require_files()
+        let_go_of(part)
+
+    return passed
 
 
 def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
     """How a study keeps below the memory that it may take."""
     components = find_components(checkpoint)
     return plan_memory(spec, needs_of(spec, checkpoint, components, window_length(spec, checkpoint.config)))
-
-
-def _statistics(
-    spec: StudySpec, checkpoint: Checkpoint, model: LanguageModel, windows: Windows, say: Say, cache: Path | None
-) -> Statistics:
-    """Those of a model's inputs on the calibration windows, from an earlier process where it kept them."""
-
-    def measure() -> Statistics:
-        say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
-        return calibrate(model, windows)
-
-    depends = {
-        "checkpoint": checkpoint.digest,
-        "windows": windows.digest,
-        "blocks": _blocks_digest(model) if spec.precision.embedding_blocks else None,
-        GROUPING: grouping_of(checkpoint.config),
-        "compute": _compute_type(spec.search.device),
-    }
-    return kept_statistics(cache, depends, measure, say)
-
-
-def _blocks_digest(model: LanguageModel) -> str:
-    """Which token is in which block of the embedding."""
-    embedding = model.embedding
-    assert isinstance(embedding, BlockedEmbedding)
-    return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
 
 def target_of(spec: StudySpec, config: Config) -> Format | None:
@@ -219,7 +243,8 @@ class _Configured:
 def study_checkpoint(spec: StudySpec) -> Checkpoint:
     """The checkpoint that a study names, its components as the study asks for."""
     checkpoint = load_checkpoint(spec.checkpoint_path, spec.checkpoint.weights)
-    return regrouped(checkpoint, spec.precision.experts, spec.precision.split)
+    place = put_aside(spec, checkpoint) if spec.precision.experts is not None else None
+    return regrouped(checkpoint, spec.precision.experts, spec.precision.split, *([] if place is None else [place]))
 
 
 def _extra_pins(spec: StudySpec, model: LanguageModel) -> frozenset[str]:

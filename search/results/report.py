@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from search.base.front import Point, fastest, hypervolume, hypervolume_with_latency
 from search.measure.latency import summary
+from search.problem.groups import Groups
 from search.problem.source import Source
 from search.problem.spec import StudySpec
 from search.results.certify import Certificate
@@ -21,6 +22,8 @@ from ssm_mp.evaluation.benchmark import Benchmark
 from ssm_mp.evaluation.latency import LatencyTable
 from ssm_mp.runtimes.transfer import Transferred
 
+_MOST_MEMBERS = 4
+"""Members of a group that the report names; of more, how many there are."""
 _MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
 
@@ -50,6 +53,7 @@ class Result:
     doubt: str | None = None
     source: Source | None = None
     transferred: Transferred | None = None
+    groups: Groups = field(default_factory=dict)
 
     @property
     def winner(self) -> Point | None:
@@ -111,6 +115,7 @@ def render(result: Result) -> str:
         f"## Certificate\n\n{_certificate(result)}",
         f"## Winner\n\n{_winner(result)}",
         *([] if result.transferred is None else [f"## For {result.transferred.format.runtime}\n\n{_file(result)}"]),
+        *([] if not result.groups else [f"## Groups\n\n{_groups(result)}"]),
         f"## Components\n\n{_components(result)}",
         f"## Sensitivities\n\n{_surrogate(result)}",
         *([] if result.latency is None else [f"## Latency\n\n{_latency(result.latency)}"]),
@@ -309,6 +314,30 @@ def _components(result: Result) -> str:
         for row in component_rows(result.components, result.pins)
     ]  # fmt: skip
     return _table(("component", "kind", "parameters", "share", "", "winner"), rows, left=2)
+
+
+def _groups(result: Result) -> str:
+    """What moves together, with its members."""
+    held = {} if result.winner is None else dict(result.winner.map)
+    count = {component.name: component.count for component in result.components}
+    total, alone = sum(count.values()), set(count) - {m for members in result.groups.values() for m in members}
+    rows = [
+        (
+            f"`{name}`", ", ".join(f"`{member}`" for member in members[:_MOST_MEMBERS])
+            + (f" and {len(members) - _MOST_MEMBERS} more" if len(members) > _MOST_MEMBERS else ""),
+            str(len(members)), f"{sum(count[member] for member in members) / total:.2%}",
+            held.get(members[0], ""),
+        )
+        for name, members in result.groups.items()
+    ]  # fmt: skip
+    said = f"By `{_rule(result.spec)}`, components that move together; {len(alone)} others are in no group.\n\n"
+    return said + _table(("group", "members", "", "share", "winner"), rows, left=2)
+
+
+def _rule(spec: StudySpec) -> str:
+    """The study's key for groups."""
+    precision = spec.precision
+    return f"groups = {list(precision.groups)}" if precision.groups else f'group = "{precision.group}"'
 
 
 def _surrogate(result: Result) -> str:

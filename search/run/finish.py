@@ -14,6 +14,7 @@ from optuna.study import Study
 from search.base.front import Point, front_by_size, pareto_front
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
+from search.problem.groups import NO_GROUPS, Groups
 from search.problem.run_directory import CERTIFICATE, FRONT, REPORT, TRIES, WINNER, RunDirectory
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
@@ -88,8 +89,9 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         doubt=require_knowing(workspace, baseline.evaluation),
         source=source_of(workspace.checkpoint),
         transferred=transferred,
+        groups=workspace.space.groups,
     )
-    draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes)
+    draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes, result.groups)
     run.write_text(REPORT, render(result))
     run.write_json(FRONT, answer(result))
     return result
@@ -188,6 +190,7 @@ def draw(
     probes: Sequence[Probe],
     certificate: Certificate | None,
     baseline_bytes: int,
+    groups: Groups = NO_GROUPS,
 ) -> list[Path]:
     """The study's pictures, PNG and SVG. The allocation is the winner's, or the smallest front map's where none won."""
     budget = spec.search.budget_percent
@@ -197,7 +200,7 @@ def draw(
     picture = plot_front(found, budget, winner, sentence, baseline_bytes, spec.export.target)
     paths = save(picture, run.path, "front")
     if probes:
-        paths += save(plot_sensitivities(probes, components), run.path, "sensitivities")
+        paths += save(plot_sensitivities(probes, components, groups), run.path, "sensitivities")
     shown = next((point for point in front if point.trial == winner), front[0] if front else None)
     if shown is not None:
         allocation = PrecisionMap(tuple(shown.map.items()))

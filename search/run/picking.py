@@ -18,6 +18,7 @@ from search.problem.workspace import Workspace, open_workspace
 from search.results.certify import Certificate
 from search.results.export import Exported, export
 from search.run.finish import certify_front
+from search.run.grouping import grouped_as_stored
 from search.run.stored import stored_certificate
 from search.trials.read_back import points
 from ssm_mp.artifact import require_free
@@ -82,7 +83,8 @@ def picked(spec: StudySpec, run: RunDirectory, study: Study, pick: str, say: Cal
     certificate = stored_certificate(run, spec, front)
     winner = None if certificate is None else certificate.winner
     point = pick_point(pick, found, spec.search.budget_percent, winner)
-    workspace = open_workspace(spec, say, run.path)
+    opened = open_workspace(spec, say, run.path)
+    workspace = grouped_as_stored(opened, run) or opened
     run.check_fingerprint(workspace.fingerprint())
     if point.trial != winner:
         certificate = certify_front(workspace, run, [point], say)

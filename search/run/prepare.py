@@ -26,6 +26,7 @@ from search.measure.probe import (
     End,
     Group,
     Probe,
+    gathered,
     groups,
     missing,
     open_end,
@@ -39,6 +40,7 @@ from search.problem.space import Space
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
 from search.run.claim import Seed
+from search.run.grouping import grouped_by_probes
 from search.run.widening import check_or_widen
 from search.sampling.catalogue import catalogue_of
 from search.sampling.knowledge import Knowledge, before_any_trial
@@ -69,9 +71,8 @@ class Prepared:
 
     @property
     def choices(self) -> dict[str, tuple[str, ...]]:
-        """The free components' precisions: what a trial's parameters may be."""
-        space = self.workspace.space
-        return {component.name: space.choices[component.name] for component in space.free}
+        """The precisions of free components and groups: what a trial's parameters may be."""
+        return self.workspace.space.moves
 
 
 def prepare(spec: StudySpec, run: RunDirectory, say: Say, stop: Stop | None = None) -> Prepared:
@@ -108,6 +109,8 @@ class _Preparation:
     @classmethod
     def begin(cls, spec: StudySpec, run: RunDirectory, say: Say, stop: Stop) -> _Preparation:
         workspace = open_workspace(spec, say, run.path)
+        if spec.precision.group == "auto":
+            workspace = grouped_by_probes(workspace, run, lambda: _probes_to_group(workspace, run, say, stop), say)
         check_or_widen(spec, run, workspace.fingerprint(), say)
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
             baseline, offsets = _stored_baseline(run, workspace) or _measured_baseline(run, workspace, say)
@@ -125,15 +128,8 @@ class _Preparation:
         return open_end(self.workspace, WIDEST), open_end(self.workspace, LOWEST)
 
     def _stored(self) -> list[Probe]:
-        """Probes that were measured under this fingerprint, of the kind that the study asks for."""
-        gradient, mark = self.workspace.spec.search.probe == "gradient", self.workspace.fingerprint_digest
-        lines = [line for line in self.run.read_lines(PROBES) if line["fingerprint"] == mark]
-        stored = [probe_from_stored(line["probe"]) for line in lines]
-        return [probe for probe in stored if (probe.end == GRADIENT) == gradient]
-
-    def _save(self, probes: Iterable[Probe]) -> None:
-        mark = self.workspace.fingerprint_digest
-        self.run.append_lines(PROBES, [{"fingerprint": mark, "probe": probe.stored()} for probe in probes])
+        """Probes that were measured under this fingerprint."""
+        return [probe for probe in _stored_probes(self.run, self.workspace) if probe.end != GRADIENT]
 
     def all_probes(self) -> list[Probe]:
         """The study's probes, in an order that does not depend on who measured them."""
@@ -142,12 +138,12 @@ class _Preparation:
             return []
         if kind == "gradient":
             with self.run.lock("prepare").awaited(self.stop.check):
-                if not self._stored():
-                    progress = Progress("gradients", len(gradient_windows(self.workspace)))
-                    self._save(gradient_probes(self.workspace, progress.step))
+                single = _gradient_probes(self.run, self.workspace.apart)
+            found = gathered(single, self.workspace.space.choices, self.workspace.space.groups)
         else:
             self._measure_probes()
-        by_key = {(probe.end, probe.component, probe.precision): probe for probe in self._stored()}
+            found = self._stored()
+        by_key = {(probe.end, probe.component, probe.precision): probe for probe in found}
         return [by_key[key] for key in sorted(by_key)]
 
     def _measure_probes(self) -> None:
@@ -167,7 +163,7 @@ class _Preparation:
     def _measure(self, group: Group, progress: Progress) -> None:
         end = self._ends[0] if group.end == WIDEST else self._ends[1]
         for probe in run_group(self.workspace, end, group, self._stored(), self.stop.check):
-            self._save([probe])
+            _save(self.run, self.workspace, [probe])
             progress.step()
 
     def _lock(self, group: Group) -> FileLock:
@@ -188,6 +184,36 @@ class _Preparation:
         return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency)
 
 
+def _stored_probes(run: RunDirectory, workspace: Workspace) -> list[Probe]:
+    """Probes that were measured under a study's fingerprint."""
+    mark = workspace.fingerprint_digest
+    lines = [line for line in run.read_lines(PROBES) if line["fingerprint"] == mark]
+    return [probe_from_stored(line["probe"]) for line in lines]
+
+
+def _save(run: RunDirectory, workspace: Workspace, probes: Iterable[Probe]) -> None:
+    mark = workspace.fingerprint_digest
+    run.append_lines(PROBES, [{"fingerprint": mark, "probe": probe.stored()} for probe in probes])
+
+
+def _gradient_probes(run: RunDirectory, apart: Workspace) -> list[Probe]:
+    """The gradient probes of single components, measured where nobody did. Under the lock."""
+    stored = [probe for probe in _stored_probes(run, apart) if probe.end == GRADIENT]
+    if not stored:
+        progress = Progress("gradients", len(gradient_windows(apart)))
+        stored = gradient_probes(apart, progress.step)
+        _save(run, apart, stored)
+    return stored
+
+
+def _probes_to_group(workspace: Workspace, run: RunDirectory, say: Say, stop: Stop) -> list[Probe]:
+    """The gradient probes that groups are made of; after the baseline, which may end a study at once."""
+    with run.lock("prepare").awaited(stop.check):
+        if _stored_baseline(run, workspace) is None:
+            _measured_baseline(run, workspace, say)
+        return _gradient_probes(run, workspace.apart)
+
+
 def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tuple[Baseline, tuple[float, float]]:
     """Measure the FP32 checkpoint and both ends, and write them down."""
     say("measuring the baseline and both ends")
@@ -200,7 +226,7 @@ def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tup
         "bytes": baseline.bytes,
         **({} if (source := source_of(workspace.checkpoint)) is None else source.to_json()),
         "ends": {WIDEST: widest, LOWEST: lowest},
-        "fingerprint": workspace.fingerprint_digest,
+        "fingerprint": workspace.at_the_ends.fingerprint_digest,
         "predicted": baseline.evaluation.predicted,
         "nll": baseline.evaluation.nll.tolist(),
     }
@@ -211,7 +237,7 @@ def _measured_baseline(run: RunDirectory, workspace: Workspace, say: Say) -> tup
 def _stored_baseline(run: RunDirectory, workspace: Workspace) -> tuple[Baseline, tuple[float, float]] | None:
     """What another process or a former run measured; None where that is missing, or of an older version."""
     stored = run.read_json(BASELINE)
-    if not isinstance(stored, dict) or stored.get("fingerprint") != workspace.fingerprint_digest:
+    if not isinstance(stored, dict) or stored.get("fingerprint") != workspace.at_the_ends.fingerprint_digest:
         return None
     evaluation = Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
     ends = stored["ends"]
@@ -232,8 +258,7 @@ def _knowledge(
     for probe in probes:
         if probe.end in ends:
             held, offset = ends[probe.end]
-            changed = held.changed({probe.component: probe.precision})
-            measured.append((space.chosen(changed), offset + probe.log_increase))
+            measured.append(({**space.chosen(held), probe.component: probe.precision}, offset + probe.log_increase))
     catalogue = catalogue_of(space, workspace.spec.precision.activations, latency)
     return before_any_trial(catalogue, surrogate.effects, measured)
 

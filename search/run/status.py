@@ -15,9 +15,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.base.front import Point, hypervolume, pareto_front
+from search.problem.groups import Groups
 from search.slurm.queue import QueuedTask
 from search.trials.attributes import FINISHED, OWNER
-from search.trials.read_back import asked_trials, counts, point_of
+from search.trials.read_back import asked_trials, counts, point_of, study_groups
 
 _RECENT = 20
 """Trials that the rate is taken from: the last so many, so that it follows workers that come and go."""
@@ -76,9 +77,9 @@ def standing(
     """How a study stands. `trials` and `budget_percent`: the study file's; `jobs`: what the queue says of each step."""
     every = study.get_trials(deepcopy=False)
     found = counts(study)
-    widest = {name: choices[0] for name, choices in space.items()}
+    widest, groups = {name: choices[0] for name, choices in space.items()}, study_groups(study)
     finished = sorted((t for t in every if t.state in FINISHED), key=_completed)
-    front = pareto_front([point_of(trial, widest) for trial in finished], budget_percent)
+    front = pareto_front([point_of(trial, widest, groups) for trial in finished], budget_percent)
     asked = asked_trials(study, trials)
     rate = _rate(finished)
     missing = max(0, asked - found.finished)
@@ -93,7 +94,7 @@ def standing(
         trials_per_hour=None if rate is None else 3600 * rate,
         seconds_left=0.0 if not missing else None if not rate else missing / rate,
         best=front[0] if front else None,
-        growth=tuple(growth(finished, widest, budget_percent)),
+        growth=tuple(growth(finished, widest, budget_percent, groups)),
         jobs=jobs or {},
     )
 
@@ -103,7 +104,9 @@ def empty_standing(trials: int, jobs: Mapping[str, Mapping[str, int]]) -> Standi
     return Standing(trials, 0, 0, 0, 0, (), {}, None, None, None, (), jobs)
 
 
-def growth(finished: Sequence[FrozenTrial], widest: Mapping[str, str], budget_percent: float) -> list[Growth]:
+def growth(
+    finished: Sequence[FrozenTrial], widest: Mapping[str, str], budget_percent: float, groups: Groups
+) -> list[Growth]:
     """The hypervolume after each finished trial that changed it, trials in the order in which they were finished."""
     started = [trial.datetime_start for trial in finished if trial.datetime_start is not None]
     if not started:
@@ -111,7 +114,7 @@ def growth(finished: Sequence[FrozenTrial], widest: Mapping[str, str], budget_pe
     front: list[Point] = []
     grown: list[Growth] = []
     for number, trial in enumerate(finished, start=1):
-        front = pareto_front([*front, point_of(trial, widest)], budget_percent)
+        front = pareto_front([*front, point_of(trial, widest, groups)], budget_percent)
         area = hypervolume(front, budget_percent)
         if not grown or area != grown[-1].hypervolume:
             grown.append(Growth((_completed(trial) - min(started)).total_seconds(), number, area))

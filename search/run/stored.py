@@ -11,7 +11,7 @@ from optuna.study import Study
 
 from search.base.errors import StudyError
 from search.base.front import Point, pareto_front
-from search.measure.probe import GRADIENT, Probe, probe_from_stored
+from search.measure.probe import GRADIENT, Probe, gathered, probe_from_stored
 from search.problem.run_directory import BASELINE, CERTIFICATE, GROUPING, PROBES, RunDirectory, require_same
 from search.problem.spec import StudySpec
 from search.problem.workspace import study_checkpoint
@@ -42,7 +42,8 @@ def stored_probes(run: RunDirectory, gradient: bool) -> list[Probe]:
     """The probes of one kind; of those of one end, component and precision the last, measured in the latest space."""
     stored = [probe_from_stored(line["probe"]) for line in run.read_lines(PROBES)]
     latest = {(probe.end, probe.component, probe.precision): probe for probe in stored}
-    return [probe for probe in latest.values() if (probe.end == GRADIENT) == gradient]
+    found = [probe for probe in latest.values() if (probe.end == GRADIENT) == gradient]
+    return gathered(found, run.space(), run.groups()) if gradient else found
 
 
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
@@ -54,4 +55,5 @@ def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:
     found = points(study, run.space())
     certificate = stored_certificate(run, spec, pareto_front(found, spec.search.budget_percent))
     probes = stored_probes(run, spec.search.probe == "gradient")
-    return draw(run, spec, find_components(blocked), found, probes, certificate, stored_baseline(run)["bytes"])
+    bytes_ = stored_baseline(run)["bytes"]
+    return draw(run, spec, find_components(blocked), found, probes, certificate, bytes_, run.groups())

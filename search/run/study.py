@@ -14,6 +14,7 @@ from optuna.study import Study
 from optuna.trial import TrialState
 
 from search.base.errors import StudyError
+from search.problem.groups import expanded, groups_in
 from search.problem.run_directory import RunDirectory, require_same, with_all
 from search.problem.spec import StudySpec
 from search.run.claim import Choices, Seed, enqueue, queue
@@ -47,7 +48,8 @@ def open_study(
     """
     opened = connect(choose_storage(spec, run, many=many, say=say), run, say)
     if latency is not None:
-        opened = replace(opened, latency=latency.predict)
+        groups = groups_in(fingerprint)
+        opened = replace(opened, latency=lambda params: latency.predict(expanded(params, groups)))
         fingerprint = {**fingerprint, "latency table": latency.digest}
     opened.patiently(lambda: _sign(opened, json.loads(json.dumps(fingerprint)), f"{run.path} ({opened.choice.kind})"))
     study = opened.study

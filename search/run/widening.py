@@ -20,6 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.base.errors import StudyError
 from search.measure.probe import LOWEST, WIDEST
+from search.problem.groups import moving
 from search.problem.run_directory import FINGERPRINT, PROBES, RunDirectory, grown_in, mark_of, require_same
 from search.problem.spec import StudySpec
 from search.run.claim import Choices, take_over
@@ -27,7 +28,7 @@ from search.trials.attributes import FINISHED
 from search.trials.maps import map_of
 from search.trials.optuna_storage import storage_of
 from search.trials.owner import LEASES, dead_owners, living_leases
-from search.trials.read_back import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE
+from search.trials.read_back import ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE, study_groups
 from search.trials.storage import MOVED, OpenStudy, exists, name_metrics, opened_as_it_is
 
 Space = Mapping[str, list[str]]
@@ -95,7 +96,8 @@ def move_study(opened: OpenStudy, run: RunDirectory, before: Space, now: Space) 
     if not grown_in({"space": held}, {"space": now}):
         require_same({"space": held}, {"space": now}, where)
     if not living_leases(run / LEASES):
-        free = {name: tuple(choices) for name, choices in held.items() if len(choices) > 1}
+        together = moving(held, study_groups(study))
+        free = {name: tuple(choices) for name, choices in together.items() if len(choices) > 1}
         take_over(opened, free, lambda owners: dead_owners(owners, run / LEASES))
     with opened.locked():
         following = study.user_attrs.get(MOVED)
@@ -125,8 +127,9 @@ def _continued(study: Study, before: Space, now: Space) -> Study:
     larger = optuna.create_study(study_name=name, storage=storage, directions=study.directions)
     name_metrics(larger)
     trials = sorted(study.get_trials(deepcopy=False), key=lambda trial: trial.number)
+    groups = study_groups(study)
     for trial in trials:
-        larger.add_trial(widened(trial, before, now))
+        larger.add_trial(widened(trial, moving(before, groups), moving(now, groups)))
     for key, value in study.user_attrs.items():
         if key not in (ASKED, CONTINUES, FINGERPRINT_ATTRIBUTE):
             larger.set_user_attr(key, value)
@@ -147,7 +150,7 @@ def _next_name(study: Study) -> str:
 
 
 def widened(trial: FrozenTrial, before: Space, now: Space) -> FrozenTrial:
-    """A trial as one of the larger space; components that had no choice stand where they stood.
+    """A trial as one of the larger space; components that had no choice stand where they stood. A group is one.
 
     A trial that was killed before its map was complete stays so.
     """

@@ -1,5 +1,7 @@
 """A search space as plain numbers: what each free component may become and what that takes.
 
+A group of components that move together is one component here.
+
 Dimensions: `n` free components, `f` features (component, precision other than the widest), `m` maps.
 """
 
@@ -101,13 +103,15 @@ def _range(sizes: Sequence[Sequence[int]]) -> int:
 
 def catalogue_of(space: Space, scheme: ActivationScheme, latency: LatencyTable | None = None) -> Catalogue:
     """The numbers of a space, with the latencies of a table where latency is an objective."""
-    free = space.free
-    precisions = tuple(space.choices[c.name] for c in free)
-    sizes = tuple(tuple(c.bytes(p, scheme) for p in held) for c, held in zip(free, precisions, strict=True))
+    units = space.units
+    precisions = tuple(unit.choices for unit in units)
+    sizes = tuple(tuple(unit.bytes(p, scheme) for p in unit.choices) for unit in units)
     fixed = space.widest().bytes(space.components, scheme) - sum(held[0] for held in sizes)
-    found = Catalogue(tuple(c.name for c in free), precisions, sizes, fixed, fp32_bytes(space.components))
+    found = Catalogue(tuple(unit.name for unit in units), precisions, sizes, fixed, fp32_bytes(space.components))
     if latency is None:
         return found
-    pairs = zip(free, precisions, strict=True)
-    times = tuple(tuple(round(1e9 * latency.seconds[c.name][p]) for p in held) for c, held in pairs)
+    times = tuple(
+        tuple(sum(round(1e9 * latency.seconds[member.name][p]) for member in unit.members) for p in unit.choices)
+        for unit in units
+    )
     return replace(found, latencies=times, fixed_latency=round(1e9 * latency.predict({})) - sum(t[0] for t in times))

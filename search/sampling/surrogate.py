@@ -25,7 +25,7 @@ _LEAST_TOTAL = 1e-4
 """Effects are taken to add up to at least this log-increase, where the lowest map happens to cost nothing."""
 
 Effects = Mapping[str, Mapping[str, float]]
-"""Component → precision → log-increase over its widest precision."""
+"""Component (or group) → precision → log-increase over its widest precision."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,18 +80,20 @@ def effects_of_size(space: Space, widest: float, lowest: float) -> Effects:
     """Expected effects where nothing was probed: in proportion to a component's parameters and to the variance of
     rounding to so many bits, 4^−bits, scaled so that they add up to what the lowest map costs over the widest."""
     raw = {
-        c.name: {p: c.count * (4.0 ** -get_precision(p).bits - 4.0 ** -get_precision(held[0]).bits) for p in held}
-        for c in space.free
-        for held in [space.choices[c.name]]
+        unit.name: {p: unit.count * (4.0 ** -get_precision(p).bits - 4.0 ** -get_precision(held[0]).bits) for p in held}
+        for unit in space.units
+        for held in [unit.choices]
     }
-    total = sum(held[space.choices[name][-1]] for name, held in raw.items())
+    moves = space.moves
+    total = sum(held[moves[name][-1]] for name, held in raw.items())
     scale = max(lowest - widest, _LEAST_TOTAL) / total if total > 0 else 0.0
     return {name: {p: scale * value for p, value in held.items()} for name, held in raw.items()}
 
 
 def additive(space: Space, effects: Effects, widest: float, lowest: float) -> Surrogate:
     """The surrogate of given effects and of both ends' measured log-increases over FP32."""
-    predicted = widest + sum(held[space.choices[name][-1]] for name, held in effects.items())
+    moves = space.moves
+    predicted = widest + sum(held[moves[name][-1]] for name, held in effects.items())
     return Surrogate(widest, effects, lowest - predicted)
 
 
@@ -99,11 +101,8 @@ def fit(space: Space, probes: Iterable[Probe], widest: float, lowest: float) -> 
     """The surrogate of a set of probes; `widest` and `lowest` are both ends' measured log-increases over FP32."""
     measured = {(probe.component, probe.precision, probe.end): probe for probe in probes}
     effects: Effects = {
-        component.name: {
-            precision: _effect(space.choices[component.name], component.name, precision, measured)
-            for precision in space.choices[component.name]
-        }
-        for component in space.free
+        unit.name: {precision: _effect(unit.choices, unit.name, precision, measured) for precision in unit.choices}
+        for unit in space.units
     }
     return additive(space, effects, widest, lowest)
 

@@ -11,6 +11,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.base.front import Point
+from search.problem.groups import NO_GROUPS, Groups, expanded, groups_in
 from search.problem.spec import StudySpec
 from search.trials.attributes import DIFFERENCES, FINISHED, LATENCY, MEASURED, ORIGIN, REASON, unpacked
 from search.trials.storage import OpenStudy
@@ -78,13 +79,18 @@ def rivals_of(opened: OpenStudy, params: Mapping[str, str]) -> list[tuple[int, n
 
 def points(study: Study, space: Mapping[str, Sequence[str]]) -> list[Point]:
     """All finished trials, by number; `space` is every component's choices, so that each point's map is total."""
-    widest = {name: choices[0] for name, choices in space.items()}
+    widest, groups = {name: choices[0] for name, choices in space.items()}, study_groups(study)
     finished = study.get_trials(deepcopy=False, states=FINISHED)
-    return [point_of(trial, widest) for trial in sorted(finished, key=lambda trial: trial.number)]
+    return [point_of(trial, widest, groups) for trial in sorted(finished, key=lambda trial: trial.number)]
 
 
-def point_of(trial: FrozenTrial, widest: Mapping[str, str]) -> Point:
-    """A finished trial as a point; `widest` completes its map."""
+def study_groups(study: Study) -> Groups:
+    """Which components move together in a study, as it was signed."""
+    return groups_in(study.user_attrs.get(FINGERPRINT_ATTRIBUTE, {}))
+
+
+def point_of(trial: FrozenTrial, widest: Mapping[str, str], groups: Groups = NO_GROUPS) -> Point:
+    """A finished trial as a point; `widest` completes its map, in which groups are their members."""
     measured = trial.user_attrs[MEASURED]
     return Point(
         trial=trial.number,
@@ -93,7 +99,7 @@ def point_of(trial: FrozenTrial, widest: Mapping[str, str]) -> Point:
         perplexity=measured["perplexity"],
         increase_percent=measured["increase_percent"],
         stderr_percent=measured["stderr_percent"],
-        map={**widest, **trial.params},
+        map={**widest, **expanded(trial.params, groups)},
         origin=trial.user_attrs.get(ORIGIN, ""),
         windows=measured["windows"],
         stopped=measured.get("stopped"),
@@ -114,7 +120,8 @@ def is_finished(study: Study, spec: StudySpec) -> bool:
 def precision_of(spec: StudySpec) -> dict[str, list[str]]:
     """What a study file says of the space."""
     held = spec.precision
-    return {"choices": list(held.choices), "pin": list(held.pin), "unpin": list(held.unpin)}
+    together = {"group": [held.group, *held.groups]} if held.groups or held.group != "none" else {}
+    return {"choices": list(held.choices), "pin": list(held.pin), "unpin": list(held.unpin), **together}
 
 
 def asked_trials(study: Study, otherwise: int) -> int:

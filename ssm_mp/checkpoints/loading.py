@@ -20,6 +20,7 @@ from ssm_mp.errors import CheckpointError
 from ssm_mp.families.family import Family
 from ssm_mp.families.registry import Recognised, config_to_json, recognise, refuse_types
 from ssm_mp.families.stated import declares_untied
+from ssm_mp.files.file_state import FileState, file_states, state_of
 from ssm_mp.files.packed import refuse_nested, refuse_unreadable, type_name
 from ssm_mp.files.shown import listed, shown_name
 from ssm_mp.files.stored_config import StoredConfig, refuse_quantised
@@ -36,7 +37,8 @@ class Checkpoint:
 
     `digest` is the SHA-256 of config, names, shapes and float32 values; `notes` are remarks for the user, e.g. where a
     stored config disagrees with the shapes. `file_types` are the types in the file → how many parameters have them,
-    `file_bytes` what these take there; a tied head counts once. `source` is the `config.json` that it came with.
+    `file_bytes` what these take there; a tied head counts once. `source` is the `config.json` that it came with;
+    `files` are the files of weights, as they were when they were read.
     """
 
     path: Path
@@ -47,6 +49,7 @@ class Checkpoint:
     file_types: Mapping[str, int] = field(default_factory=dict)
     file_bytes: int = 0
     source: Mapping[str, object] = field(default_factory=dict)
+    files: tuple[FileState, ...] = ()
 
     @property
     def family(self) -> str:
@@ -55,6 +58,15 @@ class Checkpoint:
     @property
     def digest(self) -> str:
         return self.reading.digest
+
+    def require_files(self) -> None:
+        """Raise CheckpointError where a file that tensors are mapped from is gone, or is another one now."""
+        changed = next((file for file in self.files if file != state_of(file.path)), None)
+        if changed is not None:
+            raise CheckpointError(
+                f"{changed.path}: it was there when its tensors were mapped, and is gone or another file now; restore "
+                "it and start the same command again, what was measured so far is kept"
+            )
 
     @cached_property
     def reading(self) -> Reading:
@@ -132,8 +144,9 @@ def _understood(path: Path, content: Content, wanted: str | None) -> Checkpoint:
         types[type_name(tensor)] += tensor.numel()
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in held.values())
     checkpoint = Checkpoint(
-        path, found.layout, config, kept, tuple(notes), dict(types.most_common()), size, dict(stored.values)
-    )
+        path, found.layout, config, kept, tuple(notes), dict(types.most_common()), size, dict(stored.values),
+        file_states(path),
+    )  # fmt: skip
     _refuse_non_finite(checkpoint)
     return checkpoint
 

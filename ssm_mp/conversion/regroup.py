@@ -5,7 +5,7 @@ Dimensions: `X` experts, `n` outputs, `k` inputs of an expert's projection.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -24,11 +24,17 @@ SPLIT = ("in_proj",)
 """Projections that may be split into their rows."""
 
 
-def regrouped(checkpoint: Checkpoint, experts: Grouping | None = None, split: Sequence[str] = ()) -> Checkpoint:
+def regrouped(
+    checkpoint: Checkpoint,
+    experts: Grouping | None = None,
+    split: Sequence[str] = (),
+    place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+) -> Checkpoint:
     """The same model with other components, its tensors' values the same.
 
     experts: one component for each expert's projection, or one for each kind of projection of a layer; None: as it is.
     split: `in_proj` of Mamba-2 becomes five components, of the rows of z, x, B, C and dt.
+    place: where a tensor that had to be put together is held, one after another; by default in memory.
     Raises PrecisionMapError where there is nothing of the kind in the model.
     """
     if experts is None and not split:
@@ -42,7 +48,7 @@ def regrouped(checkpoint: Checkpoint, experts: Grouping | None = None, split: Se
         return replace(block, split=True) if split and isinstance(block, Mamba2) else block
 
     new = config.rebuilt(changed)
-    tensors = dict(_tensors(config, new, checkpoint.tensors))
+    tensors = dict(_tensors(config, new, checkpoint.tensors, place))
     return replace(checkpoint, config=new, tensors={p.name: tensors[p.name] for p in new.parameters()})
 
 
@@ -91,7 +97,9 @@ def _blocks(config: Config) -> set[Block]:
     return {part.block for branches in config.branches for branch in branches for part in branch.parts}
 
 
-def _tensors(old: Config, new: Config, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _tensors(
+    old: Config, new: Config, held: Mapping[str, Tensor], place: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor under its new name; those that are only cut apart share their memory."""
     yield from held.items()
     for i, (before, after) in enumerate(zip(old.branches, new.branches, strict=True)):
@@ -100,19 +108,21 @@ def _tensors(old: Config, new: Config, held: Mapping[str, Tensor]) -> Iterator[t
                 at = f"layers.{i}.{part.name}"
                 match part.block, changed.block:
                     case Experts() as was, Experts() as now if was.together != now.together:
-                        yield from _experts(was, at, held)
+                        yield from _experts(was, at, held, place)
                     case Mamba2() as was, Mamba2() as now if now.split and not was.split:
                         yield from _rows(now, at, held)
 
 
-def _experts(block: Experts, at: str, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _experts(
+    block: Experts, at: str, held: Mapping[str, Tensor], place: Callable[[Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
     for leaf in (*(leaf for leaf, _ in block.hidden.inward), block.hidden.outward):
         whole = f"{block.component(at, f'experts.{leaf}')}.weight"
         each = [f"{block.component(at, f'experts.{e}.{leaf}')}.weight" for e in range(block.experts)]
         if block.together:
             yield from zip(each, held[whole].chunk(block.experts), strict=True)
         else:
-            yield whole, torch.cat([held[name] for name in each])
+            yield whole, place(torch.cat([held[name] for name in each]))
 
 
 def _rows(block: Mamba2, at: str, held: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

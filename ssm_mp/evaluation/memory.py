@@ -43,6 +43,12 @@ def keep_freed_memory(most: int = _KEPT) -> bool:
     return False
 
 
+def give_back() -> None:
+    """Give freed memory back to the system, whatever the C library was told to keep."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def memory_limit(root: Path = Path("/")) -> Limit | None:
     """The least that machine, control group and Slurm job allow; None where nothing says anything.
 
@@ -80,7 +86,9 @@ def _group_files(root: Path) -> Iterator[Path]:
                 yield root / top / part / name
 
 
-def let_pages_go(part: nn.Module) -> None:
-    """Drop the pages of all tensors of a part of a model that are mapped from files; their values stay."""
+def let_go_of(part: nn.Module) -> None:
+    """Drop the pages of all tensors of a part of a model that are mapped from files, whose values stay, and give freed
+    memory back: what a model takes that is run layer by layer is then what one layer takes."""
     stored = (module for module in part.modules() if isinstance(module, Stored))
     let_go(tensor for one in stored for tensor in one.arrays().values())
+    give_back()

@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssm_mp.kernels.compiler import library
+
 _MAPS = Path("/proc/self/maps")
 _DONTNEED = 4
 """MADV_DONTNEED: of a private mapping of a file, pages that were only read are dropped and nothing is lost."""
@@ -64,6 +66,17 @@ def _files() -> tuple[list[int], list[int]]:
             begins.append(begin)
             ends.append(end)
     return begins, ends
+
+
+def end_clearly(sentence: str, exit_code: int) -> None:
+    """Let this process end with a sentence where a mapped file cannot be read any more, which is otherwise the end
+    without a word; as otherwise where there are no compiled kernels.
+
+    For processes of our own only, and for good.
+    """
+    kernels = library()
+    if kernels is not None:
+        kernels.end_on_bus_error(sentence.encode(errors="replace"), exit_code)
 
 
 def spilled(tensor: Tensor, folder: Path) -> Tensor:

@@ -38,6 +38,7 @@ _SOURCES = (
     "decode.c",
     "weights.c",
     "histogram.c",
+    "bus_error.c",
 )
 _HEADERS = (
     "vector.h",

@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from search.measure.probe import LOWEST, Probe
+from search.problem.groups import NO_GROUPS, Groups
 from search.results.plots.style import BLACK, BLUE, ORANGE, STYLE, precision_colours
 from ssm_mp.components import Component
 from ssm_mp.precision_map import PrecisionMap
@@ -48,12 +49,14 @@ class _Row:
     summed: bool = False
 
 
-def plot_sensitivities(probes: Sequence[Probe], components: Sequence[Component]) -> Figure:
-    """Perplexity cost of lowering each component, measured from both ends, the costliest on top.
+def plot_sensitivities(
+    probes: Sequence[Probe], components: Sequence[Component], groups: Groups = NO_GROUPS
+) -> Figure:  # fmt: skip
+    """Perplexity cost of lowering each component or group, measured from both ends, the costliest on top.
 
     Beyond the 60 costliest, the others are summed, a row for each precision.
     """
-    rows = _sensitivities(probes, components)
+    rows = _sensitivities(probes, components, groups)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, min(_LARGEST, 1.6 + 0.27 * len(rows))), layout="constrained")
         axes = figure.subplots()
@@ -81,10 +84,11 @@ def plot_sensitivities(probes: Sequence[Probe], components: Sequence[Component])
     return figure
 
 
-def _sensitivities(probes: Sequence[Probe], components: Sequence[Component]) -> list[_Row]:
+def _sensitivities(probes: Sequence[Probe], components: Sequence[Component], groups: Groups) -> list[_Row]:
     """The rows from the bottom: sums of the cheapest, then what is shown one by one, the costliest last."""
     share = {component.name: component.count for component in components}
     total = sum(share.values())
+    share |= {name: sum(share[member] for member in members) for name, members in groups.items()}
     raised = {(p.component, p.origin): p for p in probes if p.end == LOWEST}
     lowered = sorted((p for p in probes if p.end != LOWEST), key=lambda p: p.log_increase)
     cut = max(0, len(lowered) - _MOST_ROWS)

@@ -51,6 +51,7 @@ def test_a_model_that_does_not_is_evaluated_layer_by_layer_below_the_bound(tmp_p
     assert plan.forms + plan.shared + NEEDS.least <= plan.bound <= 0.9 * 24 * GIB
     assert plan.scratch is not None
     assert "layer by layer" in plan.sentence
+    assert str(tmp_path) in plan.sentence
 
 
 @pytest.mark.parametrize("gib", [4.0, 6.0, 12.5])

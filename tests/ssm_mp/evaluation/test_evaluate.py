@@ -23,9 +23,7 @@ from ssm_mp.evaluation.evaluate import (
     finish_against,
     paired_increase,
     require_better_than_guessing,
-    shard_tokens,
     start,
-    token_bytes,
 )
 from ssm_mp.evaluation.prefix_cache import PrefixCache, Prefixes
 from ssm_mp.kernels import calls
@@ -33,6 +31,7 @@ from ssm_mp.model import LanguageModel, assemble, build
 from ssm_mp.modules.likelihood import Likelihood, token_divergence, token_nll
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
+from ssm_mp.shards import shard_tokens, token_bytes
 from tests.tiny import CONFIGS, HUGGING_FACE, LENGTH, MAMBA, VOCABULARY, random_model, random_tensors, some_windows
 
 ADDS: list[Any] = [Likelihood, *([calls.LogSums] if calls.compiled() else [])]

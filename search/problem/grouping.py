@@ -1,0 +1,97 @@
+"""Which components move together, by a study's rule: those of a layer, of a kind, or of a pattern."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+
+from search.base.errors import StudyError
+from search.problem.groups import Groups
+from search.problem.space import Space
+from search.problem.spec import PrecisionSection
+from ssm_mp.components import Component
+from ssm_mp.files.shown import listed
+from ssm_mp.precision_map import matches
+
+
+def grouped_by_rule(space: Space, precision: PrecisionSection) -> Space:
+    """The space with the groups that a study asks for; those of `auto` need probes, and are made later.
+
+    Raises StudyError for a pattern of no use.
+    """
+    if precision.groups:
+        return space.grouped(by_patterns(space, precision.groups))
+    if precision.group == "layer":
+        return space.grouped(_by(space, lambda component: f"layer {component.layer}"))
+    if precision.group == "kind":
+        return space.grouped(_by(space, lambda component: f"kind {component.kind}"))
+    return space
+
+
+def _by(space: Space, group: Callable[[Component], str]) -> Groups:
+    """The free components of the layers by the name of their group; what belongs to no layer stays alone."""
+    members: dict[str, list[str]] = {}
+    for component in space.free:
+        if component.layer is not None:
+            members.setdefault(group(component), []).append(component.name)
+    return {name: tuple(held) for name, held in members.items() if len(held) > 1}
+
+
+def by_patterns(space: Space, patterns: Sequence[str]) -> Groups:
+    """For each pattern the free components that it matches and none before it did; a single one stays itself."""
+    names = [component.name for component in space.components]
+    free = [component.name for component in space.free]
+    taken: dict[str, str] = {}
+    groups: dict[str, tuple[str, ...]] = {}
+    for pattern in patterns:
+        matched = [name for name in names if matches(pattern, name)]
+        moving = [name for name in matched if name in free]
+        members = tuple(name for name in moving if name not in taken)
+        if not members:
+            raise StudyError(f"[precision] groups: {pattern!r} {_useless(pattern, matched, moving, space, taken)}")
+        taken |= dict.fromkeys(members, pattern)
+        if len(members) > 1:
+            groups[pattern] = members
+    return groups
+
+
+def _useless(
+    pattern: str, matched: Sequence[str], moving: Sequence[str], space: Space, taken: dict[str, str]
+) -> str:  # fmt: skip
+    """Why a pattern makes no group, and what to do."""
+    if not matched:
+        return f"matches no component; the nearest are {_nearest(pattern, [c.name for c in space.free])}"
+    if moving:
+        first = taken[moving[0]]
+        return f"matches nothing that {first!r} has not taken; put it before that, or leave it out"
+    if space.pins.issuperset(matched):
+        return (
+            f"matches only pinned components ({listed(matched, 4)}); lift their pin ([precision] pin, unpin), or take "
+            f"one of {_nearest(pattern, [c.name for c in space.free])}"
+        )
+    return f"matches only components with a single choice ({listed(matched, 4)}); leave it out"
+
+
+def _nearest(pattern: str, names: Sequence[str], most: int = 3) -> str:
+    """The nearest names of free components, numbers of layers and experts left open."""
+    open_names = list(dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in names))
+    found = difflib.get_close_matches(pattern, open_names, n=most, cutoff=0.0)
+    return ", ".join(map(repr, found)) or "none: no component of this study is free"
+
+
+def rule_of(precision: PrecisionSection) -> str:
+    """The rule in a word or a few, as the fingerprint holds it; empty where components move alone."""
+    if precision.groups:
+        return "patterns"
+    if precision.group == "auto":
+        return f"auto, at most {precision.max_groups}"
+    return "" if precision.group == "none" else precision.group
+
+
+def told(space: Space) -> str:
+    """What moves together, in one sentence for people."""
+    grouped = [unit for unit in space.units if unit.name in space.groups]
+    of = sum(len(unit.members) for unit in grouped)
+    some = listed((f"{unit.name!r} ({len(unit.members)})" for unit in grouped), 4)
+    return f"{of} of {len(space.free)} free components move in {len(grouped)} groups: {some}"
