@@ -9,6 +9,7 @@ Dimensions: `c` components that multiply inputs, `b` bins, `e` experts of all of
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping
@@ -18,8 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from search.problem.run_directory import mark_of
-from ssm_mp.conversion.calibrate import InputStatistics, Statistics
+from search.base.progress import slow
+from search.problem.run_directory import GROUPING, mark_of
+from search.problem.spec import StudySpec
+from ssm_mp.checkpoints import Checkpoint
+from ssm_mp.conversion.calibrate import InputStatistics, Statistics, calibrate
+from ssm_mp.conversion.regroup import grouping_of
+from ssm_mp.data import Windows
+from ssm_mp.model import LanguageModel
+from ssm_mp.modules.embedding import BlockedEmbedding
 
 CALIBRATION = "calibration.npz"
 
@@ -27,6 +35,41 @@ _VERSION = 1
 """Of what is measured and how it is kept."""
 
 Say = Callable[[str], None]
+
+
+def statistics_of(
+    spec: StudySpec,
+    checkpoint: Checkpoint,
+    model: LanguageModel,
+    windows: Windows,
+    compute: str,
+    say: Say,
+    folder: Path | None,
+) -> Statistics:
+    """Those of a model's inputs on the calibration windows, from an earlier process where it kept them in a folder.
+
+    compute: what results depend on of the machine.
+    """
+
+    def measure() -> Statistics:
+        say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
+        return calibrate(model, windows, lambda stage, total: slow(stage, total).step)
+
+    depends = {
+        "checkpoint": checkpoint.digest,
+        "windows": windows.digest,
+        "blocks": blocks_digest(model) if spec.precision.embedding_blocks else None,
+        GROUPING: grouping_of(checkpoint.config),
+        "compute": compute,
+    }
+    return kept_statistics(folder, depends, measure, say)
+
+
+def blocks_digest(model: LanguageModel) -> str:
+    """Which token is in which block of the embedding."""
+    embedding = model.embedding
+    assert isinstance(embedding, BlockedEmbedding)
+    return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
 
 def kept_statistics(

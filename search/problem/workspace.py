@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +13,7 @@ from torch import nn
 
 from search.base.errors import StudyError
 from search.base.progress import slow
-from search.problem.calibration import kept_statistics
+from search.problem.calibration import blocks_digest, statistics_of
 from search.problem.grouping import grouped_by_rule, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
@@ -25,12 +24,12 @@ from search.problem.splits import Say, load_splits, tokenizer_json, window_lengt
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
-from ssm_mp.conversion.calibrate import Statistics, calibrate, hardly_reached
+from ssm_mp.conversion.calibrate import hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
 from ssm_mp.conversion.regroup import grouping_of, regrouped
-from ssm_mp.data import Splits, Windows
+from ssm_mp.data import Splits
 from ssm_mp.errors import CheckpointError
 from ssm_mp.evaluation.memory import keep_freed_memory, let_go_of
 from ssm_mp.files.mapped import end_clearly
@@ -38,7 +37,6 @@ from ssm_mp.files.shown import listed
 from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.model import AfterLayer, LanguageModel, build
-from ssm_mp.modules.embedding import BlockedEmbedding
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.runtimes.capability import holds, not_worth, sized
 from ssm_mp.runtimes.format import Format
@@ -68,7 +66,7 @@ class Workspace:
     @cached_property
     def _fingerprint(self) -> dict[str, Any]:
         """Made once: digests read all weights and windows."""
-        blocks = {"embedding blocks": _blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
+        blocks = {"embedding blocks": blocks_digest(self.model)} if self.spec.precision.embedding_blocks else {}
         search = self.spec.search
         shape = {"batch": search.latency_batch, "length": search.latency_length or self.splits.search.length}
         latency = {"latency": shape} if search.asks_latency else {}
@@ -143,7 +141,8 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     scheme = spec.precision.scheme
     statistics = None
     if scheme.activations == "static":
-        statistics = _statistics(spec, checkpoint, model, splits.calibration, say, cache)
+        compute = _compute_type(spec.search.device)
+        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
@@ -193,32 +192,6 @@ def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
     """How a study keeps below the memory that it may take."""
     components = find_components(checkpoint)
     return plan_memory(spec, needs_of(spec, checkpoint, components, window_length(spec, checkpoint.config)))
-
-
-def _statistics(
-    spec: StudySpec, checkpoint: Checkpoint, model: LanguageModel, windows: Windows, say: Say, cache: Path | None
-) -> Statistics:
-    """Those of a model's inputs on the calibration windows, from an earlier process where it kept them."""
-
-    def measure() -> Statistics:
-        say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
-        return calibrate(model, windows, _steps)
-
-    depends = {
-        "checkpoint": checkpoint.digest,
-        "windows": windows.digest,
-        "blocks": _blocks_digest(model) if spec.precision.embedding_blocks else None,
-        GROUPING: grouping_of(checkpoint.config),
-        "compute": _compute_type(spec.search.device),
-    }
-    return kept_statistics(cache, depends, measure, say)
-
-
-def _blocks_digest(model: LanguageModel) -> str:
-    """Which token is in which block of the embedding."""
-    embedding = model.embedding
-    assert isinstance(embedding, BlockedEmbedding)
-    return hashlib.sha256(embedding.block_of.cpu().numpy().tobytes()).hexdigest()
 
 
 def target_of(spec: StudySpec, config: Config) -> Format | None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.problem import workspace as opened
+from search.problem import calibration
 from search.problem.calibration import CALIBRATION, kept_statistics
 from search.problem.spec import load_spec
 from search.problem.workspace import open_workspace
@@ -114,7 +114,7 @@ def test_a_run_that_is_opened_again_calibrates_nothing(tmp_path: Path, monkeypat
     run, told = tmp_path / "run", list[str]()
     first = open_workspace(spec, told.append, run)
     assert any(line.startswith("calibrating on") for line in told)
-    monkeypatch.setattr(opened, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(calibration, "calibrate", lambda *_: pytest.fail("calibrated again"))
     told.clear()
     second = open_workspace(spec, told.append, run)
     assert not any(line.startswith("calibrating on") for line in told)

@@ -229,3 +229,17 @@ def test_no_float32_copy_of_the_whole_is_made(name: str) -> None:
     with small_slices(kernels=False), Largest() as watch:
         PRECISIONS[name].store(tensor, "weight", ScaleRule("mse"))
     assert watch.found <= 128
+
+
+@pytest.mark.parametrize("name", [name for name, one in PRECISIONS.items() if isinstance(one, Grouped)])
+def test_a_value_between_two_codes_goes_down(name: str) -> None:
+    precision = PRECISIONS[name]
+    assert isinstance(precision, Grouped)
+    levels = precision.book.levels(CPU)
+    between = (levels[1:] + levels[:-1]) / 2
+    tensor = torch.cat([between, levels[-1:], -levels[-1:]])  # the scale is one
+    tensor = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 64)])
+    tensor[63::64] = levels[-1]
+    stored = precision.store(tensor, "vector", ScaleRule()).arrays()
+    assert torch.equal(stored["q"], whole(precision, tensor, "vector", ScaleRule())["q"])
+    assert bool((stored["scale"] == 1).all())
