@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _ROUNDS = 7
 """How often each model is timed, in turn with the others, after a round to warm up."""
 _WARM_UP_TOKENS = 2
+_WIDENED = 0.7
+"""Share of memory that a model may take in float32; a larger one stays in its file's type, and is slower."""
 
 ModelPath = Annotated[Path, typer.Argument(help="Checkpoint, or artifact folder.", metavar="PATH")]
 
@@ -140,13 +142,18 @@ def _opened(path: Path, device: torch.device, weights: str | None = None) -> tup
     """The model of an artifact folder and its tokenizer, else the model of a checkpoint, of `weights` in it."""
     from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
-    from ssm_mp.model import build
+    from ssm_mp.components import find_components, fp32_bytes
+    from ssm_mp.evaluation.memory import memory_limit
+    from ssm_mp.model import build, in_float32
 
     if is_artifact(path):
         artifact = read_artifact(path, str(device))
         return artifact.model, artifact.tokenizer
     checkpoint = load_checkpoint(path, weights)
-    return build(checkpoint.config, checkpoint.tensors).to(device), None
+    model, limit = build(checkpoint.config, checkpoint.tensors).to(device), memory_limit()
+    wide = fp32_bytes(find_components(model))
+    fits = device.type != "cpu" or limit is None or wide <= _WIDENED * limit.bytes
+    return in_float32(model) if fits else model, None
 
 
 def _fp32_of(path: Path, model: LanguageModel, spec: StudySpec, device: torch.device) -> LanguageModel:

@@ -119,13 +119,12 @@ def evaluate(
     from search.cli.answers import listed
     from search.problem.spec import load_spec
     from search.problem.splits import load_splits
-    from search.problem.workspace import check_device
+    from search.problem.workspace import check_device, fp32_model
     from ssm_mp.artifact import is_artifact, read_artifact
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluation.evaluate import evaluate as measure
     from ssm_mp.evaluation.evaluate import require_better_than_guessing
-    from ssm_mp.model import build
 
     spec = load_spec(study)
     device = check_device(spec.search.device)
@@ -136,7 +135,7 @@ def evaluate(
         checkpoint = load_checkpoint(path, weights or spec.weights_of(path))
         for note in checkpoint.notes:
             say(f"note: {note}")
-        model = build(checkpoint.config, checkpoint.tensors).to(device)
+        model, _ = fp32_model(spec, checkpoint, device)
     splits = load_splits(spec, model.config, say)
     windows = splits.certify if split is Split.certify else splits.search
     evaluation = measure(model, windows)

@@ -172,7 +172,8 @@ def _bound(spec: StudySpec, least: int, needs: Needs, limit: Limit | None) -> in
     there is."""
     asked = spec.search.memory_gib
     if asked is None:
-        wanted = max(least, int(_OWN * needs.checkpoint) + _BESIDE)
+        small = needs.all + (spec.search.shared_mib << 20) if needs.checkpoint < _LARGE else 0
+        wanted = max(least, small, int(_OWN * needs.checkpoint) + _BESIDE)
         return wanted if limit is None else min(wanted, int((1 - _RESERVE) * limit.bytes))
     if limit is not None and asked * GIB > limit.bytes:
         raise StudyError(

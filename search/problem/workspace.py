@@ -128,12 +128,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     for note in checkpoint.notes:
         say(f"note: {note}")
     target = target_of(spec, checkpoint.config)
-    plan = plan_of(spec, checkpoint)
-    if plan.sentence:
-        say(plan.sentence)
-    keep_freed_memory(plan.kept)
-    after_layer = _after_layer(checkpoint) if plan.layer_by_layer else None
-    model = build(checkpoint.config, checkpoint.tensors, after_layer=after_layer).to(device)
+    model, plan = fp32_model(spec, checkpoint, device, say)
     splits = load_splits(spec, checkpoint.config, say, cache)
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
     components = find_components(model)
@@ -186,6 +181,18 @@ def _after_layer(checkpoint: Checkpoint) -> AfterLayer:
         let_go_of(part)
 
     return passed
+
+
+def fp32_model(
+    spec: StudySpec, checkpoint: Checkpoint, device: torch.device, say: Say = lambda line: None
+) -> tuple[LanguageModel, MemoryPlan]:
+    """A checkpoint's model as it is evaluated within the memory that a study may take."""
+    plan = plan_of(spec, checkpoint)
+    if plan.sentence:
+        say(plan.sentence)
+    keep_freed_memory(plan.kept)
+    after_layer = _after_layer(checkpoint) if plan.layer_by_layer else None
+    return build(checkpoint.config, checkpoint.tensors, after_layer=after_layer).to(device), plan
 
 
 def plan_of(spec: StudySpec, checkpoint: Checkpoint) -> MemoryPlan:
