@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from ssm_mp.decoding.decode import prefill
 from ssm_mp.errors import PrecisionMapError
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.families.registry import config_from_json, config_to_json
+from ssm_mp.files.mapped import spilled
 from ssm_mp.model import build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
@@ -180,3 +182,17 @@ def test_prompts_are_read_alike_in_any_grouping() -> None:
         for name in ("granitemoehybrid/experts", "granitemoehybrid/experts-together-split")
     )
     assert off(one, other) < 1e-5
+
+
+def test_tensors_that_are_put_together_are_held_where_the_caller_says(tmp_path: Path) -> None:
+    each = checkpoint_of("granitemoehybrid/experts")
+    placed: list[Tensor] = []
+
+    def place(tensor: Tensor) -> Tensor:
+        placed.append(spilled(tensor, tmp_path))
+        return placed[-1]
+
+    found, expected = regrouped(each, "together", place=place), regrouped(each, "together")
+    assert placed
+    assert found.digest == expected.digest
+    assert {tensor.data_ptr() for tensor in placed} <= {tensor.data_ptr() for tensor in found.tensors.values()}
