@@ -67,7 +67,7 @@ PLANS = {
     "94m": Plan(128, 16, 16, 64, 24),
     "370m": Plan(128, 8, 16, 32, 8),
     "1.3b": Plan(128, 8, 8, 16, 6, "none"),
-    "7b": Plan(64, 8, 8, 24, 4, "none"),
+    "7b": Plan(64, 8, 4, 16, 4, "none"),
 }
 
 Line = tuple[float, str]

@@ -97,6 +97,6 @@ def _precision(facts: Facts) -> Gate:
 
 def _speed(facts: Facts) -> Gate:
     if facts.speedup is None:
-        return Gate("speed", "warn", f"not measured{f': {facts.untimed}' if facts.untimed else ''}")
+        return Gate("speed", "warn", facts.untimed or "not measured")
     verdict: GateVerdict = "pass" if facts.speedup >= GOOD_SPEEDUP else "warn"
     return Gate("speed", verdict, f"{facts.speedup:.2f}× FP32, prefill at batch {GATE_BATCH} (< {GOOD_SPEEDUP} warns)")
