@@ -118,8 +118,8 @@ def test_gradients_are_measured_once_for_whatever_groups(tmp_path: Path, monkeyp
     first = prepare(spec_of(tmp_path, *AUTO), run, quiet)
     assert (run / PROBES).read_text() == (alone / PROBES).read_text()
     assert json.loads((run / BASELINE).read_text()) == json.loads((alone / BASELINE).read_text())
-    monkeypatch.setattr(search.run.prepare, "gradient_probes", None)
-    monkeypatch.setattr(search.run.prepare, "measure_baseline", None)
+    monkeypatch.setattr(search.run.prepare, "measured_gradients", None)
+    monkeypatch.setattr(search.run.ends, "measure_baseline", None)
     again = prepare(spec_of(tmp_path, *AUTO), run, quiet)
     assert again.workspace.space.groups == first.workspace.space.groups
     assert again.probes == first.probes == sorted_by_key(gathered(whole.probes, run.space(), run.groups()))
@@ -169,7 +169,7 @@ def test_a_preparation_that_was_killed_before_it_had_groups_continues(
     with pytest.raises(StudyError, match="division into groups .auto, at most 5 → none."):
         prepare(spec_of(tmp_path, "search.probe=gradient"), run, quiet)
     with monkeypatch.context() as patched:
-        patched.setattr(search.run.prepare, "gradient_probes", None)  # they are there
+        patched.setattr(search.run.prepare, "measured_gradients", None)  # they are there
         assert prepare(spec, run, quiet).workspace.space.groups
 
 
