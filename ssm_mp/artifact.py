@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ssm_mp.artifact_folder import (
@@ -36,6 +35,7 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config
 from ssm_mp.errors import ArtifactError, PrecisionMapError, SsmMpError
 from ssm_mp.families.registry import config_from_json, config_to_json
+from ssm_mp.files.safetensors_file import write_safetensors
 from ssm_mp.model import AfterLayer, LanguageModel, assemble
 from ssm_mp.modules.inputs import StaticInput, input_quantizer
 from ssm_mp.precision_map import PrecisionMap, require_pins
@@ -153,9 +153,8 @@ def _write(
 ) -> None:  # fmt: skip
     said = {"scheme": scheme.to_json(), "pins": sorted(pins), "map": precision_map.to_json()}
     metadata = {"format": FORMAT, "config": json.dumps(config_to_json(model.config)), "precision_map": json.dumps(said)}
-    arrays = {name: array.detach().cpu().contiguous() for name, array in stored_arrays(model).items()}
-    save_file(arrays, folder / TENSORS, metadata=metadata)
-    (folder / TENSORS).chmod(0o644)  # safetensors makes it the owner's alone
+    write_safetensors(folder / TENSORS, stored_arrays(model), metadata)
+    (folder / TENSORS).chmod(0o644)
     for name, data in extra.items():
         (folder / name).write_bytes(data)
     content = {
