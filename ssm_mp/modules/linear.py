@@ -78,12 +78,15 @@ class Projection:
 
     def _unpacked(self) -> Projection:
         """The same, its weights unpacked once for many calls, unless they multiply integers."""
-        parts = [(FloatTensor(w.tensor()) if _is_packed(w) else w, bias, inputs) for w, bias, inputs in self.parts]
+        own = [
+            FloatTensor(weight.tensor()) if _is_packed(weight, inputs) else weight for weight, _, inputs in self.parts
+        ]
+        parts = [(weight, bias, inputs) for weight, (_, bias, inputs) in zip(own, self.parts, strict=True)]
         return replace(self, parts=parts)
 
     @property
     def _is_packed(self) -> bool:
-        return any(_is_packed(weight) for weight, *_ in self.parts)
+        return any(_is_packed(weight, inputs) for weight, _, inputs in self.parts)
 
     def _rounded(self, x: Tensor) -> Tensor:
         return x if self.rounding is None else self.rounding(x)
@@ -154,9 +157,12 @@ def _outputs(weight: Stored) -> int:
     return weight.scale.shape[0] if isinstance(weight, IntegerTensor) else weight.shape[0]
 
 
-def _is_packed(weight: Stored) -> bool:
+def _is_packed(weight: Stored, inputs: InputQuantizer | None) -> bool:
     """Whether a weight is unpacked, or widened, each time that it is multiplied."""
-    return type(weight) is not FloatTensor and not isinstance(weight, IntegerTensor)
+    if inputs is not None:
+        return False  # it multiplies integers
+    # a GPU multiplies float16 as it is
+    return type(weight) is not FloatTensor or (weight.value.dtype != torch.float32 and weight.device.type == "cpu")
 
 
 def _is_cut_by_rows(weight: Stored, bias: Stored | None) -> bool:
