@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,8 @@ _FEW_SHARED = 128 << 20
 """States that maps share give way to a model that then fits, down to so many bytes."""
 _RESERVE = 0.1
 """Share of what there is that is left to others."""
+SHARE = "SSM_MP_MEMORY"
+"""Environment variable: bytes that each of several processes of a search on this machine may take."""
 _OWN, _BESIDE = 1.5, 6 * GIB // 5
 """Unless a study says more, a search takes this multiple of the checkpoint's own bytes, and so much beside it."""
 
@@ -127,7 +129,7 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
 
     On a GPU everything is held there, and nothing is planned.
     """
-    limit = memory_limit()
+    limit = _limit(os.environ)
     at_once = _at_once(spec)
     bound = _bound(spec, needs.all + _FEW_SHARED if at_once else needs.least, needs, limit)
     shared = spec.search.shared_mib << 20
@@ -153,6 +155,12 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
     scratch = scratch_of(spec, needs.forms - forms)
     said += f"in memory ({_gib(forms)}) and, up to {_gib(needs.forms - forms)} of them, in {scratch.folder}"
     return MemoryPlan(bound, True, forms, shared, scratch, said)
+
+
+def _limit(environ: Mapping[str, str]) -> Limit | None:
+    """What this process may take: of its search's share, where there are several processes, or of all that there is."""
+    share = environ.get(SHARE, "")
+    return Limit(int(share), "each process of this search (--workers) may take") if share.isdigit() else memory_limit()
 
 
 def _at_once(spec: StudySpec) -> str | None:

@@ -68,6 +68,17 @@ def test_more_than_a_control_group_allows_is_refused_before_anything_runs(tmp_pa
         plan_memory(study(tmp_path, "search.memory_gib=32"), NEEDS)
 
 
+def test_one_of_several_processes_keeps_below_its_share(
+    tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(memory.SHARE, str(6 * GIB))
+    assert plan_memory(study(tmp_path), NEEDS).bound == int(0.9 * 6 * GIB)
+    with pytest.raises(
+        StudyError, match=r"memory_gib = 8, but each process of this search \(--workers\) may take 6\.0"
+    ):
+        plan_memory(study(tmp_path, "search.memory_gib=8"), NEEDS)
+
+
 def test_too_little_for_one_layer_says_what_would_fit(tmp_path: Path, machine: Any) -> None:
     with pytest.raises(MachineError, match=r"takes about 3\.6 GiB .*memory_gib allows 2\.0 GiB; give more, or fewer"):
         plan_memory(study(tmp_path, "search.memory_gib=2"), NEEDS)
