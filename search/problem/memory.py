@@ -9,6 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -218,9 +219,10 @@ def put_aside(spec: StudySpec, checkpoint: Checkpoint) -> Callable[[Tensor], Ten
     """Where tensors that are put together of a large checkpoint's are held; None: in memory."""
     if checkpoint.file_bytes < _LARGE or torch.device(spec.search.device).type == "cuda":
         return None
-    folder = scratch_of(spec, checkpoint.file_bytes).folder
+    found = cache(lambda: scratch_of(spec, checkpoint.file_bytes).folder)  # not asked for where nothing is put together
 
     def place(tensor: Tensor) -> Tensor:
+        folder = found()
         try:
             return spilled(tensor, folder)
         except OSError as error:

@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from search.base.errors import StudyError
 from search.problem import memory
-from search.problem.memory import GIB, Needs, needs_of, plan_memory
+from search.problem.memory import GIB, Needs, needs_of, plan_memory, put_aside
 from search.problem.spec import StudySpec, load_spec
+from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.memory import Limit
@@ -100,14 +102,23 @@ def test_a_scratch_folder_in_memory_is_refused(tmp_path: Path, machine: Any, mon
         plan_memory(study(tmp_path), NEEDS)
 
 
+def test_a_scratch_folder_is_not_asked_for_before_something_is_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBA))
+    monkeypatch.setattr(memory, "_LARGE", 0)
+    place = put_aside(study(tmp_path, f'search.scratch="{tmp_path}/missing"'), checkpoint)
+    assert place is not None
+    with pytest.raises(MachineError, match="missing: the scratch folder cannot be written"):
+        place(torch.ones(3))
+
+
 def test_without_a_limit_the_multiple_of_the_checkpoint_is_the_bound(tmp_path: Path, machine: Any) -> None:
     machine(None)
     assert plan_memory(study(tmp_path), NEEDS).bound == int(1.5 * NEEDS.checkpoint) + 6 * GIB // 5
 
 
 def test_needs_grow_with_windows_choices_and_the_models_size(tmp_path: Path) -> None:
-    from ssm_mp.checkpoints import load_checkpoint
-
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBA))
     components = find_components(checkpoint)
     base = needs_of(study(tmp_path), checkpoint, components, LENGTH)
