@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ssm_mp.files.mapped import let_go
+from ssm_mp.modules.unpacked import Remembering
 from ssm_mp.precisions.stored import Stored
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -99,7 +100,14 @@ def _group_files(root: Path) -> Iterator[Path]:
 
 def let_go_of(part: nn.Module) -> None:
     """Drop the pages of all tensors of a part of a model that are mapped from files, whose values stay, and give freed
-    memory back: what a model takes that is run layer by layer is then what one layer takes."""
+    memory back: what a model takes that is run layer by layer is then what one layer takes.
+
+    What its modules made of their tensors goes too, so that a model that waits keeps no quantised tensor in memory
+    whose place another has taken.
+    """
+    for module in part.modules():
+        if isinstance(module, Remembering):
+            module.forget()
     stored = (module for module in part.modules() if isinstance(module, Stored))
     let_go(tensor for one in stored for tensor in one.arrays().values())
     give_back()
