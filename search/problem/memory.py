@@ -107,6 +107,8 @@ def needs_of(spec: StudySpec, checkpoint: Checkpoint, components: Sequence[Compo
     widened = max((4 * c.count for c in components if c.layer is not None), default=0)
     asked = [(c, precision) for c in components for precision in spec.precision.choices]
     running = _STATES[spec.search.probe] * states + tokens * token_bytes(config)
+    if spec.search.probe == "measured":
+        running += 2 * 4 * config.vocabulary * config.d_model  # divergences unpack both heads
     if spec.search.probe == "gradient":
         running += _GRADIENTS + 4 * 3 * max(_stage_counts(components).values(), default=0)
     return Needs(

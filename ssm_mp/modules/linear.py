@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -76,8 +77,9 @@ class Projection:
         """`x [..., k]` → `[..., n]`, one part after another."""
         return self._product(self._rounded(x))
 
+    @cached_property
     def _unpacked(self) -> Projection:
-        """The same, its weights unpacked once for many calls, unless they multiply integers."""
+        """The same, its weights unpacked once for all calls and threads, unless they multiply integers."""
         own = [
             FloatTensor(weight.tensor()) if _is_packed(weight, inputs) else weight for weight, _, inputs in self.parts
         ]
@@ -128,7 +130,7 @@ class Projection:
         if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
             return self.matrix.divergence(self._rounded(x), columns, reference.matrix, reference._rounded(expected))
         chunks = zip(x.split(held), expected.split(held), strict=True)
-        own, other = self._unpacked(), reference._unpacked()
+        own, other = self._unpacked, reference._unpacked
         kl = torch.cat([token_divergence(own(ours), other(theirs)) for ours, theirs in chunks])
         return self.nll(x, columns, held), kl
 

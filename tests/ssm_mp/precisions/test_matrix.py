@@ -247,7 +247,7 @@ def test_a_head_too_large_for_each_thread_to_lay_out_is_scored_by_its_logits(mon
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
-def test_a_head_too_large_to_stay_unpacked_is_unpacked_once_for_all_tokens_of_a_divergence(
+def test_a_head_too_large_to_stay_unpacked_is_unpacked_once_for_all_divergences(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ssm_mp.precisions.matrix, "_MOST_PACKED", 100)
@@ -264,8 +264,9 @@ def test_a_head_too_large_to_stay_unpacked_is_unpacked_once_for_all_tokens_of_a_
 
     monkeypatch.setattr(kind, "tensor", counted)
     x, targets = torch.randn(20, k), torch.arange(20)
-    head = Linear(weight).projection()
-    nll, kl = head.divergence(x, targets, head, x + 0.1, held=1)
+    head, other = Linear(weight).projection(), Linear(weight).projection()
+    for _ in range(3):
+        nll, kl = head.divergence(x, targets, other, x + 0.1, held=1)
     assert len(whole) == 2  # of either side
     logits, others = (each.double() @ unpack(weight).double().t() for each in (x, x + 0.1))
     torch.testing.assert_close(nll, token_nll(logits, targets), rtol=1e-5, atol=1e-5)
