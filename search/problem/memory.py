@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,6 +42,8 @@ _FEW_SHARED = 128 << 20
 """States that maps share give way to a model that then fits, down to so many bytes."""
 _RESERVE = 0.1
 """Share of what there is that is left to others."""
+SHARE = "SSM_MP_MEMORY"
+"""Environment variable: bytes that each of several processes of a search on this machine may take."""
 _OWN, _BESIDE = 1.5, 6 * GIB // 5
 """Unless a study says more, a search takes this multiple of the checkpoint's own bytes, and so much beside it."""
 
@@ -104,6 +107,8 @@ def needs_of(spec: StudySpec, checkpoint: Checkpoint, components: Sequence[Compo
     widened = max((4 * c.count for c in components if c.layer is not None), default=0)
     asked = [(c, precision) for c in components for precision in spec.precision.choices]
     running = _STATES[spec.search.probe] * states + tokens * token_bytes(config)
+    if spec.search.probe == "measured":
+        running += 2 * 4 * config.vocabulary * config.d_model  # divergences unpack both heads
     if spec.search.probe == "gradient":
         running += _GRADIENTS + 4 * 3 * max(_stage_counts(components).values(), default=0)
     return Needs(
@@ -127,7 +132,7 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
 
     On a GPU everything is held there, and nothing is planned.
     """
-    limit = memory_limit()
+    limit = _limit(os.environ)
     at_once = _at_once(spec)
     bound = _bound(spec, needs.all + _FEW_SHARED if at_once else needs.least, needs, limit)
     shared = spec.search.shared_mib << 20
@@ -153,6 +158,12 @@ def plan_memory(spec: StudySpec, needs: Needs) -> MemoryPlan:
     scratch = scratch_of(spec, needs.forms - forms)
     said += f"in memory ({_gib(forms)}) and, up to {_gib(needs.forms - forms)} of them, in {scratch.folder}"
     return MemoryPlan(bound, True, forms, shared, scratch, said)
+
+
+def _limit(environ: Mapping[str, str]) -> Limit | None:
+    """What this process may take: of its search's share, where there are several processes, or of all that there is."""
+    share = environ.get(SHARE, "")
+    return Limit(int(share), "each process of this search (--workers) may take") if share.isdigit() else memory_limit()
 
 
 def _at_once(spec: StudySpec) -> str | None:
@@ -210,9 +221,10 @@ def put_aside(spec: StudySpec, checkpoint: Checkpoint) -> Callable[[Tensor], Ten
     """Where tensors that are put together of a large checkpoint's are held; None: in memory."""
     if checkpoint.file_bytes < _LARGE or torch.device(spec.search.device).type == "cuda":
         return None
-    folder = scratch_of(spec, checkpoint.file_bytes).folder
+    found = cache(lambda: scratch_of(spec, checkpoint.file_bytes).folder)  # not asked for where nothing is put together
 
     def place(tensor: Tensor) -> Tensor:
+        folder = found()
         try:
             return spilled(tensor, folder)
         except OSError as error:

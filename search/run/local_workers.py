@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from search.base.command import COMMAND
 from search.base.front import pareto_front
 from search.base.progress import Progress
 from search.base.stop import Stop
+from search.problem.memory import SHARE
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import StudySpec
 from search.results.report import Result
@@ -19,6 +21,7 @@ from search.run.one_process import finish_prepared
 from search.run.prepare import Say, prepare_alone
 from search.trials.read_back import asked_trials, counts, points
 from search.trials.storage import choose_storage, connect, require_reachable
+from ssm_mp.evaluation.memory import memory_limit
 
 LOGS = "logs"
 """Folder of workers' logs in a run directory."""
@@ -33,19 +36,39 @@ def run_local(spec: StudySpec, run: RunDirectory, arguments: Sequence[str], work
     """
     with run.owned():
         require_reachable(choose_storage(spec, run, many=True, say=say), run, say)
-        prepared = prepare_alone(spec, run, say, Stop())
-        (run / LOGS).mkdir(exist_ok=True)
-        say(f"{workers} workers; their logs are in {run / LOGS}")
-        processes = [_start(arguments, run / LOGS / f"worker-{number}.log", workers) for number in range(workers)]
-        try:
-            _watch(spec, run, processes, say)
-        except KeyboardInterrupt:
-            _end(processes)
-            raise
-        for number, process in enumerate(processes):
-            if process.returncode != 0:
-                say(f"worker {number} ended with code {process.returncode}: {run / LOGS / f'worker-{number}.log'}")
+        with _memory_shared(1 + workers):  # this process keeps what it has prepared
+            prepared = prepare_alone(spec, run, say, Stop())
+            _work(spec, run, arguments, workers, say)
         return finish_prepared(spec, run, say, prepared)
+
+
+def _work(spec: StudySpec, run: RunDirectory, arguments: Sequence[str], workers: int, say: Say) -> None:
+    """Start the workers, and wait until all of them have ended."""
+    (run / LOGS).mkdir(exist_ok=True)
+    say(f"{workers} workers; their logs are in {run / LOGS}")
+    processes = [_start(arguments, run / LOGS / f"worker-{number}.log", workers) for number in range(workers)]
+    try:
+        _watch(spec, run, processes, say)
+    except KeyboardInterrupt:
+        _end(processes)
+        raise
+    for number, process in enumerate(processes):
+        if process.returncode != 0:
+            say(f"worker {number} ended with code {process.returncode}: {run / LOGS / f'worker-{number}.log'}")
+
+
+@contextmanager
+def _memory_shared(processes: int) -> Iterator[None]:
+    """While it lasts, this process and those that it starts plan for an equal share of memory each."""
+    limit, former = memory_limit(), os.environ.get(SHARE)
+    if limit is None or former is not None:
+        yield
+        return
+    os.environ[SHARE] = str(limit.bytes // processes)
+    try:
+        yield
+    finally:
+        del os.environ[SHARE]
 
 
 def _start(arguments: Sequence[str], log: Path, workers: int) -> subprocess.Popen[bytes]:

@@ -134,6 +134,10 @@ class Mamba1Mixing(Mixing):
             self._compiled = current
         return current[1]
 
+    def forget(self) -> None:
+        """Let go of the compiled branch, and so of tensors that may be held elsewhere from now on."""
+        self._compiled = None
+
     def branch(self, norm: nn.Module) -> Branch:
         """What the compiled ways are made of."""
         projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from ssm_mp.errors import MachineError
 from ssm_mp.files.mapped import spilled
-from ssm_mp.modules.experts import ExpertsLinear
-from ssm_mp.modules.linear import Multiplier
+from ssm_mp.modules.unpacked import Remembering
 from ssm_mp.precisions.stored import Stored
 
 Key = tuple[str, str]
@@ -102,7 +101,7 @@ class Forms:
                 ) from None
             written += size
         for module in form.modules():
-            if isinstance(module, Multiplier | ExpertsLinear):
+            if isinstance(module, Remembering):
                 module.forget()
         return written
 

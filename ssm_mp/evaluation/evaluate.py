@@ -192,8 +192,12 @@ def _nll_of(model: LanguageModel, states: Sequence[Tensor], every: Sequence[Tens
     score = _scorer(model)
     pairs = list(zip(states, every, strict=True))
     parts = in_parallel(lambda pair: window_nll(model, score, *pair), pairs)
-    _passed(model, model.embedding if model.lm_head is None else model.lm_head)
+    _passed(model, _head_of(model))
     return np.concatenate(parts)
+
+
+def _head_of(model: LanguageModel) -> nn.Module:
+    return model.embedding if model.lm_head is None else model.lm_head
 
 
 def start(model: LanguageModel, windows: Windows) -> Prefix:
@@ -248,6 +252,8 @@ def finish_against(
     ids, config = windows.ids.to(final.hidden.device), model.config
     parts = list(zip(*(shards(each, config) for each in (final.hidden, expected.hidden, ids)), strict=True))
     nll, sums = zip(*in_parallel(compared, parts), strict=True)
+    for one in (model, reference):
+        _passed(one, _head_of(one))
     evaluation = require_finite(Evaluation(np.concatenate(nll), windows.predicted))
     return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import nn
 
 from ssm_mp.files.mapped import let_go
+from ssm_mp.modules.unpacked import Remembering
 from ssm_mp.precisions.stored import Stored
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
@@ -67,8 +68,18 @@ def _limits(root: Path) -> Iterator[Limit]:
             size = int(file.read_text(encoding="utf-8"))  # v2 says "max" where there is none
             if size < _UNBOUNDED:
                 yield Limit(size, "this job's control group allows")
-    with suppress(ValueError):
-        yield Limit(int(os.environ.get("SLURM_MEM_PER_NODE", "")) << 20, "this Slurm job was given")
+    given = _of_slurm(os.environ)
+    if given is not None:
+        yield Limit(given, "this Slurm job was given")
+
+
+def _of_slurm(environ: Mapping[str, str]) -> int | None:
+    """Bytes that a Slurm job was given on this node; None outside Slurm, and where it was given all of the node's."""
+    with suppress(KeyError, ValueError):
+        return int(environ["SLURM_MEM_PER_NODE"]) << 20 or None  # 0 stands for all
+    with suppress(KeyError, ValueError):
+        return int(environ["SLURM_MEM_PER_CPU"]) * int(environ["SLURM_CPUS_ON_NODE"]) << 20 or None
+    return None
 
 
 def _group_files(root: Path) -> Iterator[Path]:
@@ -76,10 +87,11 @@ def _group_files(root: Path) -> Iterator[Path]:
     with suppress(OSError, ValueError):
         for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory"):
+            named = controllers.split(",")  # one of the first version may have several
+            if named != [""] and "memory" not in named:
                 continue
             top, name = ("sys/fs/cgroup", "memory.max")
-            if controllers == "memory":
+            if "memory" in named:
                 top, name = ("sys/fs/cgroup/memory", "memory.limit_in_bytes")
             group = Path(path.lstrip("/"))
             for part in (group, *group.parents):
@@ -88,7 +100,14 @@ def _group_files(root: Path) -> Iterator[Path]:
 
 def let_go_of(part: nn.Module) -> None:
     """Drop the pages of all tensors of a part of a model that are mapped from files, whose values stay, and give freed
-    memory back: what a model takes that is run layer by layer is then what one layer takes."""
+    memory back: what a model takes that is run layer by layer is then what one layer takes.
+
+    What its modules made of their tensors goes too, so that a model that waits keeps no quantised tensor in memory
+    whose place another has taken.
+    """
+    for module in part.modules():
+        if isinstance(module, Remembering):
+            module.forget()
     stored = (module for module in part.modules() if isinstance(module, Stored))
     let_go(tensor for one in stored for tensor in one.arrays().values())
     give_back()

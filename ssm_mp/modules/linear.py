@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -76,14 +77,18 @@ class Projection:
         """`x [..., k]` → `[..., n]`, one part after another."""
         return self._product(self._rounded(x))
 
+    @cached_property
     def _unpacked(self) -> Projection:
-        """The same, its weights unpacked once for many calls, unless they multiply integers."""
-        parts = [(FloatTensor(w.tensor()) if _is_packed(w) else w, bias, inputs) for w, bias, inputs in self.parts]
+        """The same, its weights unpacked once for all calls and threads, unless they multiply integers."""
+        own = [
+            FloatTensor(weight.tensor()) if _is_packed(weight, inputs) else weight for weight, _, inputs in self.parts
+        ]
+        parts = [(weight, bias, inputs) for weight, (_, bias, inputs) in zip(own, self.parts, strict=True)]
         return replace(self, parts=parts)
 
     @property
     def _is_packed(self) -> bool:
-        return any(_is_packed(weight) for weight, *_ in self.parts)
+        return any(_is_packed(weight, inputs) for weight, _, inputs in self.parts)
 
     def _rounded(self, x: Tensor) -> Tensor:
         return x if self.rounding is None else self.rounding(x)
@@ -125,7 +130,7 @@ class Projection:
         if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
             return self.matrix.divergence(self._rounded(x), columns, reference.matrix, reference._rounded(expected))
         chunks = zip(x.split(held), expected.split(held), strict=True)
-        own, other = self._unpacked(), reference._unpacked()
+        own, other = self._unpacked, reference._unpacked
         kl = torch.cat([token_divergence(own(ours), other(theirs)) for ours, theirs in chunks])
         return self.nll(x, columns, held), kl
 
@@ -154,9 +159,12 @@ def _outputs(weight: Stored) -> int:
     return weight.scale.shape[0] if isinstance(weight, IntegerTensor) else weight.shape[0]
 
 
-def _is_packed(weight: Stored) -> bool:
+def _is_packed(weight: Stored, inputs: InputQuantizer | None) -> bool:
     """Whether a weight is unpacked, or widened, each time that it is multiplied."""
-    return type(weight) is not FloatTensor and not isinstance(weight, IntegerTensor)
+    if inputs is not None:
+        return False  # it multiplies integers
+    # a GPU multiplies float16 as it is
+    return type(weight) is not FloatTensor or (weight.value.dtype != torch.float32 and weight.device.type == "cpu")
 
 
 def _is_cut_by_rows(weight: Stored, bias: Stored | None) -> bool:

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ssm_mp.precisions.stored import Stored
+
+
+@runtime_checkable
+class Remembering(Protocol):
+    """A module that keeps what it made of tensors, and with it those tensors themselves, until it is told otherwise."""
+
+    def forget(self) -> None:
+        """Let go of that; it is made again when it is needed."""
 
 
 class Unpacked:

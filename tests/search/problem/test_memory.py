@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from search.base.errors import StudyError
 from search.problem import memory
-from search.problem.memory import GIB, Needs, needs_of, plan_memory
+from search.problem.memory import GIB, Needs, needs_of, plan_memory, put_aside
 from search.problem.spec import StudySpec, load_spec
+from ssm_mp.checkpoints import load_checkpoint
 from ssm_mp.components import find_components
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.memory import Limit
@@ -68,6 +70,17 @@ def test_more_than_a_control_group_allows_is_refused_before_anything_runs(tmp_pa
         plan_memory(study(tmp_path, "search.memory_gib=32"), NEEDS)
 
 
+def test_one_of_several_processes_keeps_below_its_share(
+    tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(memory.SHARE, str(6 * GIB))
+    assert plan_memory(study(tmp_path), NEEDS).bound == int(0.9 * 6 * GIB)
+    with pytest.raises(
+        StudyError, match=r"memory_gib = 8, but each process of this search \(--workers\) may take 6\.0"
+    ):
+        plan_memory(study(tmp_path, "search.memory_gib=8"), NEEDS)
+
+
 def test_too_little_for_one_layer_says_what_would_fit(tmp_path: Path, machine: Any) -> None:
     with pytest.raises(MachineError, match=r"takes about 3\.6 GiB .*memory_gib allows 2\.0 GiB; give more, or fewer"):
         plan_memory(study(tmp_path, "search.memory_gib=2"), NEEDS)
@@ -89,14 +102,23 @@ def test_a_scratch_folder_in_memory_is_refused(tmp_path: Path, machine: Any, mon
         plan_memory(study(tmp_path), NEEDS)
 
 
+def test_a_scratch_folder_is_not_asked_for_before_something_is_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBA))
+    monkeypatch.setattr(memory, "_LARGE", 0)
+    place = put_aside(study(tmp_path, f'search.scratch="{tmp_path}/missing"'), checkpoint)
+    assert place is not None
+    with pytest.raises(MachineError, match="missing: the scratch folder cannot be written"):
+        place(torch.ones(3))
+
+
 def test_without_a_limit_the_multiple_of_the_checkpoint_is_the_bound(tmp_path: Path, machine: Any) -> None:
     machine(None)
     assert plan_memory(study(tmp_path), NEEDS).bound == int(1.5 * NEEDS.checkpoint) + 6 * GIB // 5
 
 
 def test_needs_grow_with_windows_choices_and_the_models_size(tmp_path: Path) -> None:
-    from ssm_mp.checkpoints import load_checkpoint
-
     checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBA))
     components = find_components(checkpoint)
     base = needs_of(study(tmp_path), checkpoint, components, LENGTH)
@@ -106,3 +128,13 @@ def test_needs_grow_with_windows_choices_and_the_models_size(tmp_path: Path) -> 
     assert more.forms > base.forms
     assert replace(more, forms=base.forms) == base
     assert needs_of(study(tmp_path, "data.certify_windows=4096"), checkpoint, components, LENGTH).running > base.running
+
+
+def test_probes_that_are_measured_need_both_ends_states_and_both_heads_unpacked(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(write_checkpoint(tmp_path / "model.safetensors", MAMBA))
+    measured, none = (
+        needs_of(study(tmp_path, f"search.probe={probe}"), checkpoint, find_components(checkpoint), LENGTH).running
+        for probe in ("measured", "none")
+    )
+    states = 4 * max(study(tmp_path).data.search_windows, study(tmp_path).data.certify_windows) * LENGTH * MAMBA.d_model
+    assert measured - none == 3 * states + 2 * 4 * MAMBA.vocabulary * MAMBA.d_model

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import Converter
@@ -12,7 +13,8 @@ from ssm_mp.conversion.forms import Forms, Scratch
 from ssm_mp.conversion.regroup import has_experts, regrouped
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.evaluate import evaluate
-from ssm_mp.model import build
+from ssm_mp.evaluation.memory import let_go_of
+from ssm_mp.model import assemble, build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.precisions.stored import FloatTensor
 from ssm_mp.scheme import Scheme
@@ -70,6 +72,23 @@ def test_a_model_that_has_run_goes_on_with_the_same_numbers_when_its_forms_give_
     converter.convert(PrecisionMap.uniform("fp16", components))
     assert forms.written > 0
     assert (evaluate(first, windows).nll == expected).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_model_that_waits_keeps_no_tensor_that_has_given_way(tmp_path: Path, precision: str) -> None:
+    config, windows = HUGGING_FACE, some_windows(6)
+    source = random_model(config)
+    model = assemble(config, source._components, after_layer=let_go_of)
+    forms = Forms(ROOM, Scratch(tmp_path, ROOM, least=1))
+    converter = Converter(model, Scheme(activations="none"), forms=forms)
+    waiting = converter.convert(PrecisionMap.uniform(precision, find_components(model)))
+    expected = evaluate(waiting, windows).nll
+    components = (waiting.component(f"layers.0.ssm.{name}") for name in ("in_proj", "x_proj", "out_proj"))
+    held = [StorageWeakRef(t.untyped_storage()) for c in components for t in c.weight.arrays().values()]  # type: ignore[operator, union-attr]
+    forms._capacity = 0
+    forms.get(("another", "fp16"), lambda: half(10))
+    assert all(storage.expired() for storage in held)
+    assert (evaluate(waiting, windows).nll == expected).all()
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "expert" in name][:3])

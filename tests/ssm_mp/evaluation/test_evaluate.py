@@ -219,6 +219,11 @@ def test_layer_by_layer_gives_the_very_same_numbers(family: str) -> None:
     final, found = advance(model, first, len(model.layers)), advance(layered, ours, len(model.layers))
     assert torch.equal(final.hidden, found.hidden)
     assert np.array_equal(finish(model, final, windows).nll, finish(layered, found, windows).nll)
+    passed.clear()
+    nll, kl = finish_against(layered, found, layered, found, windows)
+    assert passed == [layered.embedding] * 2
+    assert np.array_equal(nll.nll, finish(model, final, windows).nll)
+    assert kl < 1e-6
 
 
 @pytest.mark.parametrize("capacity", [0, 300 * LENGTH * 16 * 4, 1 << 30])

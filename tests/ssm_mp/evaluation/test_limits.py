@@ -11,9 +11,14 @@ from ssm_mp.evaluation.memory import memory_limit
 GIB = 1 << 30
 
 
+def outside_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    outside_slurm(monkeypatch)
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text(f"MemTotal: {32 << 20} kB\nMemAvailable: {24 << 20} kB\n", encoding="utf-8")
     return tmp_path
@@ -54,6 +59,24 @@ def test_what_slurm_gave_counts_where_it_does_not_enforce_it(root: Path, monkeyp
     assert bytes_and_who(root) == (3, "this Slurm job was given")
 
 
+def test_what_slurm_gave_each_cpu_counts_for_all_of_the_job(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1024")
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "4")
+    assert bytes_and_who(root) == (4, "this Slurm job was given")
+
+
+def test_a_slurm_job_that_was_given_all_of_its_node_is_not_given_nothing(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")
+    assert bytes_and_who(root) == (24, "this machine has free")
+
+
+def test_a_control_group_of_several_controllers_counts(root: Path) -> None:
+    group(root, "9:hugetlb,memory:/job", {"memory/job/memory.limit_in_bytes": str(5 * GIB)})
+    assert bytes_and_who(root) == (5, "this job's control group allows")
+
+
 def test_where_nothing_says_anything_there_is_no_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_MEM_PER_NODE", raising=False)
+    outside_slurm(monkeypatch)
     assert memory_limit(tmp_path) is None

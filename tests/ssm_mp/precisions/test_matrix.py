@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import ssm_mp.modules.linear
 import ssm_mp.precisions.matrix
 from ssm_mp.modules.convolution import DepthwiseConv
 from ssm_mp.modules.embedding import Embedding
@@ -20,7 +21,7 @@ from ssm_mp.modules.linear import Linear, linear
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.matrix import FEW_ROWS, Matrix
 from ssm_mp.precisions.registry import PRECISIONS
-from ssm_mp.precisions.stored import FloatTensor
+from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import ActivationScheme, ScaleRule
 
 KNOWN = ("fp16", "int8", "nf4", "int4", "int3")
@@ -243,6 +244,34 @@ def test_a_head_too_large_for_each_thread_to_lay_out_is_scored_by_its_logits(mon
         found.append(head.divergence(x, targets, head, x + 0.1, held=7))
     for fused, logits in zip(*found, strict=True):
         torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
+def test_a_head_too_large_to_stay_unpacked_is_unpacked_once_for_all_divergences(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ssm_mp.precisions.matrix, "_MOST_PACKED", 100)
+    monkeypatch.setattr(ssm_mp.modules.linear, "_MOST_UNPACKED", 100)
+    n, k = 50, 64
+    weight = PRECISIONS[precision].store(torch.randn(n, k), "weight", ScaleRule())
+    whole, kind = list[int](), type(weight)
+    unpack = kind.tensor
+
+    def counted(stored: Stored) -> torch.Tensor:
+        found = unpack(stored)
+        whole.extend([n] * (found.shape[0] == n and stored is weight))
+        return found
+
+    monkeypatch.setattr(kind, "tensor", counted)
+    x, targets = torch.randn(20, k), torch.arange(20)
+    head, other = Linear(weight).projection(), Linear(weight).projection()
+    for _ in range(3):
+        nll, kl = head.divergence(x, targets, other, x + 0.1, held=1)
+    assert len(whole) == 2  # of either side
+    logits, others = (each.double() @ unpack(weight).double().t() for each in (x, x + 0.1))
+    torch.testing.assert_close(nll, token_nll(logits, targets), rtol=1e-5, atol=1e-5)
+    p = others.log_softmax(-1)
+    torch.testing.assert_close(kl, (p.exp() * (p - logits.log_softmax(-1))).sum(-1), rtol=1e-5, atol=1e-5)
 
 
 def test_a_likelihood_survives_logits_that_grow_along_the_vocabulary() -> None:
