@@ -183,8 +183,9 @@ def _bound(spec: StudySpec, least: int, needs: Needs, limit: Limit | None) -> in
     there is."""
     asked = spec.search.memory_gib
     if asked is None:
-        small = needs.all + (spec.search.shared_mib << 20) if needs.checkpoint < _LARGE else 0
-        wanted = max(least, small, int(_OWN * needs.checkpoint) + _BESIDE)
+        if needs.checkpoint < _LARGE:  # its needs are mostly the process itself, and no reason to refuse anything
+            return needs.all + (spec.search.shared_mib << 20)
+        wanted = max(least, int(_OWN * needs.checkpoint) + _BESIDE)
         return wanted if limit is None else min(wanted, int((1 - _RESERVE) * limit.bytes))
     if limit is not None and asked * GIB > limit.bytes:
         raise StudyError(
