@@ -240,7 +240,7 @@ def scratch_of(spec: StudySpec, written: int) -> Scratch:
     folder = Path(tempfile.gettempdir()) if asked is None else spec.resolve(asked, "[search] scratch")
     advice = "give another with [search] scratch (or TMPDIR), or more memory with [search] memory_gib"
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:
+        with tempfile.TemporaryFile("wb", dir=folder) as file:
             file.write(b"\0")
         found = os.statvfs(folder)
     except OSError as error:

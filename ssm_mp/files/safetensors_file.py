@@ -16,8 +16,11 @@ from ssm_mp.files.refused import foreign_metadata
 
 _TYPES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
-    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.float64: "F64",
+    torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.float64: "F64", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float8_e8m0fnu: "F8_E8M0",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64",
 }  # fmt: skip
+"""The format's words for torch's types."""
 
 
 def looks_like_safetensors(head: bytes) -> bool:

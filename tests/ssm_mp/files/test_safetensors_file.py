@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ssm_mp.files.safetensors_file import read_safetensors, write_safetensors
 
-TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+TYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @settings(deadline=None, max_examples=40)
