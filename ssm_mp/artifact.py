@@ -38,9 +38,10 @@ from ssm_mp.families.registry import config_from_json, config_to_json
 from ssm_mp.files.safetensors_file import write_safetensors
 from ssm_mp.model import AfterLayer, LanguageModel, assemble
 from ssm_mp.modules.inputs import StaticInput, input_quantizer
+from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
-from ssm_mp.precisions.stored import ArraySpec, Stored
+from ssm_mp.precisions.stored import ArraySpec
 from ssm_mp.scheme import Scheme
 
 __all__ = [
@@ -91,8 +92,7 @@ def stored_arrays(model: LanguageModel) -> dict[str, Tensor]:
     for component in find_components(model):
         module = model.component(component.name)
         for parameter in component.parameters:
-            held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
-            for suffix, array in held.arrays().items():
+            for suffix, array in held_by(module, parameter.leaf).arrays().items():
                 arrays[_joined(parameter.name, suffix)] = array
         inputs = getattr(module, "inputs", None)
         if isinstance(inputs, StaticInput):

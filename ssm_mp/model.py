@@ -18,7 +18,7 @@ from ssm_mp.errors import DataError
 from ssm_mp.modules.embedding import BlockedEmbedding, blocked_embedding
 from ssm_mp.modules.inputs import Multiplied, Rounding
 from ssm_mp.modules.linear import Multiplier, Projection
-from ssm_mp.modules.parameter import Form
+from ssm_mp.modules.parameter import Form, held_by
 from ssm_mp.precisions.stored import ByteTensor, Stored, source_tensor
 
 AfterLayer = Callable[[nn.Module], None]
@@ -286,7 +286,5 @@ def in_float32(model: LanguageModel) -> LanguageModel:
     """The same FP32 model with every tensor in memory in float32: what its speed is measured of."""
     tensors: dict[str, Tensor] = {}
     for parameter in model.config.parameters():
-        module = model.component(parameter.component)
-        held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
-        tensors[parameter.name] = held.tensor()
+        tensors[parameter.name] = held_by(model.component(parameter.component), parameter.leaf).tensor()
     return build(model.config, tensors)

@@ -26,6 +26,7 @@ from ssm_mp.modules.embedding import Embedding
 from ssm_mp.modules.experts import ExpertsLinear
 from ssm_mp.modules.inputs import InputQuantizer, rounded
 from ssm_mp.modules.linear import Linear
+from ssm_mp.modules.parameter import held_by
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
 Key = tuple[str, str]
@@ -109,7 +110,7 @@ class _Errors:
         kept = None if self._kept is None else self._kept.get(key)
         if kept is None:
             modules = (self._workspace.converter.module(component, precision) for precision in self.choices(component))
-            errors = (_error(_stored(module, leaf), value) for module in modules)
+            errors = (_error(held_by(module, leaf), value) for module in modules)
             if self._kept is None:
                 return [torch.dot(flat, error).item() for error in errors]
             kept = self._kept[key] = torch.stack(list(errors))
@@ -125,7 +126,7 @@ def _weighed(component: Component, source: nn.Module, errors: _Errors, batch: Ba
     """A free component's module whose gradients are multiplied with each precision's error and let go."""
     tensors: dict[str, Stored] = {}
     for parameter in component.parameters:
-        held = _stored(source, parameter.leaf)
+        held = held_by(source, parameter.leaf)
         if isinstance(held, FloatTensor):
             held = FloatTensor(held.value.data.float())
             held.value.requires_grad_()
@@ -141,7 +142,7 @@ class _Lookup(nn.Module):
         super().__init__()
         self.block_of = source.block_of
         self._name, self._weight, self._batch = component.name, source.weight, batch
-        self._forms = {precision: _stored(form, "weight") for precision, form in forms.items()}
+        self._forms = {precision: held_by(form, "weight") for precision, form in forms.items()}
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids `[…]` → `[…, d]`."""
@@ -162,7 +163,7 @@ class _Weighed(nn.Module):
     def __init__(self, component: Component, source: nn.Module, errors: _Errors, batch: Batch) -> None:
         super().__init__()
         self._component, self._errors, self._batch = component, errors, batch
-        held = {parameter.leaf: _stored(source, parameter.leaf) for parameter in component.parameters}
+        held = {parameter.leaf: held_by(source, parameter.leaf) for parameter in component.parameters}
         self._held = {leaf: FloatTensor(h.value.data.float()) for leaf, h in held.items() if isinstance(h, FloatTensor)}
         self._inner = component.form.module(self._held, None)
 
@@ -218,12 +219,6 @@ class _Convolution(_Weighed):
 
         own.register_hook(weigh)
         return own
-
-
-def _stored(module: nn.Module, leaf: str) -> Stored:
-    held = module if isinstance(module, Stored) else getattr(module, leaf)
-    assert isinstance(held, Stored)
-    return held
 
 
 def _weigher(component: Component, leaf: str, errors: _Errors, batch: Batch) -> Callable[[Tensor], None]:

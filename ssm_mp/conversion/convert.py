@@ -13,7 +13,7 @@ from ssm_mp.conversion.forms import Forms
 from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import InputQuantizer, StaticInput, input_quantizer
-from ssm_mp.modules.parameter import Parameter
+from ssm_mp.modules.parameter import Parameter, held_by
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.precision import Unsure
 from ssm_mp.precisions.registry import get_precision
@@ -103,7 +103,7 @@ class Converter:
             return 0.0
         if parameter.name not in self._largest:
             source = self.model.component(parameter.component)
-            self._largest[parameter.name] = largest_magnitude(_held(source, parameter.leaf).arrays()[""])
+            self._largest[parameter.name] = largest_magnitude(held_by(source, parameter.leaf).arrays()[""])
         return self._largest[parameter.name]
 
     def _make(self, component: Component, name: str) -> nn.Module:
@@ -111,7 +111,7 @@ class Converter:
         source = self.model.component(component.name)
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:
-            held = _held(source, parameter.leaf)
+            held = held_by(source, parameter.leaf)
             if isinstance(held, ByteTensor):
                 tensors[parameter.leaf] = ByteTensor(held.value)
                 continue
@@ -134,13 +134,6 @@ class Converter:
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
         return input_quantizer(scheme, name)
-
-
-def _held(module: nn.Module, leaf: str) -> Stored:
-    """How a component's module stores one of its tensors."""
-    held = module if isinstance(module, Stored) else getattr(module, leaf)
-    assert isinstance(held, Stored)
-    return held
 
 
 def _is_source(held: FloatTensor) -> bool:

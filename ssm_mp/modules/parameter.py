@@ -51,3 +51,10 @@ def weight(component: str, kind: str, layer: int | None, form: Form, *shape: int
 def bias(component: str, kind: str, layer: int | None, form: Form, size: int) -> Parameter:
     """The bias of a component, float16 in every precision."""
     return Parameter(f"{component}.bias", (size,), component, kind, layer, "bias", form)
+
+
+def held_by(module: nn.Module, leaf: str) -> Stored:
+    """How a component's module stores one of its tensors, by leaf name; a bare value is the module itself."""
+    held = module if isinstance(module, Stored) else getattr(module, leaf)
+    assert isinstance(held, Stored)
+    return held

@@ -12,7 +12,7 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import input_quantizer
-from ssm_mp.modules.parameter import Parameter
+from ssm_mp.modules.parameter import Parameter, held_by
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
@@ -52,19 +52,12 @@ class Exportable:
         for component in self.components:
             module = self.model.component(component.name)
             for parameter in component.parameters:
-                found[parameter.name] = (parameter, held_by(module, parameter))
+                found[parameter.name] = (parameter, held_by(module, parameter.leaf))
         return found
 
     def tensor(self, name: str) -> Tensor:
         """One dequantised tensor, float32, by its canonical name."""
         return self.stored()[name][1].tensor()
-
-
-def held_by(module: nn.Module, parameter: Parameter) -> Stored:
-    """How a component's module stores one of its parameters."""
-    held = module if isinstance(module, Stored) else getattr(module, parameter.leaf)
-    assert isinstance(held, Stored)
-    return held
 
 
 def twin(item: Exportable) -> Exportable:
@@ -106,7 +99,7 @@ def _rebuilt(
     modules: dict[str, nn.Module] = {}
     for component in item.components:
         module, precision = item.model.component(component.name), item.precision(component.name)
-        held = {p.leaf: store(component, p, held_by(module, p)) for p in component.parameters}
+        held = {p.leaf: store(component, p, held_by(module, p.leaf)) for p in component.parameters}
         how = component.input_scheme(precision, scheme) if precision != "fp32" else "none"
         modules[component.name] = component.form.module(held, input_quantizer(how, precision))
     return assemble(item.config, modules)
