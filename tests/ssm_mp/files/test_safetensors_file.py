@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,13 @@ def test_views_are_written_as_they_look(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "a.safetensors", arrays, {"format": "x"})
     found = read_safetensors(tmp_path / "a.safetensors")
     assert all(torch.equal(found[name], array) for name, array in arrays.items())
+
+
+def test_every_tensor_begins_where_its_type_may(tmp_path: Path) -> None:
+    arrays = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(5, dtype=torch.float16), "c": torch.ones(7)}
+    write_safetensors(tmp_path / "a.safetensors", arrays, {})
+    content = (tmp_path / "a.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % array.dtype.itemsize == 0 for name, array in arrays.items())
