@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from search.base.errors import StudyError
 from search.problem.groups import Groups
@@ -40,6 +40,7 @@ def _by(space: Space, group: Callable[[Component], str]) -> Groups:
 
 def by_patterns(space: Space, patterns: Sequence[str]) -> Groups:
     """For each pattern the free components that it matches and none before it did; a single one stays itself."""
+    require_patterns(patterns, space.components, space.pins)
     names = [component.name for component in space.components]
     free = [component.name for component in space.free]
     taken: dict[str, str] = {}
@@ -49,27 +50,33 @@ def by_patterns(space: Space, patterns: Sequence[str]) -> Groups:
         moving = [name for name in matched if name in free]
         members = tuple(name for name in moving if name not in taken)
         if not members:
-            raise StudyError(f"[precision] groups: {pattern!r} {_useless(pattern, matched, moving, space, taken)}")
+            raise StudyError(f"[precision] groups: {pattern!r} {_useless(matched, moving, taken)}")
         taken |= dict.fromkeys(members, pattern)
         if len(members) > 1:
             groups[pattern] = members
     return groups
 
 
-def _useless(
-    pattern: str, matched: Sequence[str], moving: Sequence[str], space: Space, taken: dict[str, str]
-) -> str:  # fmt: skip
-    """Why a pattern makes no group, and what to do."""
-    if not matched:
-        return f"matches no component; the nearest are {_nearest(pattern, [c.name for c in space.free])}"
+def require_patterns(patterns: Sequence[str], components: Sequence[Component], pins: Collection[str]) -> None:
+    """Raise StudyError for a pattern that matches nothing, or only what is pinned: known before any model runs."""
+    names = [component.name for component in components]
+    movable = [name for name in names if name not in pins]
+    for pattern in patterns:
+        matched = [name for name in names if matches(pattern, name)]
+        if not matched:
+            near = _nearest(pattern, movable)
+            raise StudyError(f"[precision] groups: {pattern!r} matches no component; the nearest are {near}")
+        if all(name in pins for name in matched):
+            raise StudyError(
+                f"[precision] groups: {pattern!r} matches only pinned components ({listed(matched, 4)}); lift their "
+                f"pin ([precision] pin, unpin), or take one of {_nearest(pattern, movable)}"
+            )
+
+
+def _useless(matched: Sequence[str], moving: Sequence[str], taken: dict[str, str]) -> str:
+    """Why a pattern that matches something makes no group, and what to do."""
     if moving:
-        first = taken[moving[0]]
-        return f"matches nothing that {first!r} has not taken; put it before that, or leave it out"
-    if space.pins.issuperset(matched):
-        return (
-            f"matches only pinned components ({listed(matched, 4)}); lift their pin ([precision] pin, unpin), or take "
-            f"one of {_nearest(pattern, [c.name for c in space.free])}"
-        )
+        return f"matches nothing that {taken[moving[0]]!r} has not taken; put it before that, or leave it out"
     return f"matches only components with a single choice ({listed(matched, 4)}); leave it out"
 
 

@@ -6,6 +6,7 @@ Dimensions: `w` windows, `L` window length, `d` model.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -242,14 +243,13 @@ def scratch_of(spec: StudySpec, written: int) -> Scratch:
     try:
         with tempfile.TemporaryFile("wb", dir=folder) as file:
             file.write(b"\0")
-        found = os.statvfs(folder)
+        free = _free_bytes(folder)
     except OSError as error:
         raise MachineError(
             f"{folder}: the scratch folder cannot be written ({error.strerror or error}); {advice}"
         ) from None
     if _is_memory(folder):
         raise MachineError(f"{folder}: the scratch folder lies in memory, which it is to save; {advice}")
-    free = found.f_bavail * found.f_frsize
     most = free if spec.search.scratch_gib is None else min(free, int(spec.search.scratch_gib * GIB))
     if written > most:
         has = (
@@ -260,6 +260,11 @@ def scratch_of(spec: StudySpec, written: int) -> Scratch:
             f"{advice}, or ask for fewer precisions"
         )
     return Scratch(folder, most)
+
+
+def _free_bytes(folder: Path) -> int:
+    """What its file system has room for."""
+    return shutil.disk_usage(folder).free
 
 
 def _is_memory(folder: Path) -> bool:
@@ -278,4 +283,4 @@ def _is_memory(folder: Path) -> bool:
 
 
 def _gib(size: int) -> str:
-    return f"{size / GIB:.1f} GiB"
+    return f"{size / GIB:.1f} GiB" if size >= GIB // 10 else f"{size >> 20} MiB"

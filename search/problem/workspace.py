@@ -14,7 +14,7 @@ from torch import nn
 from search.base.errors import StudyError
 from search.base.progress import slow
 from search.problem.calibration import blocks_digest, statistics_of
-from search.problem.grouping import grouped_by_rule, rule_of, told
+from search.problem.grouping import grouped_by_rule, require_patterns, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
 from search.problem.run_directory import GROUPING, mark_of
@@ -133,6 +133,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     model = split_embedding(model, splits.token_counts, spec.precision.embedding_blocks)
     components = find_components(model)
     pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
+    require_patterns(spec.precision.groups, components, pins)
     scheme = spec.precision.scheme
     statistics = None
     if scheme.activations == "static":

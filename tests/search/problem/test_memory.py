@@ -22,7 +22,9 @@ NEEDS = Needs(checkpoint=14 * GIB, forms=26 * GIB, running=2 * GIB, layer=GIB)
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets what the machine allows."""
+    """Sets what the machine allows; its disk has room, whatever that of the tests is."""
+    monkeypatch.setattr(memory, "_free_bytes", lambda folder: 100 * GIB)
+    monkeypatch.setattr(memory, "_is_memory", lambda folder: False)
 
     def allow(gib: float | None, who: str = "this machine has free") -> None:
         limit = None if gib is None else Limit(int(gib * GIB), who)
@@ -103,6 +105,16 @@ def test_a_scratch_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Pa
 def test_a_scratch_folder_that_is_too_small_is_refused_at_once(tmp_path: Path, machine: Any) -> None:
     with pytest.raises(MachineError, match=r"may take .* GB of this scratch folder, which may take 1\.1 GB"):
         plan_memory(study(tmp_path, "search.scratch_gib=1"), NEEDS)
+
+
+def test_a_disk_that_is_too_full_is_refused_with_what_it_has(
+    tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_free_bytes", lambda folder: 10**9)
+    with pytest.raises(
+        MachineError, match=r"may take .* GB of this scratch folder, which has 1\.0 GB free; give another"
+    ):
+        plan_memory(study(tmp_path), NEEDS)
 
 
 def test_a_scratch_folder_in_memory_is_refused(tmp_path: Path, machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

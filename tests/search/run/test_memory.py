@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from search.cli.main import app, main
+from search.problem import memory
 from search.problem.spec import load_spec
 from search.problem.workspace import open_workspace
 from ssm_mp.config import Config
@@ -21,6 +22,12 @@ from tests.tiny import ITERA, MAMBA, write_study
 LITTLE = {"measured": 0.7, "none": 0.7, "gradient": 1.2}
 """GiB that one tiny layer at a time fits into, beside what a process takes, and not what maps share; by probes."""
 CHOICES = 'precision.choices=["fp16","int8","nf4"]'
+
+
+@pytest.fixture(autouse=True)
+def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder for temporary files may lie in memory where tests run."""
+    monkeypatch.setattr(memory, "_is_memory", lambda folder: False)
 
 
 def found(study: Path, folder: Path, *overrides: str) -> tuple[dict[str, Any], str]:
@@ -104,3 +111,18 @@ def test_a_bound_that_cannot_be_kept_is_one_error_before_anything_is_measured(
     assert said in lines
     assert lines.count("error:") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_group_that_matches_nothing_is_refused_before_calibration_and_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study, run = write_study(tmp_path), tmp_path / "run"
+    setting = 'precision.groups=["*.in_prj"]'
+    monkeypatch.setattr("sys.argv", ["ssm-mp", "search", str(study), "--run-dir", str(run), "--set", setting])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "matches no component; the nearest are 'layers.*.ssm.in_proj'" in said
+    assert "calibrating" not in said
+    assert not run.exists()
