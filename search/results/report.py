@@ -15,6 +15,7 @@ from search.problem.spec import StudySpec
 from search.results.certify import Certificate
 from search.results.gates import Gate, overall
 from search.results.outlook import outlook
+from search.results.tested import HEAD, basis, order, rows_of
 from search.sampling.surrogate import Surrogate
 from search.trials.read_back import Counts
 from ssm_mp.components import Component
@@ -221,18 +222,11 @@ def _certificate(result: Result) -> str:
     certificate = result.certificate
     if certificate is None:
         return "Nothing to certify: no map is within the budget on the search windows."
-    rows = [
-        (
-            str(tried.trial), tried.verdict, f"{100 * tried.spent:.3g} %", f"{tried.increase_percent:+.3f}",
-            f"{tried.lower_percent:+.3f}", f"{tried.upper_percent:+.3f}",
-        )
-        for tried in certificate.tries
-    ]  # fmt: skip
     said = "".join(f"\n\n{line}" for line in outlook(certificate))
     return (
-        f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all tries, on {certificate.windows} "
-        f"windows that the search never saw, paired against the FP32 checkpoint.{said}\n\n"
-        + _table(("trial", "verdict", "error spent", "increase %", "lower %", "upper %"), rows, left=2)
+        f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all that the study tests, on "
+        f"{certificate.windows} windows that the search never saw, paired against the FP32 checkpoint. "
+        f"{basis(certificate)}{said}\n\n{order(certificate)}\n\n{_table(HEAD, rows_of(certificate), left=2)}"
     )
 
 

@@ -6,51 +6,42 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from optuna.study import Study
 
 from search.base.front import Point, front_by_size, pareto_front
-from search.base.progress import slow
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
 from search.problem.groups import NO_GROUPS, Groups
 from search.problem.run_directory import (
     CERTIFICATE,
-    CERTIFY_BASELINE,
     FRONT,
     REPORT,
-    TRIES,
     WINNER,
     RunDirectory,
-    mark_of,
 )
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
-from search.results.certify import Certificate, certify
+from search.results.certify import Certificate
 from search.results.export import export, provenance_of, timing_seconds
 from search.results.gates import Gate, judge
 from search.results.known import known_of, seconds_spent
-from search.results.ledger import tries_of
 from search.results.outlook import outlook
 from search.results.plots.components import plot_allocation, plot_sensitivities
 from search.results.plots.files import save
 from search.results.plots.front import plot_front
 from search.results.report import Result, front_json, render
 from search.results.transferred import transfer_map
+from search.run.certifying import certify_front
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
 from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
-from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError, DataError, ExportError
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, evaluate, layer_calls, paired_increase
-from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.placing import remove
@@ -172,53 +163,6 @@ def clear_winner(folder: Path, say: Say) -> None:
     say(f"note: the former winner was removed; the other files in {folder} are now in {kept}")
 
 
-def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:
-    """Hold the front against the budget on the certify windows, and note each new try in the run directory."""
-    spec, windows = workspace.spec, workspace.splits.certify
-    if not front:
-        return None
-    say(f"certifying on {len(windows)} windows")
-    reference = cache(lambda: _certify_baseline(workspace, run))  # only where a map is tried that was not yet
-
-    def measure(point: Point) -> Increase:
-        model = workspace.converter.convert(workspace.space.map(point.map))
-        return paired_increase(_certified(model, windows, f"certifying trial {point.trial}"), reference())
-
-    with run.lock("certify").held():  # two exports at once must not spend the same share
-        former = tries_of(run.read_lines(TRIES), str(run / TRIES))
-        certificate = certify(
-            front,
-            measure,
-            budget_percent=spec.search.budget_percent,
-            confidence=spec.search.confidence,
-            windows_digest=windows.digest,
-            former=former,
-        )
-        new = [tried for tried in certificate.tries if tried not in former] if certificate else []
-        run.append_lines(TRIES, [tried.to_json() for tried in new])
-    return certificate
-
-
-def _certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
-    """The FP32 checkpoint on the certify windows, evaluated once by a study."""
-    windows = workspace.splits.certify
-    depends = {name: workspace.fingerprint()[name] for name in ("checkpoint", "compute")}
-    mark = mark_of({**depends, "certify windows": windows.digest})
-    stored = run.read_json(CERTIFY_BASELINE)
-    if isinstance(stored, dict) and stored.get("mark") == mark:
-        return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
-    found = _certified(workspace.model, windows, "certifying: FP32")
-    run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
-    return found
-
-
-def _certified(model: LanguageModel, windows: Windows, what: str) -> Evaluation:
-    progress = slow(what, layer_calls(model, windows))
-    found = evaluate(model, windows, progress.step)
-    progress.close()
-    return found
-
-
 def draw(
     run: RunDirectory,
     spec: StudySpec,
@@ -250,7 +194,8 @@ def describe(certificate: Certificate | None, any_within: bool) -> str:
     if certificate is None:
         return "Not certified yet." if any_within else "No map is within the budget on the search windows."
     return (
-        f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows: "
+        f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows"
+        f"{'' if certificate.basis == 'windows' else f' of {certificate.clusters} documents'}: "
         f"{certificate.increase_percent:+.2f} %, at most {certificate.upper_percent:+.2f} % "
         f"({100 * certificate.confidence:g} % confidence), budget {certificate.budget_percent:+g} %"
     )

@@ -1,0 +1,61 @@
+"""In which order a front's maps are tested, and where testing begins: from search windows alone.
+
+Nothing here may look at certify windows: what `ledger.py` says of sequences holds for an order that was fixed without
+them. Nor may it depend on what was tested before, or a continued search would not find its own sequence again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from scipy.special import ndtr, stdtrit
+
+from search.base.front import Point
+from search.results.ledger import error_share
+
+CURSE = 1.0
+"""How much worse a chosen map is expected to be than it was measured, in its standard errors on the search windows.
+
+The front's maps are the best of many noisy ones, and the sampler looks for more like them (winner's curse)."""
+
+CHANCES = (0.99, 0.9999)
+"""A sequence begins at the smallest map whose chance to pass is this; the second one where the first's start fails."""
+
+WIDENING = 1.35
+"""How much wider the bound over documents is expected to be than the one over windows."""
+
+
+def plans(front: Sequence[Point], budget_percent: float, confidence: float, windows: int) -> list[list[Point]]:
+    """Sequences to be tested until one of them certifies a map, each from its safest map to its smallest.
+
+    front: on size and quality, the smallest map first; windows: how many certify windows there are. A later sequence
+    ends before the start of the one before it, which has failed by then.
+    """
+    safest_first = list(reversed(front))
+    chances = [chance(point, budget_percent, confidence, windows) for point in safest_first]
+    found: list[list[Point]] = []
+    end = len(safest_first)
+    for least in CHANCES:
+        start = max((i for i, likely in enumerate(chances[:end]) if likely >= least), default=0)
+        if start < end:
+            found.append(safest_first[start:end])
+        end = start
+    return found
+
+
+def chance(point: Point, budget_percent: float, confidence: float, windows: int) -> float:
+    """How likely a map is certified as the first of a study on so many certify windows, from its search windows."""
+    return float(ndtr(margin(point, budget_percent, confidence, windows)))
+
+
+def margin(point: Point, budget_percent: float, confidence: float, windows: int) -> float:
+    """`chance` as standard deviations of the difference between both splits: 0 for one half."""
+    rise = math.log1p(point.increase_percent / 100)
+    own = point.stderr_percent / (100 + point.increase_percent)
+    if own == 0 or windows < 2 or point.windows == 0:
+        return math.inf if point.increase_percent < budget_percent else -math.inf
+    certified = WIDENING * own * math.sqrt(point.windows / windows)
+    quantile = abs(float(stdtrit(windows - 1, error_share(1, 1 - confidence))))
+    room = math.log1p(budget_percent / 100) - rise - CURSE * own - quantile * certified
+    return room / math.hypot(own, certified)
