@@ -11,8 +11,8 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.synthetic import Floats, Ints
-from search.base.front import Point, pareto_front
 from search.base.clustered import clustered
+from search.base.front import Point, pareto_front
 from search.results.certify import Held, certify
 from search.results.ledger import Entry, tries_in
 from search.results.plans import plans
