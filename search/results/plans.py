@@ -9,21 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.special import ndtr, stdtrit
+from scipy.special import ndtr
 
+from search.base.certifiable import Certifying, expected
 from search.base.front import Point
 from search.results.ledger import error_share
 
-CURSE = 1.0
-"""How much worse a chosen map is expected to be than it was measured, in its standard errors on the search windows.
-
-The front's maps are the best of many noisy ones, and the sampler looks for more like them (winner's curse)."""
-
 CHANCES = (0.99, 0.9999)
-"""A sequence begins at the smallest map whose chance to pass is this; the second one where the first's start fails."""
+"""A sequence begins at the smallest map whose chance to pass is this; the second one where the first's start fails.
 
-WIDENING = 1.35
-"""How much wider the bound over documents is expected to be than the one over windows."""
+By simulation (`benchmarks.certificate`, 150 searches each, one look): with 0.99 alone 92 % of searches over 40 unequal
+documents certify a map, with a second sequence 95 %; a start at 0.7 or 0.9 saves half a test and costs 0.1 % to 0.4 %
+of bytes, since more first shares are lost."""
 
 
 def plans(front: Sequence[Point], budget_percent: float, confidence: float, windows: int) -> list[list[Point]]:
@@ -55,7 +52,5 @@ def margin(point: Point, budget_percent: float, confidence: float, windows: int)
     own = point.stderr_percent / (100 + point.increase_percent)
     if own == 0 or windows < 2 or point.windows == 0:
         return math.inf if point.increase_percent < budget_percent else -math.inf
-    certified = WIDENING * own * math.sqrt(point.windows / windows)
-    quantile = abs(float(stdtrit(windows - 1, error_share(1, 1 - confidence))))
-    room = math.log1p(budget_percent / 100) - rise - CURSE * own - quantile * certified
-    return room / math.hypot(own, certified)
+    found = expected(own, point.windows, Certifying(windows, error_share(1, 1 - confidence)))
+    return (math.log1p(budget_percent / 100) - rise - found.above) / found.spread

@@ -12,6 +12,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from search.base.certifiable import Certifying, certifiable_percent, expected
 from search.sampling.knowledge import Knowledge
 from search.sampling.posterior import Posterior, Spreads
 from search.sampling.proposal import Evaluated, propose, random_map
@@ -26,7 +27,7 @@ _REFIT_EVERY = 8
 def make(asked: Asked) -> FrontSampler:
     """The sampler of a study that knows its space."""
     assert asked.knowledge is not None
-    return FrontSampler(asked.knowledge, asked.budget_percent, asked.seed)
+    return FrontSampler(asked.knowledge, asked.budget_percent, asked.seed, asked.certifying)
 
 
 class FrontSampler(BaseSampler):
@@ -37,7 +38,10 @@ class FrontSampler(BaseSampler):
     under `study.ask` or `study.optimize` it works like any other sampler.
     """
 
-    def __init__(self, knowledge: Knowledge, budget_percent: float, seed: int) -> None:
+    def __init__(
+        self, knowledge: Knowledge, budget_percent: float, seed: int, certifying: Certifying | None = None
+    ) -> None:
+        self._certifying = certifying
         self._knowledge = knowledge
         self._budget = budget_percent
         self._rng = np.random.default_rng(seed)
@@ -74,12 +78,21 @@ class FrontSampler(BaseSampler):
         # what was stopped early or failed is not on the front: never again, but no part of the staircase
         found = propose(
             catalogue, self.posterior(finished), evaluated, list(taken.values()), self._budget, self._rng,
-            excluded=list(self._choices(off)),
+            excluded=list(self._choices(off)), certifiable_percent=self._certifiable(full),
         )  # fmt: skip
         if found is None:
             return None
         self._proposed.add(found.tobytes())
         return catalogue.decode(found)
+
+    def _certifiable(self, full: Sequence[FrozenTrial]) -> float | None:
+        """The increase up to which maps are likely to be certified, from the spread of those near the budget."""
+        measured = [trial.user_attrs[MEASURED] for trial in full if MEASURED in trial.user_attrs]
+        if self._certifying is None or not measured:
+            return None
+        nearest = min(measured, key=lambda held: abs(held["increase_percent"] - self._budget))
+        own = nearest["stderr_percent"] / (100 + nearest["increase_percent"])
+        return certifiable_percent(self._budget, expected(own, nearest["windows"], self._certifying).above)
 
     def posterior(self, finished: Sequence[FrozenTrial]) -> Posterior:
         """The surrogate after finished trials."""
