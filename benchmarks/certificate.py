@@ -33,6 +33,7 @@ from benchmarks.looks import (
     Outcome,
     Rule,
     Summary,
+    certifying,
     held_of,
     judge_study,
     points_of,
@@ -40,6 +41,7 @@ from benchmarks.looks import (
     summarise,
 )
 from benchmarks.synthetic import Noise, Windows, edge_world, model_world, propose, smallest_within, total
+from search.base.certifiable import Certifying
 from search.base.front import Point
 from search.results.certify import Held
 
@@ -65,6 +67,15 @@ class Scenario:
     by_documents: bool = False
 
 
+_DOCUMENTS: tuple[tuple[str, Literal["model", "edge"], Noise], ...] = (
+    ("reference, 40 documents, alike 0", "model", Noise(documents=40)),
+    ("reference, 40 documents, alike 0.03", "model", Noise(documents=40, alike=0.03)),
+    ("reference, 40 documents, alike 0.15", "model", Noise(documents=40, alike=0.15)),
+    ("just above, 40 documents, alike 0.03", "edge", Noise(documents=40, alike=0.03)),
+    ("just above, 40 documents, alike 0.15", "edge", Noise(documents=40, alike=0.15)),
+    ("just above, 100 documents, alike 0.15", "edge", Noise(documents=100, alike=0.15)),
+)
+
 SCENARIOS = (
     *(Scenario(f"reference, {n} windows", "model", n) for n in (64, 128, 512)),
     Scenario("quiet, 128 windows", "model", 128, Noise(sd=0.01)),
@@ -80,13 +91,7 @@ SCENARIOS = (
     Scenario("reference, 512 windows, per map", "model", 512, rule="per map"),
     *(
         Scenario(f"{name}, by {'documents' if told else 'windows'}", world, 512, noise, by_documents=told)
-        for name, world, noise in (
-            ("reference, 40 documents, alike 0", "model", Noise(documents=40)),
-            ("reference, 40 documents, alike 0.03", "model", Noise(documents=40, alike=0.03)),
-            ("just above, 40 documents, alike 0.03", "edge", Noise(documents=40, alike=0.03)),
-            ("just above, 40 documents, alike 0.1", "edge", Noise(documents=40, alike=0.1)),
-            ("just above, 100 documents, alike 0.1", "edge", Noise(documents=100, alike=0.1)),
-        )
+        for name, world, noise in _DOCUMENTS
         for told in (True, False)
     ),
 )
@@ -102,10 +107,12 @@ def search_once(kind: Scenario, rng: np.random.Generator) -> Outcome:
     if kind.world == "edge":
         world = edge_world(BUDGET, kind.margin, 2 * kind.trials, rng)
         maps, smallest = np.eye(2 * kind.trials, dtype=np.int64), None
-        measured = Windows(world, kind.noise, kind.search_windows, rng).means()
+        search_split = Windows(world, kind.noise, kind.search_windows, rng)
+        measured = search_split.means()
     else:
         world = model_world(BUDGET, rng)
-        measured = Windows(world, kind.noise, kind.search_windows, rng).means()
+        search_split = Windows(world, kind.noise, kind.search_windows, rng)
+        measured = search_split.means()
         maps = np.zeros((0, measured.shape[0]), dtype=np.int64)
         for _ in range(2):
             maps = np.concatenate([maps, propose(world, measured, maps, kind.trials, rng)])
@@ -118,10 +125,15 @@ def search_once(kind: Scenario, rng: np.random.Generator) -> Outcome:
         known = None if sources is None else sources[:windows]
         return held_of(certify_split.differences(maps[point.trial], windows), known)
 
+    def asked(windows: int) -> Certifying:
+        if sources is None:
+            return certifying(windows)
+        return certifying(windows, search_split.sources, sources[:windows], kind.noise.alike)
+
     rises = total(measured, maps)
     spread = kind.noise.sd * np.sqrt(np.maximum(rises, 0) / BUDGET / kind.search_windows)
     points = points_of(world.bytes(maps), rises, spread, kind.search_windows)
-    return judge_study(points, world.increases(maps), measure, looks_of(kind), smallest, kind.rule)
+    return judge_study(points, world.increases(maps), measure, looks_of(kind), smallest, kind.rule, asked)
 
 
 def looks_of(kind: Scenario) -> list[Look]:

@@ -11,10 +11,11 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.synthetic import Floats, Ints
+from search.base.certifiable import Certifying
 from search.base.clustered import clustered
 from search.base.front import Point, pareto_front
 from search.results.certify import Held, certify
-from search.results.ledger import Entry, tries_in
+from search.results.ledger import Entry, error_share, tries_in
 from search.results.plans import plans
 from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 
@@ -64,8 +65,23 @@ Measure = Callable[[Point, int], Held]
 """A point on the first so many certify windows; looks at one number of windows use the same."""
 
 
+Asked = Callable[[int], Certifying]
+"""How a study is certified on the first so many certify windows."""
+
+
+def certifying(
+    windows: int, searched: Ints | None = None, certified: Ints | None = None, alike: float = 0.0
+) -> Certifying:
+    """At `CONFIDENCE`, from the sources of search windows and of these certify windows where they are known."""
+    return Certifying(windows, error_share(1, 1 - CONFIDENCE), searched, certified, alike)
+
+
 def certified_winners(
-    points: Sequence[Point], measure: Measure, looks: Sequence[Look], rule: Rule = "sequence"
+    points: Sequence[Point],
+    measure: Measure,
+    looks: Sequence[Look],
+    rule: Rule = "sequence",
+    asked: Asked = certifying,
 ) -> tuple[list[int], int]:
     """Trials that the looks certified, in order, and the number of tests in the ledger at the end."""
     ledger: list[Entry] = []
@@ -77,7 +93,7 @@ def certified_winners(
 
         front = pareto_front(points[: look.trials], BUDGET_PERCENT)
         if rule == "sequence":
-            planned = plans(front, BUDGET_PERCENT, CONFIDENCE, look.windows)
+            planned = plans(front, BUDGET_PERCENT, asked(look.windows))
         else:
             planned = [[point] for point in front]
         found = certify(
@@ -120,9 +136,10 @@ def judge_study(
     looks: Sequence[Look],
     smallest: int | None = None,
     rule: Rule = "sequence",
+    asked: Asked = certifying,
 ) -> Outcome:
     """Run all looks. truth `[m]`: true log-increases; smallest: bytes of the smallest of all maps within the budget."""
-    winners, tries = certified_winners(points, measure, looks, rule)
+    winners, tries = certified_winners(points, measure, looks, rule, asked)
     within = [point.bytes for point in points if truth[point.trial] <= BUDGET]
     front = pareto_front(points, BUDGET_PERCENT)
 

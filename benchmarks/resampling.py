@@ -40,11 +40,13 @@ import numpy as np
 
 from benchmarks.looks import (
     BUDGET,
+    BUDGET_PERCENT,
     HEADINGS,
     Look,
     Outcome,
     Rule,
     Summary,
+    certifying,
     held_of,
     judge_study,
     points_of,
@@ -52,6 +54,7 @@ from benchmarks.looks import (
     summarise,
 )
 from benchmarks.synthetic import Floats, Ints
+from search.base.certifiable import Certifying, alike_near
 from search.base.front import Point
 from search.problem.run_directory import RunDirectory
 from search.problem.space import Space
@@ -163,11 +166,17 @@ def resample(pool: Pool, way: Way, rng: np.random.Generator) -> Outcome:
         return held_of(certify_split[point.trial, :number], from_runs[:number] if way.told else None)
 
     searched = differences[:, :SEARCH_WINDOWS]
+    before = sources[:SEARCH_WINDOWS]
+    alike = alike_near(list(searched), before, BUDGET_PERCENT)
+
+    def asked(number: int) -> Certifying:
+        return certifying(number, before, from_runs[:number], alike) if way.told else certifying(number)
+
     spread = searched.std(axis=1, ddof=1) / np.sqrt(SEARCH_WINDOWS)
     points = points_of(pool.sizes[order], searched.mean(axis=1), spread, SEARCH_WINDOWS)
     first = Look(maps // 2, CERTIFY_WINDOWS)
     looks = [first, first, Look(maps, CERTIFY_WINDOWS), Look(maps, 2 * CERTIFY_WINDOWS)]
-    return judge_study(points, pool.truth[order], measure, looks, rule=way.rule)
+    return judge_study(points, pool.truth[order], measure, looks, rule=way.rule, asked=asked)
 
 
 def _drawn(windows: int, how: Draw, rng: np.random.Generator) -> tuple[Ints, Ints]:

@@ -46,13 +46,18 @@ def clustered(differences: np.ndarray, sources: np.ndarray) -> Clustered:
     _, of = np.unique(sources, return_inverse=True)
     sizes = np.bincount(of)  # [G]
     mean = float(differences.mean())
-    sums = np.bincount(of, differences - mean)
+    sums = np.bincount(of, differences - mean).astype(np.float64)
     if sizes.size < 2:
         return Clustered(mean, math.inf, 0.0, sizes.size, 0.0)
     variance = float((sums**2 / (1 - sizes / windows)).sum()) / windows**2
-    spread = sizes * (1 + correlation(differences, of) * (sizes - 1))
-    worth = float(spread.sum()) ** 2 / float((spread**2).sum())
-    return Clustered(mean, math.sqrt(variance), skewness(sums), sizes.size, worth - 1)
+    freedom = worth(sizes, correlation(differences, of)) - 1
+    return Clustered(mean, math.sqrt(variance), skewness(sums), sizes.size, freedom)
+
+
+def worth(sizes: np.ndarray, alike: float) -> float:
+    """How many clusters of one size those of `sizes [G]` are worth, whose windows are correlated by `alike`."""
+    spread = sizes * (1 + alike * (sizes - 1))
+    return float(spread.sum()) ** 2 / float((spread**2).sum())
 
 
 def correlation(differences: np.ndarray, of: np.ndarray) -> float:

@@ -129,9 +129,10 @@ def fronted(answer: Mapping[str, Any]) -> str:
         lines += [] if answer["fastest"] is None else [f"fastest: trial {answer['fastest']}"]
     certificate = answer["certificate"]
     if certificate is not None:
+        of = f" of {certificate['clusters']} documents" if certificate.get("basis") == "documents" else ""
         lines.append(
             f"{certificate['verdict']}: {_percent(certificate['increase_percent'])} % "
-            f"on {certificate['windows']} unseen windows, at most {_percent(certificate['upper_percent'])} %"
+            f"on {certificate['windows']} unseen windows{of}, at most {_percent(certificate['upper_percent'])} %"
         )
         lines += answer.get("outlook", [])
     lines += [f"{gate['verdict']:>4}  {gate['name']}: {gate['figures']}" for gate in answer.get("gates", [])]

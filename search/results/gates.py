@@ -72,8 +72,9 @@ def judge(
 
 def _quality(certificate: Certificate) -> Gate:
     budget = certificate.budget_percent
+    of = f" of {certificate.clusters} documents" if certificate.basis == "documents" else ""
     figures = (
-        f"{certificate.verdict}: {certificate.increase_percent:+.2f} % on {certificate.windows} certify windows, "
+        f"{certificate.verdict}: {certificate.increase_percent:+.2f} % on {certificate.windows} certify windows{of}, "
         f"upper bound {certificate.upper_percent:+.2f} %, budget {budget:g} %"
     )
     if certificate.verdict == "certified":

@@ -13,7 +13,6 @@ from scipy.special import ndtr
 
 from search.base.certifiable import Certifying, expected
 from search.base.front import Point
-from search.results.ledger import error_share
 
 CHANCES = (0.99, 0.9999)
 """A sequence begins at the smallest map whose chance to pass is this; the second one where the first's start fails.
@@ -23,14 +22,14 @@ documents certify a map, with a second sequence 95 %; a start at 0.7 or 0.9 save
 of bytes, since more first shares are lost."""
 
 
-def plans(front: Sequence[Point], budget_percent: float, confidence: float, windows: int) -> list[list[Point]]:
+def plans(front: Sequence[Point], budget_percent: float, certifying: Certifying) -> list[list[Point]]:
     """Sequences to be tested until one of them certifies a map, each from its safest map to its smallest.
 
-    front: on size and quality, the smallest map first; windows: how many certify windows there are. A later sequence
-    ends before the start of the one before it, which has failed by then.
+    front: on size and quality, the smallest map first. A later sequence ends before the start of the one before it,
+    which has failed by then.
     """
     safest_first = list(reversed(front))
-    chances = [chance(point, budget_percent, confidence, windows) for point in safest_first]
+    chances = [chance(point, budget_percent, certifying) for point in safest_first]
     found: list[list[Point]] = []
     end = len(safest_first)
     for least in CHANCES:
@@ -41,16 +40,11 @@ def plans(front: Sequence[Point], budget_percent: float, confidence: float, wind
     return found
 
 
-def chance(point: Point, budget_percent: float, confidence: float, windows: int) -> float:
-    """How likely a map is certified as the first of a study on so many certify windows, from its search windows."""
-    return float(ndtr(margin(point, budget_percent, confidence, windows)))
-
-
-def margin(point: Point, budget_percent: float, confidence: float, windows: int) -> float:
-    """`chance` as standard deviations of the difference between both splits: 0 for one half."""
+def chance(point: Point, budget_percent: float, certifying: Certifying) -> float:
+    """How likely a map is certified as the first of a study, from its search windows."""
     rise = math.log1p(point.increase_percent / 100)
     own = point.stderr_percent / (100 + point.increase_percent)
-    if own == 0 or windows < 2 or point.windows == 0:
-        return math.inf if point.increase_percent < budget_percent else -math.inf
-    found = expected(own, point.windows, Certifying(windows, error_share(1, 1 - confidence)))
-    return (math.log1p(budget_percent / 100) - rise - found.above) / found.spread
+    if own == 0 or point.windows == 0:  # nothing is known of its spread
+        return float(point.increase_percent < budget_percent)
+    found = expected(own, point.windows, certifying)
+    return float(ndtr((math.log1p(budget_percent / 100) - rise - found.above) / found.spread))

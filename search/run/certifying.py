@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
+from search.base.certifiable import alike_near
 from search.base.clustered import clustered
 from search.base.front import Point
 from search.base.progress import slow
@@ -16,7 +18,7 @@ from search.problem.workspace import Workspace
 from search.results.certify import Certificate, Held, certify
 from search.results.ledger import entries_of
 from search.results.plans import plans
-from search.run.prepare import Say
+from search.run.prepare import Say, certifying_of
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import Evaluation, evaluate, layer_calls, paired_increase
 from ssm_mp.model import LanguageModel
@@ -27,10 +29,16 @@ _STOPPED_WRONGLY = 0.01
 """Chance that a map is stopped whose mean on all windows is within the budget: such a map is lost, none is won."""
 
 
-def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:
-    """Test a front, the smallest map first, in sequences from its safest maps to its smallest."""
-    search = workspace.spec.search
-    planned = plans(front, search.budget_percent, search.confidence, len(workspace.splits.certify))
+def certify_front(
+    workspace: Workspace, run: RunDirectory, front: list[Point], differences: Sequence[np.ndarray], say: Say
+) -> Certificate | None:
+    """Test a front, the smallest map first, in sequences from its safest maps to its smallest.
+
+    differences: log-increases of the search windows, `[w]` of each map that has seen all of them.
+    """
+    budget, searched = workspace.spec.search.budget_percent, workspace.splits.search.sources
+    known = replace(certifying_of(workspace), alike=alike_near(differences, searched, budget))
+    planned = plans(front, budget, known)
     return _certify(workspace, run, front, planned, say)
 
 

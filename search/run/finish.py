@@ -38,7 +38,7 @@ from search.results.transferred import transfer_map
 from search.run.certifying import certify_front
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
-from search.trials.read_back import counts, points
+from search.trials.read_back import counts, finished_differences, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError, DataError, ExportError
@@ -55,7 +55,8 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     spec = workspace.spec
     found = points(study, workspace.space.choices)
     front = pareto_front(found, spec.search.budget_percent)
-    certificate = certify_front(workspace, run, front_by_size(front), say)
+    differences = [held for _, held in finished_differences(study)]
+    certificate = certify_front(workspace, run, front_by_size(front), differences, say)
     exported, failure = None, ""
     winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
     if winner is not None:

@@ -13,12 +13,10 @@ from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from search.base.certifiable import Certifying
 from search.base.errors import StudyError
 from search.problem.groups import expanded, groups_in
 from search.problem.run_directory import RunDirectory, require_same, with_all
 from search.problem.spec import StudySpec
-from search.results.ledger import error_share
 from search.run.claim import Choices, Seed, enqueue, queue
 from search.sampling.front_sampler import FrontSampler
 from search.sampling.knowledge import Knowledge
@@ -61,9 +59,7 @@ def open_study(
     held = opened.patiently(lambda: study.get_trials(deepcopy=False))
     drawn = spec.search.seed + len(held) + zlib.crc32(worker.encode()) * bool(worker)
     search = spec.search
-    certifying = Certifying(spec.data.certify_windows, error_share(1, 1 - search.confidence))
-    asked = Asked(distributions, drawn % 2**32, knowledge, search.budget_percent, certifying)
-    study.sampler = make_sampler(search.sampler, asked)
+    study.sampler = make_sampler(search.sampler, Asked(distributions, drawn % 2**32, knowledge, search.budget_percent))
     return opened
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,12 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.base.certifiable import Certifying, certifiable_percent, expected
+from search.base.certifiable import alike_near, certifiable_percent, expected
 from search.sampling.knowledge import Knowledge
 from search.sampling.posterior import Posterior, Spreads
 from search.sampling.proposal import Evaluated, propose, random_map
 from search.sampling.sampler import Asked, Proposal
-from search.trials.attributes import FINISHED, MEASURED, log_increase
+from search.trials.attributes import DIFFERENCES, FINISHED, MEASURED, log_increase, unpacked
 from search.trials.maps import map_of
 
 _REFIT_EVERY = 8
@@ -27,7 +28,7 @@ _REFIT_EVERY = 8
 def make(asked: Asked) -> FrontSampler:
     """The sampler of a study that knows its space."""
     assert asked.knowledge is not None
-    return FrontSampler(asked.knowledge, asked.budget_percent, asked.seed, asked.certifying)
+    return FrontSampler(asked.knowledge, asked.budget_percent, asked.seed)
 
 
 class FrontSampler(BaseSampler):
@@ -38,10 +39,7 @@ class FrontSampler(BaseSampler):
     under `study.ask` or `study.optimize` it works like any other sampler.
     """
 
-    def __init__(
-        self, knowledge: Knowledge, budget_percent: float, seed: int, certifying: Certifying | None = None
-    ) -> None:
-        self._certifying = certifying
+    def __init__(self, knowledge: Knowledge, budget_percent: float, seed: int) -> None:
         self._knowledge = knowledge
         self._budget = budget_percent
         self._rng = np.random.default_rng(seed)
@@ -88,11 +86,14 @@ class FrontSampler(BaseSampler):
     def _certifiable(self, full: Sequence[FrozenTrial]) -> float | None:
         """The increase up to which maps are likely to be certified, from the spread of those near the budget."""
         measured = [trial.user_attrs[MEASURED] for trial in full if MEASURED in trial.user_attrs]
-        if self._certifying is None or not measured:
+        certifying = self._knowledge.certifying
+        if certifying is None or not measured:
             return None
         nearest = min(measured, key=lambda held: abs(held["increase_percent"] - self._budget))
         own = nearest["stderr_percent"] / (100 + nearest["increase_percent"])
-        return certifiable_percent(self._budget, expected(own, nearest["windows"], self._certifying).above)
+        differences = [unpacked(trial.user_attrs[DIFFERENCES]) for trial in full if DIFFERENCES in trial.user_attrs]
+        known = replace(certifying, alike=alike_near(differences, certifying.searched, self._budget))
+        return certifiable_percent(self._budget, expected(own, nearest["windows"], known).above)
 
     def posterior(self, finished: Sequence[FrozenTrial]) -> Posterior:
         """The surrogate after finished trials."""

@@ -14,7 +14,6 @@ from optuna.distributions import CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 
-from search.base.certifiable import Certifying
 from search.problem.spec import SAMPLERS
 from search.sampling.knowledge import Knowledge
 
@@ -24,14 +23,12 @@ class Asked:
     """What a sampler is made for: the free components' choices, and what is known before the first trial.
 
     knowledge: of the effects, None where nobody has measured any; no two samplers of a study have the same seed.
-    certifying: how the winner will be certified, None where it will not.
     """
 
     space: Mapping[str, CategoricalDistribution]
     seed: int
     knowledge: Knowledge | None = None
     budget_percent: float = 5.0
-    certifying: Certifying | None = None
 
 
 @dataclass(frozen=True)
