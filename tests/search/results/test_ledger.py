@@ -217,10 +217,20 @@ def test_tries_are_written_as_strict_json_and_read_back(tmp_path: Path) -> None:
     old = '{"trial": 1, "verdict": "inconclusive", "confidence": 1.0, "increase_percent": 0.1, "lower_percent": '
     old += '-100.0, "upper_percent": Infinity, "budget_percent": 5.0, "windows": 2, "windows_digest": "d"}'
     (read,) = entries_of([json.loads(old)], "x")  # as version 0.4 wrote it
+    assert isinstance(read, Try)
     assert (read.upper_percent, read.spent, read.error) == (math.inf, 0, None)
 
 
-@pytest.mark.parametrize("line", [{"trial": 1}, {"unknown": 1}, 7, None])
+def test_a_sequence_and_its_tries_are_read_back(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    ledger: list[Entry] = []
+    certified([], note=ledger.append)
+    run.append_lines(TRIES, [entry.to_json() for entry in ledger])
+    assert [type(entry) for entry in ledger] == [Planned, Try]
+    assert entries_of(run.read_lines(TRIES), "x") == ledger
+
+
+@pytest.mark.parametrize("line", [{"plan": [1]}, {"plan": 1}, {"trial": 1}, {"unknown": 1}, 7, None])
 def test_a_damaged_try_is_named_with_its_file(line: object) -> None:
     with pytest.raises(StudyError, match=r"run/tries\.jsonl"):
         entries_of([line], "run/tries.jsonl")

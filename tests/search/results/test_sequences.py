@@ -64,10 +64,13 @@ def test_a_sequence_stops_at_the_first_map_that_is_not_certified(passing: set[in
 @given(SETS, STARTS)
 def test_the_maps_of_a_sequence_are_noted_before_the_first_is_evaluated(passing: set[int], start: int) -> None:
     happened: list[object] = []
-    certify(
-        FRONT, lambda chosen: (happened.append(chosen.trial), Held(PASS if chosen.trial in passing else FAIL))[1],
-        plans=[FRONT[:start][::-1]], budget_percent=5, confidence=0.95, windows_digest="x", note=happened.append,
-    )  # fmt: skip
+
+    def measure(chosen: Point) -> Held:
+        happened.append(chosen.trial)
+        return Held(PASS if chosen.trial in passing else FAIL)
+
+    plan = FRONT[:start][::-1]
+    certify(FRONT, measure, plans=[plan], budget_percent=5, confidence=0.95, windows_digest="x", note=happened.append)
     assert isinstance(happened[0], Planned)
     assert happened[0].plan == tuple(range(start))[::-1]
     assert [type(one) for one in happened[1:]] == [int, Try] * ((len(happened) - 1) // 2)  # and each try at once
@@ -171,7 +174,7 @@ def test_the_second_plan_is_tested_only_where_the_first_certifies_nothing() -> N
         assert found is not None
         assert found.winner == (0 if first_passes else 3)
         assert {entry.sequence for entry in ledger} == ({1} if first_passes else {1, 2})
-    assert "Tested from the map" in order(found)
+        assert "Tested from the map" in order(found)
 
 
 def alone(trial: int, error: float, verdict: Any = "not certified") -> Try:
