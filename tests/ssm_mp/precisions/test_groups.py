@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssm_mp.errors import InfeasibleError
-from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, INT5_BOOK, INT6_BOOK, NF4_BOOK
+from ssm_mp.precisions.grouped import (
+    INT3_BOOK,
+    INT4_BOOK,
+    INT5_BOOK,
+    INT6_BOOK,
+    NF2_BOOK,
+    NF3_BOOK,
+    NF4_BOOK,
+    Grouped,
+)
 from ssm_mp.precisions.groups import (
     CodeBook,
     group_count,
@@ -24,7 +33,12 @@ from ssm_mp.precisions.groups import (
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.scheme import ScaleMethod, ScaleRule
 
-BOOKS = {"int6": INT6_BOOK, "int5": INT5_BOOK, "nf4": NF4_BOOK, "int4": INT4_BOOK, "int3": INT3_BOOK}
+BOOKS = {
+    "int6": INT6_BOOK, "int5": INT5_BOOK, "nf4": NF4_BOOK, "int4": INT4_BOOK, "nf3": NF3_BOOK, "int3": INT3_BOOK,
+    "nf2": NF2_BOOK,
+}  # fmt: skip
+GROUPED = {name: found for name, found in PRECISIONS.items() if isinstance(found, Grouped)}
+sizes = st.sampled_from([32, 64, 128])
 # and books that no precision of the package has: of every width, full and not
 books = st.sampled_from(
     [*BOOKS.values(), *(CodeBook(bits, tuple(map(float, range(2**bits - 1)))) for bits in (2, 5, 6, 7, 8))]

@@ -69,7 +69,7 @@ def whole(precision: Precision, tensor: Tensor, role: Role, rule: ScaleRule) -> 
     if role == "bias" or precision.name == "fp16":
         return {"": values.half()}
     if isinstance(precision, Grouped):
-        groups = to_groups(values)
+        groups = to_groups(values, precision.group)
         scale = group_scales(groups, rule, precision.book)
         return {"q": pack(nearest_codes(groups, scale, precision.book), precision.bits), "scale": scale}
     if precision.name == "int8":
@@ -119,7 +119,7 @@ def test_least_squares_by_kernels_have_no_more_error(
     def errors(held: Tensor) -> Tensor:
         off = (held.double() - values).square()
         if isinstance(precision, Grouped):
-            return to_groups(off).sum(dim=1)
+            return to_groups(off, precision.group).sum(dim=1)
         return off.reshape(len(scales[0]), -1).sum(dim=1)
 
     ours, theirs = errors(found.tensor()), errors(expected.tensor())
