@@ -138,7 +138,8 @@ class Grouped(Precision):
     def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
         flat = tensor.reshape(-1)
         packed = torch.empty(self._packed_shape(flat.numel()), dtype=torch.uint8, device=tensor.device)
-        store = _packed_by_kernel if calls.usable(flat[:0].float()) else _packed
+        by_kernel = self.group in weights.GROUPS and calls.usable(flat[:0].float())
+        store = _packed_by_kernel if by_kernel else _packed
         return GroupedTensor(packed, store(flat, rule, self.book, packed), tuple(tensor.shape), self.book)
 
     def _refusal(self, largest: float, rule: ScaleRule) -> str | None:
