@@ -70,6 +70,18 @@ def test_a_mixed_map_is_written_read_back_equal_and_confirmed(word: str, tmp_pat
 
 
 @every
+@pytest.mark.parametrize("bits", ["int4", "int3"])
+def test_groups_of_every_size_are_read_back_equal(word: str, bits: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item = mixed(format_, f"{bits}g32", bits, f"{bits}g128")
+    assert {precision for _, precision in item.precision_map or ()} >= {f"{bits}g32", bits, f"{bits}g128"}
+    path = tmp_path / f"model{format_.suffix}"
+    format_.write(item, path)
+    assert unequal_weights(format_, item, path) == []
+    assert format_.tensor_bytes(path) == planned(format_, item, widen=False).bytes
+
+
+@every
 def test_the_same_model_is_the_same_file(word: str, tmp_path: Path) -> None:
     format_ = get_format(word)
     item = mixed(format_)
