@@ -17,10 +17,10 @@ def test_every_line_leads_to_the_precision_of_its_name() -> None:
 
 
 def test_the_widest_comes_first_and_it_is_the_one_that_pins_stand_at() -> None:
-    precisions = list(PRECISIONS.values())
-    for count in (lambda precision: precision.bits, lambda precision: precision.bytes((256, 256), "weight")):
-        sizes = [count(precision) for precision in precisions]
-        assert sizes == sorted(sizes, reverse=True)
+    bits = [precision.bits for precision in PRECISIONS.values()]
+    sizes = [precision.bytes((256, 256), "weight") for precision in PRECISIONS.values()]
+    assert bits == sorted(bits, reverse=True)
+    assert sizes == sorted(sizes, reverse=True)
     assert next(iter(PRECISIONS)) == "fp16"
 
 
