@@ -50,8 +50,10 @@ NF4_BOOK = CodeBook(
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
     ),
+    either_sign=True,
 )  # fmt: skip
-"""NormalFloat: quantiles of a normal distribution with an exact zero (Dettmers et al. 2023, QLoRA, appendix E)."""
+"""NormalFloat: quantiles of a normal distribution with an exact zero (Dettmers et al. 2023, QLoRA, appendix E).
+Positive values have a level more than negative ones; with a negative scale it is the other way round."""
 NF3_BOOK = CodeBook(
     3,
     (
@@ -67,7 +69,7 @@ NF3_BOOK = CodeBook(
     either_sign=True,
 )
 NF2_BOOK = CodeBook(2, (-1.0, 0.0, 0.4358181655406952, 1.0), either_sign=True)
-"""The same quantiles of 3 and of 2 bits. One side has a level more than the other: which, a negative scale changes."""
+"""The same of 3 and of 2 bits."""
 
 
 class GroupedTensor(Stored):

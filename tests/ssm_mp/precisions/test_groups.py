@@ -148,7 +148,7 @@ def test_the_outlier_of_a_group_chooses_the_sign_of_its_scale(seed: int, size: i
     assert torch.equal(stored.tensor()[:, seed % size], weight[:, seed % size])
 
 
-@pytest.mark.parametrize("book", [INT3_BOOK, NF3_BOOK, NF2_BOOK], ids=["int3", "nf3", "nf2"])
+@pytest.mark.parametrize("book", [NF4_BOOK, INT3_BOOK, NF3_BOOK, NF2_BOOK], ids=["nf4", "int3", "nf3", "nf2"])
 @given(st.integers(0, 99), sizes)
 def test_a_group_and_its_opposite_are_held_equally_well(book: CodeBook, seed: int, size: int) -> None:
     groups = torch.randn(5, size, generator=torch.Generator().manual_seed(seed)).exp() - 1

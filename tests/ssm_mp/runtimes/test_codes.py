@@ -13,7 +13,7 @@ from ssm_mp.scheme import ScaleRule
 
 def stored(precision: str, rows: int, width: int, seed: int = 0) -> Stored:
     tensor = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
-    return get_precision(precision).store(tensor, "weight", ScaleRule())
+    return get_precision(precision).store(tensor, "weight", ScaleRule("mse"))
 
 
 @pytest.mark.parametrize("width", [32, 64, 96, 128, 160])

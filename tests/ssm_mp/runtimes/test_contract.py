@@ -69,6 +69,14 @@ def test_a_mixed_map_is_written_read_back_equal_and_confirmed(word: str, tmp_pat
     assert done.plan.bytes == item.precision_map.bytes(components, "none") == format_.tensor_bytes(done.path)
 
 
+@every_runtime
+def test_scales_of_either_sign_and_other_groups_are_confirmed(word: str, tmp_path: Path) -> None:
+    item = mixed(get_format(word), "int3", "int3g128", "int4g32")
+    scales = [held.arrays()["scale"] for _, held in item.stored().values() if "scale" in held.arrays()]
+    assert any(bool((scale < 0).any()) for scale in scales)
+    checked(get_format(word), item, tmp_path)
+
+
 @every
 @pytest.mark.parametrize("bits", ["int4", "int3"])
 def test_groups_of_every_size_are_read_back_equal(word: str, bits: str, tmp_path: Path) -> None:

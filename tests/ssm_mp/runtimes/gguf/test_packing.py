@@ -21,7 +21,7 @@ SHAPES = ((3, 32), (5, 96), (4, 160), (1, 64))
 def stored(precision: str, shape: tuple[int, int], seed: int = 0) -> Stored:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     values[0, :32] = 0
-    return get_precision(precision).store(values, "weight", ScaleRule())
+    return get_precision(precision).store(values, "weight", ScaleRule("mse"))
 
 
 def read(part: Packed) -> np.ndarray:

@@ -30,7 +30,7 @@ def stored(precision: str, shape: tuple[int, ...], role: str = "weight") -> Stor
     value = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape) + shape[0]))
     if precision == "fp32":
         return FloatTensor(value)
-    return get_precision(precision).store(value, role, ScaleRule())  # type: ignore[arg-type]
+    return get_precision(precision).store(value, role, ScaleRule("mse"))  # type: ignore[arg-type]
 
 
 def parameter_of(form: Form, shape: tuple[int, ...], role: str = "weight") -> Parameter:
