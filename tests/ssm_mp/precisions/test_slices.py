@@ -223,7 +223,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", [name for name in PRECISIONS if "g" not in name or name == "nf3g128"])
 def test_no_float32_copy_of_the_whole_is_made(name: str) -> None:
     tensor = tensor_of((64, 64), 1, torch.bfloat16)
     with small_slices(kernels=False), Largest() as watch:
@@ -235,11 +235,11 @@ def test_no_float32_copy_of_the_whole_is_made(name: str) -> None:
 def test_a_value_between_two_codes_goes_down(name: str) -> None:
     precision = PRECISIONS[name]
     assert isinstance(precision, Grouped)
-    levels = precision.book.levels(CPU)
-    between = (levels[1:] + levels[:-1]) / 2
-    tensor = torch.cat([between, levels[-1:], -levels[-1:]])  # the scale is one
-    tensor = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 64)])
-    tensor[63::64] = levels[-1]
+    rising = precision.book.levels(CPU).sort().values
+    between = (rising[1:] + rising[:-1]) / 2
+    tensor = torch.cat([between, rising[-1:], rising[:1]])
+    tensor = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 32)])
+    tensor[31::32] = precision.book.reach  # the scale is one
     stored = precision.store(tensor, "vector", ScaleRule()).arrays()
     assert torch.equal(stored["q"], whole(precision, tensor, "vector", ScaleRule())["q"])
     assert bool((stored["scale"] == 1).all())
