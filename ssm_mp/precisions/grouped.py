@@ -33,15 +33,13 @@ from ssm_mp.scheme import ScaleRule
 
 
 def _integers(bits: int) -> CodeBook:
-    """The integers of so many bits but the lowest, which has no opposite."""
+    """All integers of so many bits. The lowest, which has no opposite, has the last code, which version 0.4 left
+    unused: what it wrote reads as the same values."""
     limit = (1 << bits - 1) - 1
-    return CodeBook(bits, tuple(map(float, range(-limit, limit + 1))))
+    return CodeBook(bits, (*map(float, range(-limit, limit + 1)), float(-limit - 1)), either_sign=True)
 
 
-INT6_BOOK, INT5_BOOK, INT4_BOOK = map(_integers, (6, 5, 4))
-INT3_BOOK = CodeBook(3, (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, -4.0), either_sign=True)
-"""−4 … 3, or with a negative scale −3 … 4. −4 has the code that version 0.4, which had seven levels, left unused: what
-it wrote reads as the same values."""
+INT6_BOOK, INT5_BOOK, INT4_BOOK, INT3_BOOK = map(_integers, (6, 5, 4, 3))
 INTEGER_BOOKS = (INT6_BOOK, INT5_BOOK, INT4_BOOK, INT3_BOOK)
 NF4_BOOK = CodeBook(
     4,

@@ -27,10 +27,7 @@ def test_codes_stand_for_what_is_stored(precision: str, width: int) -> None:
     assert integers is not None
     assert torch.equal(codes.tensor(), held.tensor())
     assert codes.group == integers.group_of(width)
-    assert (codes.bits, codes.zero) == (
-        integers.bits,
-        4 if integers.bits == 3 else (1 << integers.bits - 1) - (integers.bits < 8),
-    )
+    assert (codes.bits, codes.zero) == (integers.bits, 1 << integers.bits - 1)
 
 
 @pytest.mark.parametrize(
