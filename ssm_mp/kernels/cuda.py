@@ -25,6 +25,8 @@ _CHANNELS = 128
 """Neighbours in memory that the convolution and the rescaling take at a time."""
 _LOGITS = 4096
 """Logits of a row at a time: many for each reduction over a block."""
+_FEW_ROWS = 32
+"""Rows of a product that one block takes."""
 _FUSED = {"enable_fp_fusion": True}
 """A multiplication and an addition are one instruction."""
 _EXACT = {"enable_fp_fusion": False}
@@ -121,6 +123,27 @@ def rescale(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) ->
     return product
 
 
+def scaled_product(a: Tensor, b: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """`rescale` of the integer product of `a [m, k]` and `b [n, k]`, int8, whose sums are never in memory: `[m, n]`.
+
+    columns: `[n]` in any float type.
+    """
+    from ssm_mp.kernels.triton_kernels import scaled_product_kernel
+
+    (m, k), n = a.shape, b.shape[0]
+    assert a.stride(1) == 1
+    assert b.stride(1) == 1
+    product = torch.empty(m, n, device=a.device)
+    tile = _product_tile(m, n, k)
+    with torch.cuda.device_of(a):
+        scaled_product_kernel[(_blocks(m, tile["BLOCK_M"]) * _blocks(n, tile["BLOCK_N"]),)](
+            a, b, columns.contiguous(), rows.contiguous(), columns if bias is None else bias.contiguous(), product,
+            m, n, k, a.stride(0), b.stride(0), HAS_BIAS=bias is not None, IS_EVEN=k % tile["BLOCK_K"] == 0,
+            **tile, **_EXACT,
+        )  # fmt: skip
+    return product
+
+
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Of `targets [m]`, int64, under `logits [m, V]`: float64 `[m]`."""
     from ssm_mp.kernels.triton_kernels import negative_log_likelihood_kernel
@@ -133,6 +156,16 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
             BLOCK_V=min(_LOGITS, _power_of_two(vocabulary)), **_FUSED,
         )  # fmt: skip
     return nll
+
+
+def _product_tile(m: int, n: int, k: int) -> dict[str, int]:
+    """Block and launch of a product: few rows are split by columns, so that they still fill a GPU."""
+    deep = max(32, min(128, _power_of_two(k)))
+    wide = max(16, _power_of_two(n))
+    if m <= _FEW_ROWS:
+        return {"BLOCK_M": 16, "BLOCK_N": min(32, wide), "BLOCK_K": deep, "num_warps": 4, "num_stages": 4}
+    tall = max(16, min(128, _power_of_two(m)))
+    return {"BLOCK_M": tall, "BLOCK_N": min(128, wide), "BLOCK_K": deep, "num_warps": 8, "num_stages": 3}
 
 
 def _tile(rows: int, columns: int, widest: int) -> tuple[int, int]:

@@ -146,6 +146,42 @@ def rescale_kernel(
     tl.store(product + at, value, mask=inside)
 
 
+@triton.jit(do_not_specialize=["m"])
+def scaled_product_kernel(
+    a: tl.tensor, b: tl.tensor, columns: tl.tensor, rows: tl.tensor, bias: tl.tensor, product: tl.tensor,
+    m: tl.tensor, n: tl.tensor, k: tl.tensor, a_m: tl.tensor, b_n: tl.tensor,
+    HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """a `[m, k]` · b `[n, k]`ᵀ, int8, added up in int32, then as `rescale_kernel`: product `[m, n]`, contiguous.
+
+    Grid (⌈m / BLOCK_M⌉ · ⌈n / BLOCK_N⌉,), the columns of a row of blocks one after another. IS_EVEN: BLOCK_K divides k.
+    """
+    across = tl.cdiv(n, BLOCK_N)
+    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = row < m, column < n
+    depth = tl.arange(0, BLOCK_K)
+    # rows and columns outside read those that are inside, and are not stored
+    a_at = a + tl.where(in_m, row, 0)[:, None] * a_m + depth[None, :]
+    b_at = b + tl.where(in_n, column, 0).to(tl.int64)[None, :] * b_n + depth[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, k, BLOCK_K):
+        if IS_EVEN:
+            left, right = tl.load(a_at), tl.load(b_at)
+        else:
+            inside = start + depth < k
+            left = tl.load(a_at, mask=inside[None, :], other=0)
+            right = tl.load(b_at, mask=inside[:, None], other=0)
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    value = sums.to(tl.float32) * tl.load(columns + column, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    value = value * tl.load(rows + row, mask=in_m, other=0.0)[:, None]
+    if HAS_BIAS:
+        value = value + tl.load(bias + column, mask=in_n, other=0.0)[None, :]
+    tl.store(product + row[:, None] * n + column[None, :], value, mask=in_m[:, None] & in_n[None, :])
+
+
 @triton.jit
 def negative_log_likelihood_kernel(
     logits: tl.tensor, targets: tl.tensor, nll: tl.tensor,
