@@ -19,7 +19,6 @@ import triton.language as tl
 _ROUNDING = tl.constexpr(12582912.0)
 """1.5 · 2^23: a float32 below 2^22 in magnitude, added to it, rounds to an integer, half to even."""
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -92,7 +91,7 @@ def quantize_static_kernel(
         values = tl.load(x + row[:, None] * x_m + (column * x_k)[None, :], mask=inside, other=0.0)
         spoiled = tl.where(_is_finite(values), spoiled, 1)
         tl.store(q + row[:, None] * k + column[None, :], _to_int8(values, step), mask=inside)
-    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, _NAN, step), mask=in_m)
+    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, float("nan"), step), mask=in_m)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -120,7 +119,7 @@ def quantize_dynamic_kernel(
         values = tl.load(x + row[:, None] * x_m + (column * x_k)[None, :], mask=inside, other=0.0)
         steps = tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_K))
         tl.store(q + row[:, None] * k + column[None, :], _to_int8(values, steps), mask=inside)
-    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, _NAN, step), mask=in_m)
+    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, float("nan"), step), mask=in_m)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -207,4 +206,4 @@ def negative_log_likelihood_kernel(
         top = higher
     wanted = tl.load(logits + row * logits_m + tl.load(targets + row * targets_m) * logits_v).to(tl.float64)
     found = tl.log(total) + (top.to(tl.float64) - wanted)
-    tl.store(nll + row, tl.where(tl.max(spoiled, axis=0) > 0, _NAN, found))
+    tl.store(nll + row, tl.where(tl.max(spoiled, axis=0) > 0, float("nan"), found))

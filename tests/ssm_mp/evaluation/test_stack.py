@@ -322,11 +322,12 @@ def test_a_gpus_free_memory_is_what_torch_holds_empty_too(monkeypatch: pytest.Mo
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("activations", ["none", "static", "dynamic"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_on_a_gpu_maps_in_one_pass_give_what_each_gives_alone(family: str) -> None:
-    config, windows = FAMILIES[family], some_windows(40)
-    model = random_model(config).cuda()
-    converter = Converter(model, Scheme("none"))
+def test_on_a_gpu_maps_in_one_pass_give_what_each_gives_alone(family: str, activations: ActivationScheme) -> None:
+    windows, model = some_windows(40), random_model(FAMILIES[family]).cuda()
+    converter = Converter(model, Scheme(activations), calibrate(model, some_windows(4, seed=1)))
     maps = random_maps(converter, 12)
     found = evaluate_stacked(converter, maps, windows)
-    np.testing.assert_allclose(likelihoods(found), alone(converter, maps, windows), rtol=1e-3)
+    # a float16 product of more rows may add up in another order, and round to the float16 number beside
+    np.testing.assert_allclose(likelihoods(found), alone(converter, maps, windows), rtol=5e-3)

@@ -79,10 +79,12 @@ def products(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def factors(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Factors `[m, k]`, whose rows lie apart, and `[n, k]` of an integer product, scales of columns and rows, a bias."""
+    """Factors `[m, k]`, whose rows lie apart, and `[n, k]` of a product, scales of columns and rows, a bias."""
     m, n, k = PRODUCTS[name]
     generator = torch.Generator().manual_seed(m + n + k)
-    a, b = (torch.randint(-127, 128, (rows, k + 3), generator=generator).to(torch.int8)[:, 1 : k + 1] for rows in (m, n))
+    a, b = (
+        torch.randint(-127, 128, (rows, k + 3), generator=generator).to(torch.int8)[:, 1 : k + 1] for rows in (m, n)
+    )
     return a, b.contiguous(), _normal(n).abs().half(), _normal(m, 1).abs(), _normal(n) * 1e5
 
 

@@ -176,6 +176,19 @@ def test_a_kernel_compiles_to_wide_loads_and_exact_rounding(
     assert name not in {"quantize_static", "quantize_dynamic"} or "div.rn.f32" in ptx
 
 
+@needs_triton
+def test_kernels_use_no_global_number_that_differs_from_itself() -> None:
+    """Triton compares globals at every launch and refuses one that has changed, as NaN always has."""
+    import triton.language as tl
+
+    from ssm_mp.kernels import triton_kernels, triton_scans
+
+    held = [*vars(triton_kernels).items(), *vars(triton_scans).items()]
+    numbers = {name: value.value for name, value in held if isinstance(value, tl.constexpr)}
+    assert numbers
+    assert all(value == value for value in numbers.values()), numbers  # noqa: PLR0124, so NaN is found
+
+
 def test_tensors_of_a_cpu_are_not_for_these_kernels() -> None:
     assert not cuda.usable(torch.ones(1))
 
