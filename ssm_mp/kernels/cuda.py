@@ -25,8 +25,8 @@ _CHANNELS = 128
 """Neighbours in memory that the convolution and the rescaling take at a time."""
 _LOGITS = 4096
 """Logits of a row at a time: many for each reduction over a block."""
-_FEW_ROWS = 32
-"""Rows of a product that one block takes."""
+_FEW_ROWS, _SOME_ROWS = 32, 2048
+"""Rows of a product up to which its blocks are smaller."""
 _FUSED = {"enable_fp_fusion": True}
 """A multiplication and an addition are one instruction."""
 _EXACT = {"enable_fp_fusion": False}
@@ -159,13 +159,11 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _product_tile(m: int, n: int, k: int) -> dict[str, int]:
-    """Block and launch of a product: few rows are split by columns, so that they still fill a GPU."""
+    """Block and launch of a product: the fewer rows, the smaller, so that blocks still fill a GPU."""
+    side = 16 if m <= _FEW_ROWS else 64 if m <= _SOME_ROWS else 128
     deep = max(32, min(128, _power_of_two(k)))
-    wide = max(16, _power_of_two(n))
-    if m <= _FEW_ROWS:
-        return {"BLOCK_M": 16, "BLOCK_N": min(32, wide), "BLOCK_K": deep, "num_warps": 4, "num_stages": 4}
-    tall = max(16, min(128, _power_of_two(m)))
-    return {"BLOCK_M": tall, "BLOCK_N": min(128, wide), "BLOCK_K": deep, "num_warps": 8, "num_stages": 3}
+    width = max(16, min(max(32, side), _power_of_two(n)))
+    return {"BLOCK_M": side, "BLOCK_N": width, "BLOCK_K": deep, "num_warps": 4, "num_stages": 3}
 
 
 def _tile(rows: int, columns: int, widest: int) -> tuple[int, int]:

@@ -14,6 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+"""exp(x) = 2^(x · log2 e)."""
+
 
 @triton.jit
 def _log1p(u: tl.tensor) -> tl.tensor:
@@ -56,7 +59,7 @@ def selective_scan_kernel(
     B_b: tl.tensor, B_l: tl.tensor, B_n: tl.tensor,
     C_b: tl.tensor, C_l: tl.tensor, C_n: tl.tensor,
     z_b: tl.tensor, z_l: tl.tensor, z_i: tl.tensor,
-    HAS_STATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    HAS_STATE: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ) -> None:  # fmt: skip
     """One sequence and `BLOCK_I` channels a program: grid (b, ⌈I / BLOCK_I⌉).
 
@@ -69,7 +72,7 @@ def selective_scan_kernel(
     in_i, in_n = i < inner, n < states
     both = in_n[:, None] & in_i[None, :]  # [BLOCK_N, BLOCK_I]
     at = n[:, None] * inner + i[None, :]
-    rate = tl.load(A + at, mask=both, other=0.0)
+    rate = tl.load(A + at, mask=both, other=0.0) * _LOG2_E
     skip = tl.load(D + i, mask=in_i, other=0.0).to(tl.float32)
     if HAS_STATE:
         h = tl.load(first + row * inner * states + at, mask=both, other=0.0)
@@ -78,13 +81,13 @@ def selective_scan_kernel(
     a_at, dt_at, z_at = a + row * a_b + i * a_i, dt + row * dt_b + i * dt_i, z + row * z_b + i * z_i
     B_at, C_at = B + row * B_b + n * B_n, C + row * C_b + n * C_n
     y_at = y + row * length * inner + i
-    for _ in tl.range(0, length, num_stages=3):  # loads of the next steps are under way during this one
+    for _ in tl.range(0, length, num_stages=STAGES):  # loads of the next steps are under way during this one
         a_t = tl.load(a_at, mask=in_i, other=0.0).to(tl.float32)
         step = _softplus(tl.load(dt_at, mask=in_i, other=0.0).to(tl.float32))
         B_t = tl.load(B_at, mask=in_n, other=0.0).to(tl.float32)
         C_t = tl.load(C_at, mask=in_n, other=0.0).to(tl.float32)
         gate = _silu(tl.load(z_at, mask=in_i, other=0.0).to(tl.float32))
-        h = tl.exp(step[None, :] * rate) * h + (step * a_t)[None, :] * B_t[:, None]
+        h = tl.exp2(step[None, :] * rate) * h + (step * a_t)[None, :] * B_t[:, None]
         out = (tl.sum(h * C_t[:, None], axis=0) + skip * a_t) * gate
         tl.store(y_at, out.to(y.dtype.element_ty), mask=in_i)
         a_at += a_l

@@ -126,7 +126,7 @@ _LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
     "scaled_product": (
         {"HAS_BIAS": True, "IS_EVEN": True, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128},
         {"rows": "*fp32", "columns": "*fp16"},
-        {"num_warps": 8, "num_stages": 3, **cuda._EXACT},
+        {"num_warps": 4, "num_stages": 3, **cuda._EXACT},
     ),
     "negative_log_likelihood": ({"BLOCK_V": 4096, "logits_v": 1, "targets_m": 1}, {}, cuda._FUSED),
 }
