@@ -14,8 +14,6 @@ from ssm_mp.kernels import cuda
 
 _BLOCK_INNER = 32
 """Channels of a program, one a lane of a warp: small programs, so that few sequences still fill a GPU."""
-_STAGES = 6
-"""Steps of time whose loads are under way: memory takes longer to answer than one step takes."""
 _LAUNCH = {"num_warps": 1, "enable_fp_fusion": True}
 """Of every kernel; without fusion each multiply and add would be two instructions."""
 
@@ -47,7 +45,7 @@ def selective_scan(
             a, dt, A.t().float().contiguous(), B, C, D.contiguous(), z, first, y, last,
             length, inner, states,
             *a.stride(), *dt.stride(), *B.stride(), *C.stride(), *z.stride(),
-            HAS_STATE=state is not None, STAGES=_STAGES, BLOCK_N=_power_of_two(states), BLOCK_I=_BLOCK_INNER, **_LAUNCH,
+            HAS_STATE=state is not None, BLOCK_N=_power_of_two(states), BLOCK_I=_BLOCK_INNER, **_LAUNCH,
         )  # fmt: skip
     return y, last.transpose(1, 2)
 

@@ -59,7 +59,7 @@ def selective_scan_kernel(
     B_b: tl.tensor, B_l: tl.tensor, B_n: tl.tensor,
     C_b: tl.tensor, C_l: tl.tensor, C_n: tl.tensor,
     z_b: tl.tensor, z_l: tl.tensor, z_i: tl.tensor,
-    HAS_STATE: tl.constexpr, STAGES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    HAS_STATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
 ) -> None:  # fmt: skip
     """One sequence and `BLOCK_I` channels a program: grid (b, ⌈I / BLOCK_I⌉).
 
@@ -81,7 +81,7 @@ def selective_scan_kernel(
     a_at, dt_at, z_at = a + row * a_b + i * a_i, dt + row * dt_b + i * dt_i, z + row * z_b + i * z_i
     B_at, C_at = B + row * B_b + n * B_n, C + row * C_b + n * C_n
     y_at = y + row * length * inner + i
-    for _ in tl.range(0, length, num_stages=STAGES):  # loads of the next steps are under way during this one
+    for _ in tl.range(0, length, num_stages=3):  # loads of the next steps are under way during this one
         a_t = tl.load(a_at, mask=in_i, other=0.0).to(tl.float32)
         step = _softplus(tl.load(dt_at, mask=in_i, other=0.0).to(tl.float32))
         B_t = tl.load(B_at, mask=in_n, other=0.0).to(tl.float32)

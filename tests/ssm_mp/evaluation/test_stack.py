@@ -34,7 +34,7 @@ from ssm_mp.evaluation.stack import (
 )
 from ssm_mp.families.itera import IteraConfig, IteraLayer
 from ssm_mp.families.mamba import MambaConfig
-from ssm_mp.model import build
+from ssm_mp.model import LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
 from ssm_mp.shards import token_bytes
@@ -301,6 +301,20 @@ def test_the_estimate_bounds_the_activations_that_are_alive_at_once(name: str, a
     bound = token_bytes(config) * hidden.shape[0] * ids.numel()
     weights = sum(c.fp32_bytes for c in find_components(model) if c.stage > 0)
     assert bound / 6 < measured.peak <= bound + weights
+
+
+def test_a_stack_converts_each_of_its_maps_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    converter, converted = converter_of(MAMBA), list[PrecisionMap]()
+    convert = converter.convert
+
+    def counting(one: PrecisionMap) -> LanguageModel:
+        converted.append(one)
+        return convert(one)
+
+    monkeypatch.setattr(converter, "convert", counting)
+    maps = random_maps(converter, 5)
+    evaluate_stacked(converter, maps, some_windows(2), most=3)
+    assert sorted(converted, key=hash) == sorted(maps, key=hash)
 
 
 def test_as_many_maps_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,6 @@ def test_the_selective_scan_compiles_with_its_state_in_lanes_and_its_loads_ahead
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {
         "HAS_STATE": has_state,
-        "STAGES": scan_triton._STAGES,
         "BLOCK_N": 16,
         "BLOCK_I": 32,
         "a_i": 1,
