@@ -334,7 +334,7 @@ def _nll(
     ids: Tensor,
     before_layer: Callable[[], None] | None,
 ) -> Rows:
-    """Negative log-likelihood of each window for each map, given with its model: `[maps, w]`, some windows at a time."""
+    """Negative log-likelihood of each window for each map, given with its model: `[maps, w]`, a few windows at once."""
     try:
         stack = make_stack(converter, *zip(*together, strict=True))
         shards: list[Tensor] = list(torch.split(ids, windows_at_once(ids.device, ids.shape[1], stack.maps)))
