@@ -61,6 +61,10 @@ class Int8Tensor(IntegerTensor):
         return integer_product(a, self._padded)[:, : q.shape[0]]
 
     @property
+    def integers(self) -> Tensor:
+        return self.q
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.q.shape)
 
