@@ -20,11 +20,15 @@ _PERCENT = "_percent"
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: its word in study files, what rises, and the unit in which that is shown with so many digits more."""
+    """A metric: its word in study files, what rises, and the unit in which that is shown with so many digits more.
+
+    head, axis: of a table's column, of a picture. ending: of names in answers.
+    """
 
     word: Word
     rises: str
     unit: str
+    head: str
     axis: str
     ending: str
     digits: int
@@ -48,6 +52,16 @@ class Metric:
     def said(self, percent: float, digits: int, sign: str = "+") -> str:
         """A figure with its unit, in the digits that a percentage would have."""
         return f"{self.shown(percent):{sign}.{digits + self.digits}f} {self.unit}"
+
+    def interval(self, percent: float, stderr_percent: float, digits: int) -> str:
+        """A figure with its 95 % interval, without the unit."""
+        digits += self.digits
+        spread = 1.96 * self.spread(percent, stderr_percent)
+        return f"{self.shown(percent):+.{digits}f} ± {spread:.{digits}f}"
+
+    def said_log(self, nats: float, digits: int, sign: str = "+") -> str:
+        """A small difference of logarithms, nats a token, likewise."""
+        return f"{100 * nats if self.ending == _PERCENT else nats:{sign}.{digits + self.digits}f} {self.unit}"
 
     def budget(self, percent: float) -> str:
         """A budget with its unit."""
@@ -81,7 +95,7 @@ class Metric:
         return value
 
 
-PERPLEXITY = Metric("perplexity", "perplexity", "%", "perplexity increase over FP32 (%)", _PERCENT, 0)
-KL = Metric("kl", "KL to FP32", "nats", "KL to FP32 (nats a token)", "_nats", 2)
+PERPLEXITY = Metric("perplexity", "perplexity", "%", "increase %", "perplexity increase over FP32 (%)", _PERCENT, 0)
+KL = Metric("kl", "KL to FP32", "nats", "KL, nats", "KL to FP32 (nats a token)", "_nats", 2)
 METRICS: Mapping[str, Metric] = {"perplexity": PERPLEXITY, "kl": KL}
 """The metrics that a study may name."""

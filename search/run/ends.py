@@ -17,7 +17,7 @@ from ssm_mp.components import fp32_bytes
 from ssm_mp.evaluation.evaluate import Evaluation, layer_calls, paired_increase
 
 Offsets = tuple[float, float]
-"""Log-increase over FP32 of the widest and of the lowest map."""
+"""Log-increase (or divergence, where the study judges by it) over FP32 of the widest and of the lowest map."""
 
 
 class Ends:
