@@ -268,6 +268,8 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
         raise StudyError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path}: not a TOML file ({error})") from None
+    overrides = list(overrides)
+    content = _without_its_budget(content, overrides)
     for override in overrides:
         content = _overridden(content, override)
     if "path" in content:
@@ -300,6 +302,17 @@ def _for_its_target(spec: StudySpec) -> StudySpec:
             "blocks; leave the key out, or the target"
         )
     return spec.model_copy(update={"precision": precision.model_copy(update={"activations": inputs})})
+
+
+def _without_its_budget(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A file's content without its budget, where an override puts another metric in the place of the budget's own."""
+    asked: dict[str, Any] = {}
+    for override in overrides:
+        asked = _overridden(asked, override)
+    metric, search = asked.get("search", {}).get("metric"), content.get("search")
+    if metric is None or not isinstance(search, dict) or metric == search.get("metric", "perplexity"):
+        return content
+    return {**content, "search": {key: held for key, held in search.items() if not key.startswith("budget_")}}
 
 
 def _with_its_budget(spec: StudySpec) -> StudySpec:
