@@ -32,9 +32,9 @@ class Probe:
     A group of components that move together is one `component` here, under its own name.
 
     `origin` is the component's own precision there. `log_increase` and `log_stderr` are of log-perplexity, or of the
-    divergence from FP32 where the study judges by that, paired by window,
-    against the map it departs from (so raising a component gives a negative increase);
-    `kl` is the divergence from that map in nats a token, None where it is an estimate from gradients.
+    divergence from FP32 where the study judges by that, paired by window, against the map it departs from (so raising a
+    component gives a negative increase); `kl` is the divergence from that map (or FP32, likewise) in nats a token, None
+    where it is an estimate from gradients.
     """
 
     component: str
@@ -169,9 +169,11 @@ def _measure(
     begin = prefix if unit.stage > 0 else start(model, windows)
     final = advance(model, begin, len(model.layers) - begin.layer, before_layer=check)
     try:
-        evaluation, kl = finish_against(end.model, end.final, model, final, windows)
-        if workspace.spec.search.metric == "kl":  # from FP32, not from the end
+        if workspace.spec.search.metric == "perplexity":
+            evaluation, kl = finish_against(end.model, end.final, model, final, windows)
+        else:
             evaluation = workspace.judge.finish(model, final)
+            kl = float(evaluation.cost.sum()) / evaluation.tokens
     except EvaluationError as error:
         raise EvaluationError(f"probe of {unit.name} at {precision} (from {end.name}): {error}") from None
     increase = paired_increase(evaluation, end.evaluation)
