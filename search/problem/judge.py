@@ -11,7 +11,7 @@ from search.base.metric import Word
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.compare import Expected, diverge, expect, finish_diverged
-from ssm_mp.evaluation.evaluate import Evaluation, Prefix, evaluate, finish
+from ssm_mp.evaluation.evaluate import Evaluation, Prefix, evaluate, finish, layer_calls
 from ssm_mp.evaluation.prefix_cache import Prefixes
 from ssm_mp.evaluation.stack import Outcome, evaluate_stacked
 from ssm_mp.model import LanguageModel
@@ -39,6 +39,11 @@ class Judge:
         if self._expected is None:
             self._expected = expect(self._model, self._windows, before_layer)
         return self._expected if at is None else self._expected.at(at)
+
+    def layer_calls(self, model: LanguageModel) -> int:
+        """How often evaluating a model on all windows calls `before_layer`, FP32 with it where it was not yet."""
+        calls = layer_calls(model, self._windows)
+        return calls if self._metric == "perplexity" or self._expected is not None else 2 * calls
 
     def __call__(
         self,

@@ -42,7 +42,6 @@ from ssm_mp.artifact_folder import PICTURE
 from ssm_mp.components import find_components, fp32_bytes
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.benchmark import Benchmark, benchmark, untimed
-from ssm_mp.evaluation.evaluate import layer_calls
 from ssm_mp.evaluation.latency import LatencyTable
 from ssm_mp.model import LanguageModel, in_float32
 from ssm_mp.precision_map import PrecisionMap
@@ -163,7 +162,7 @@ def _exported(
 def _measured(workspace: Workspace, baseline: Baseline, precision_map: PrecisionMap) -> Expected:
     """A map of which no trial tells, measured now."""
     model = workspace.converter.convert(precision_map)
-    progress = slow("measuring", layer_calls(model, workspace.splits.search))
+    progress = slow("measuring", workspace.judge.layer_calls(model))
     began = time.monotonic()
     found = Objective(workspace, baseline, progress.step)(precision_map)
     progress.close()

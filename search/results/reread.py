@@ -24,7 +24,7 @@ from ssm_mp.artifact import Artifact, read_artifact, stored_arrays
 from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.compare import Diverged
-from ssm_mp.evaluation.evaluate import Evaluation, FloatArray, evaluate, layer_calls
+from ssm_mp.evaluation.evaluate import Evaluation, FloatArray, evaluate
 from ssm_mp.files.mapped import let_go
 from ssm_mp.files.shown import listed
 from ssm_mp.model import LanguageModel
@@ -169,7 +169,7 @@ def _evaluated(model: LanguageModel, workspace: Workspace, numbers: np.ndarray |
     if numbers is not None:
         windows = _part(windows, numbers)
         judge = Judge(workspace.model, windows, workspace.spec.search.metric)  # FP32's states of these alone
-    progress = slow("evaluating what was read back", layer_calls(model, windows))
+    progress = slow("evaluating what was read back", judge.layer_calls(model))
     found = judge(model, None, progress.step)
     progress.close()
     return found

@@ -29,7 +29,7 @@ class Ends:
 
     def __getitem__(self, name: str) -> End:
         if name not in self._opened:
-            progress = slow(f"the {name} map", layer_calls(self._workspace.model, self._workspace.splits.search))
+            progress = slow(f"the {name} map", self._workspace.judge.layer_calls(self._workspace.model))
             self._opened[name] = open_end(self._workspace, name, progress.step)
             progress.close()
         return self._opened[name]

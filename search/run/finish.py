@@ -50,9 +50,8 @@ from search.run.study import prediction_error
 from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
-from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError, DataError, ExportError
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, layer_calls, paired_increase
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
@@ -189,7 +188,7 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
 
     def measure(point: Point) -> Increase:
         model = workspace.converter.convert(workspace.space.map(point.map))
-        return paired_increase(_certified(certifier, model, windows, f"certifying trial {point.trial}"), reference())
+        return paired_increase(_certified(certifier, model, f"certifying trial {point.trial}"), reference())
 
     with run.lock("certify").held():  # two exports at once must not spend the same share
         former = tries_of(run.read_lines(TRIES), str(run / TRIES))
@@ -215,13 +214,13 @@ def _certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
     if isinstance(stored, dict) and stored.get("mark") == mark:
         return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
     plain = Judge(workspace.model, windows, "perplexity")
-    found = _certified(plain, workspace.model, windows, "certifying: FP32")
+    found = _certified(plain, workspace.model, "certifying: FP32")
     run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
     return found
 
 
-def _certified(certifier: Judge, model: LanguageModel, windows: Windows, what: str) -> Evaluation:
-    progress = slow(what, layer_calls(model, windows))
+def _certified(certifier: Judge, model: LanguageModel, what: str) -> Evaluation:
+    progress = slow(what, certifier.layer_calls(model))
     found = certifier(model, None, progress.step)
     progress.close()
     return found

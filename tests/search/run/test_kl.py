@@ -211,3 +211,14 @@ def test_gradient_probes_of_a_divergence_are_its_curvature_alone(tmp_path: Path)
             of_kl = both[1][name][precision]
             assert of_kl.first == 0
             assert of_kl.log_increase == of_kl.curvature == pytest.approx(of_perplexity.curvature)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "kl"])
+def test_an_evaluation_calls_as_often_as_its_progress_is_told(tmp_path: Path, metric: str) -> None:
+    workspace = open_workspace(load_spec(write_study(tmp_path), [f"search.metric={metric}"]))
+    model, judge = workspace.converter.convert(workspace.space.lowest()), workspace.judge
+    for _ in range(2):
+        calls: list[None] = []
+        told = judge.layer_calls(model)
+        judge(model, None, lambda: calls.append(None))  # noqa: B023, called at once
+        assert len(calls) == told > 0
