@@ -282,8 +282,8 @@ class _Testing:
             sequence=sequence.sequence,
             basis=basis,
             clusters=None if held.clustered is None else held.clustered.clusters,
-            upper_by_windows=finite_or_none(by_windows[1]),
-            upper_by_clusters=None if by_clusters is None else finite_or_none(by_clusters[1]),
+            upper_by_windows_percent=finite_or_none(by_windows[1]),
+            upper_by_documents_percent=None if by_clusters is None else finite_or_none(by_clusters[1]),
             stopped=held.stopped,
         )
 

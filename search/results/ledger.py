@@ -50,8 +50,8 @@ class Try:
     `confidence` is 1 − error as far as a number near 1 can say it. Version 0.4 wrote that alone; `error` is None then.
     sequence: the number of the one that this belongs to; None where the try spent a share of its own, as version 0.5
     and before did. basis: which bounds are these; clusters: documents that the windows come from, None where nobody
-    knows. upper_by_windows, upper_by_clusters: both upper bounds; None where there is none or it is +∞. stopped: it
-    failed clearly on the first `windows` windows and saw no more.
+    knows. upper_by_windows_percent, upper_by_documents_percent: both upper bounds; None where there is none or it
+    is +∞. stopped: it failed clearly on the first `windows` windows and saw no more.
     """
 
     trial: int
@@ -67,8 +67,8 @@ class Try:
     sequence: int | None = None
     basis: Basis = "windows"
     clusters: int | None = None
-    upper_by_windows: float | None = None
-    upper_by_clusters: float | None = None
+    upper_by_windows_percent: float | None = None
+    upper_by_documents_percent: float | None = None
     stopped: bool = False
 
     @property

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from search.base.clustered import LEAST_CLUSTERS
+from search.base.metric import PERPLEXITY, Metric
 from search.results.certify import Certificate
 from search.results.ledger import Try
 
-HEAD = ("trial", "verdict", "sequence", "error", "windows", "increase %", "over windows ≤ %", "over documents ≤ %")
-"""Of `rows_of`; two columns of text."""
+
+def head_of(metric: Metric) -> tuple[str, ...]:
+    """Of `rows_of`; two columns of text."""
+    unit = metric.unit
+    return (
+        "trial", "verdict", "sequence", "error", "windows", metric.head, f"over windows ≤ {unit}",
+        f"over documents ≤ {unit}",
+    )  # fmt: skip
 
 
 def basis(certificate: Certificate) -> str:
@@ -40,21 +47,26 @@ def order(certificate: Certificate) -> str:
     return said + (f" {left} of them were not reached." if left else "")
 
 
-def rows_of(certificate: Certificate) -> list[tuple[str, ...]]:
+def rows_of(certificate: Certificate, metric: Metric = PERPLEXITY) -> list[tuple[str, ...]]:
     """A line for each tested map, the smallest first."""
     return [
         (
             str(tried.trial), tried.verdict + (", stopped early" if tried.stopped else ""),
             "alone" if tried.sequence is None else str(tried.sequence), f"{100 * tried.level:.3g} %",
-            f"{tried.windows}", f"{tried.increase_percent:+.3f}", _upper(tried.upper_by_windows, tried, "windows"),
-            _upper(tried.upper_by_clusters, tried, "documents"),
+            f"{tried.windows}", _shown(tried.increase_percent, metric),
+            _upper(tried.upper_by_windows_percent, tried, "windows", metric),
+            _upper(tried.upper_by_documents_percent, tried, "documents", metric),
         )
         for tried in certificate.tries
     ]  # fmt: skip
 
 
-def _upper(bound: float | None, tried: Try, basis: str) -> str:
-    """An upper bound in percent; the verdict's in bold."""
+def _upper(bound: float | None, tried: Try, basis: str, metric: Metric) -> str:
+    """An upper bound; the verdict's in bold."""
     if tried.basis == basis:
-        return f"**{tried.upper_percent:+.3f}**"
-    return "–" if bound is None else f"{bound:+.3f}"
+        return f"**{_shown(tried.upper_percent, metric)}**"
+    return "–" if bound is None else _shown(bound, metric)
+
+
+def _shown(percent: float, metric: Metric) -> str:
+    return f"{metric.shown(percent):+.{3 + metric.digits}f}"

@@ -13,14 +13,14 @@ from search.base.clustered import clustered
 from search.base.front import Point
 from search.base.progress import slow
 from search.measure.racing import FIRST_RUNG, judge
+from search.problem.judge import Judge
 from search.problem.run_directory import CERTIFY_BASELINE, TRIES, RunDirectory, mark_of
 from search.problem.workspace import Workspace
 from search.results.certify import Certificate, Held, certify
 from search.results.ledger import entries_of
 from search.results.plans import plans
 from search.run.prepare import Say, certifying_of
-from ssm_mp.data import Windows
-from ssm_mp.evaluation.evaluate import Evaluation, evaluate, layer_calls, paired_increase
+from ssm_mp.evaluation.evaluate import Evaluation, differences, increase_of
 from ssm_mp.model import LanguageModel
 
 _LOOKS = (4, 2)
@@ -30,14 +30,14 @@ _STOPPED_WRONGLY = 0.01
 
 
 def certify_front(
-    workspace: Workspace, run: RunDirectory, front: list[Point], differences: Sequence[np.ndarray], say: Say
+    workspace: Workspace, run: RunDirectory, front: list[Point], searched: Sequence[np.ndarray], say: Say
 ) -> Certificate | None:
     """Test a front, the smallest map first, in sequences from its safest maps to its smallest.
 
-    differences: log-increases of the search windows, `[w]` of each map that has seen all of them.
+    searched: log-increases of the search windows, `[w]` of each map that has seen all of them.
     """
-    budget, searched = workspace.spec.search.budget_percent, workspace.splits.search.sources
-    known = replace(certifying_of(workspace), alike=alike_near(differences, searched, budget))
+    budget, sources = workspace.spec.search.budget_percent, workspace.splits.search.sources
+    known = replace(certifying_of(workspace), alike=alike_near(searched, sources, budget))
     planned = plans(front, budget, known)
     return _certify(workspace, run, front, planned, say)
 
@@ -54,11 +54,13 @@ def _certify(
     if not front:
         return None
     say(f"certifying on {len(windows)} windows")
-    reference = cache(lambda: _baseline(workspace, run))  # only where a map is tried that was not yet
+    reference = cache(lambda: certify_baseline(workspace, run))  # only where a map is tried that was not yet
+    certifier = Judge(workspace.model, windows, spec.search.metric)
 
     def measure(point: Point) -> Held:
         model = workspace.converter.convert(workspace.space.map(point.map))
-        return held(model, windows, reference(), spec.search.budget_percent, spec.data.seed, f"trial {point.trial}")
+        budget, what = spec.search.budget_percent, f"certifying trial {point.trial}"
+        return held(model, certifier, reference(), budget, spec.data.seed, what)
 
     with run.lock("certify").held():  # two exports at once must not spend the same share
         return certify(
@@ -74,37 +76,35 @@ def _certify(
 
 
 def held(
-    model: LanguageModel, windows: Windows, reference: Evaluation, budget_percent: float, seed: int, what: str
+    model: LanguageModel, certifier: Judge, reference: Evaluation, budget_percent: float, seed: int, what: str
 ) -> Held:
-    """A model against the FP32 checkpoint's evaluation of the same windows; in parts, so that it may stop early.
+    """A model against the FP32 checkpoint's evaluation of the judge's windows; in parts, so that it may stop early.
 
     The parts are random ones: the text's beginning is no sample of it. A model that is read layer by layer is not
     looked at in between, since each part would read it anew.
     """
-    count = len(windows)
+    count, sources = reference.windows, certifier.windows.sources
     order = np.random.default_rng(seed).permutation(count)
     looks = [] if model.after_layer is not None else [n for n in (count // part for part in _LOOKS) if n >= FIRST_RUNG]
-    nll = np.full(count, np.nan)
+    rises = np.full(count, np.nan)
     began = 0
     for until in (*looks, count):
         new, seen = order[began:until], np.sort(order[:until])
-        nll[new] = _evaluated(model, windows.part(new), f"certifying {what}").nll
-        found = _held(windows.part(seen), nll[seen], reference.nll[seen], reference.predicted)
-        differences = (nll[seen] - reference.nll[seen]) / reference.predicted
-        if until < count and judge(differences, count, budget_percent, None, _STOPPED_WRONGLY):
-            return Held(found.increase, found.clustered, stopped=True)
+        fp32 = Evaluation(reference.nll[new], reference.predicted)
+        rises[new] = differences(_evaluated(certifier, model, new, what), fp32)
+        found = _held(rises[seen], None if sources is None else sources[seen])
+        if until < count and judge(rises[seen], count, budget_percent, None, _STOPPED_WRONGLY):
+            return replace(found, stopped=True)
         began = until
     return found
 
 
-def _held(windows: Windows, nll: np.ndarray, reference: np.ndarray, predicted: int) -> Held:
-    """From the negative log-likelihoods `[w]` of windows, two models'."""
-    increase = paired_increase(Evaluation(nll, predicted), Evaluation(reference, predicted))
-    sources = windows.sources
-    return Held(increase, None if sources is None else clustered((nll - reference) / predicted, sources))
+def _held(rises: np.ndarray, sources: np.ndarray | None) -> Held:
+    """From the rises `[w]` of windows, nats a token, and where these come from."""
+    return Held(increase_of(rises), None if sources is None else clustered(rises, sources))
 
 
-def _baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
+def certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
     """The FP32 checkpoint on the certify windows, evaluated once by a study."""
     windows = workspace.splits.certify
     depends = {name: workspace.fingerprint()[name] for name in ("checkpoint", "compute")}
@@ -112,13 +112,14 @@ def _baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
     stored = run.read_json(CERTIFY_BASELINE)
     if isinstance(stored, dict) and stored.get("mark") == mark:
         return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
-    found = _evaluated(workspace.model, windows, "certifying: FP32")
+    found = _evaluated(Judge(workspace.model, windows, "perplexity"), workspace.model, None, "certifying: FP32")
     run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
     return found
 
 
-def _evaluated(model: LanguageModel, windows: Windows, what: str) -> Evaluation:
-    progress = slow(what, layer_calls(model, windows))
-    found = evaluate(model, windows, progress.step)
+def _evaluated(certifier: Judge, model: LanguageModel, at: np.ndarray | None, what: str) -> Evaluation:
+    """On the certify windows with numbers `at` (None: all)."""
+    progress = slow(what, certifier.layer_calls(model, at))
+    found = certifier(model, at, progress.step)
     progress.close()
     return found

@@ -12,6 +12,7 @@ from typing import Any
 from optuna.study import Study
 
 from search.base.front import Point, front_by_size, pareto_front
+from search.base.metric import PERPLEXITY, Metric
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
 from search.problem.groups import NO_GROUPS, Groups
@@ -35,7 +36,8 @@ from search.results.plots.files import save
 from search.results.plots.front import plot_front
 from search.results.report import Result, front_json, render
 from search.results.transferred import transfer_map
-from search.run.certifying import certify_front
+from search.run.certifying import certify_baseline, certify_front
+from search.run.fidelity import measured_fidelity
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
 from search.trials.read_back import counts, finished_differences, points
@@ -59,13 +61,15 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     certificate = certify_front(workspace, run, front_by_size(front), differences, say)
     exported, failure = None, ""
     winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
+    fidelity = None
     if winner is not None:
+        fidelity = measured_fidelity(workspace, run, winner, certify_baseline(workspace, run))
         say(f"exporting trial {winner.trial} and reading it back")
         try:
             exported = export(
                 workspace, baseline, workspace.space.map(winner.map), run / WINNER,
                 known=known_of(study, winner.trial), certificate=certificate, provenance={"trial": winner.trial},
-                replace=True, latency=prepared.latency, say=say,
+                replace=True, latency=prepared.latency, say=say, fidelity=fidelity,
                 seconds=timing_seconds(seconds_spent(study, prepared.began)),
             )  # fmt: skip
         except (ArtifactError, DataError) as error:  # the report must still say what was found, and that this failed
@@ -90,7 +94,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         surrogate=prepared.surrogate,
         prediction_error=prediction_error(prepared.knowledge, study),
         certificate=certificate,
-        gates=judge(certificate, facts, failure, runtime),
+        gates=judge(certificate, facts, failure, runtime, spec.search.judged),
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
         latency=prepared.latency,
@@ -99,6 +103,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         source=source_of(workspace.checkpoint),
         transferred=transferred,
         groups=workspace.space.groups,
+        fidelity=fidelity,
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes, result.groups)
     run.write_text(REPORT, render(result))
@@ -178,11 +183,12 @@ def draw(
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
     front = pareto_front(found, budget)
-    sentence = describe(certificate, bool(front))
-    picture = plot_front(found, budget, winner, sentence, baseline_bytes, spec.export.target)
+    metric = spec.search.judged
+    sentence = describe(certificate, bool(front), metric)
+    picture = plot_front(found, budget, winner, sentence, baseline_bytes, spec.export.target, metric)
     paths = save(picture, run.path, "front")
     if probes:
-        paths += save(plot_sensitivities(probes, components, groups), run.path, "sensitivities")
+        paths += save(plot_sensitivities(probes, components, groups, metric), run.path, "sensitivities")
     shown = next((point for point in front if point.trial == winner), front[0] if front else None)
     if shown is not None:
         allocation = PrecisionMap(tuple(shown.map.items()))
@@ -190,15 +196,15 @@ def draw(
     return paths
 
 
-def describe(certificate: Certificate | None, any_within: bool) -> str:
+def describe(certificate: Certificate | None, any_within: bool, metric: Metric = PERPLEXITY) -> str:
     """The certificate in one sentence, for titles; `any_within` tells an empty front from one not yet certified."""
     if certificate is None:
         return "Not certified yet." if any_within else "No map is within the budget on the search windows."
     return (
         f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows"
         f"{'' if certificate.basis == 'windows' else f' of {certificate.clusters} documents'}: "
-        f"{certificate.increase_percent:+.2f} %, at most {certificate.upper_percent:+.2f} % "
-        f"({100 * certificate.confidence:g} % confidence), budget {certificate.budget_percent:+g} %"
+        f"{metric.said(certificate.increase_percent, 2)}, at most {metric.said(certificate.upper_percent, 2)} "
+        f"({100 * certificate.confidence:g} % confidence), budget +{metric.budget(certificate.budget_percent)}"
     )
 
 
@@ -209,6 +215,7 @@ def answer(result: Result) -> dict[str, Any]:
     baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}
     budget = result.spec.search.budget_percent
     content = front_json(
-        result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate)
-    )
+        result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate),
+        result.spec.search.judged, result.fidelity,
+    )  # fmt: skip
     return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

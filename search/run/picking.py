@@ -20,6 +20,7 @@ from search.results.export import Exported, export, timing_seconds
 from search.results.known import known_of, seconds_spent
 from search.run.certifying import certify_alone
 from search.run.ends import known_baseline
+from search.run.fidelity import stored_fidelity
 from search.run.grouping import grouped_as_stored
 from search.run.stored import stored_certificate
 from search.trials.read_back import points
@@ -119,5 +120,6 @@ def export_pick(
         seconds=timing_seconds(seconds_spent(study, time.time())),
         say=say,
         latency=stored_latency(run),
+        fidelity=stored_fidelity(run, found.point.trial),
     )
     return exported, found.verdict

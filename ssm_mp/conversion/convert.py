@@ -130,7 +130,8 @@ class Converter:
         scheme = component.input_scheme(name, self.scheme.activations)
         if scheme == "static":
             try:
-                return StaticInput(self._statistics[component.name].scale(self.scheme.input_scales))
+                scale = self._statistics[component.name].scale(self.scheme.input_scales)
+                return StaticInput(scale.to(self.model.device))
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
         return input_quantizer(scheme, name)

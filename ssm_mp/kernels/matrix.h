@@ -7,12 +7,12 @@
 
 #include "vector.h"
 
-enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3 };        /* how a weight is stored */
+enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3, CODES2 }; /* how a weight is stored */
 enum { INPUTS_AS_THEY_ARE, STATIC_INPUTS, DYNAMIC_INPUTS }; /* how its inputs are quantised, of INT8 only */
 
 typedef struct {
-    int64_t kind, inputs, n, k;
-    const void *values;     /* [n, k] of the kind; codes are packed, row after row, in groups of 64 */
+    int64_t kind, inputs, n, k, group_bits; /* groups of codes are of 2^group_bits values, at least sixteen */
+    const void *values;     /* [n, k] of the kind; codes are packed, row after row, in groups */
     const float *scales;    /* INT8: [n]; codes: one a group */
     const int32_t *sums;    /* INT8: sum of each row's values [n] */
     const float *bias;      /* [n], or none */

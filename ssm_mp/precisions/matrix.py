@@ -23,7 +23,9 @@ FEW_ROWS = 8
 Inputs = Literal["none", "static", "dynamic"]
 _INPUTS = {"none": matrices.AS_THEY_ARE, "static": matrices.STATIC, "dynamic": matrices.DYNAMIC}
 _FLOATS = {torch.float32: matrices.FLOAT32, torch.float16: matrices.FLOAT16}
-_CODES = {4: matrices.CODES4, 3: matrices.CODES3}
+_CODES = {4: matrices.CODES4, 3: matrices.CODES3, 2: matrices.CODES2}
+_LEAST_GROUP = 16
+"""Codes that are unpacked at a time, with one scale."""
 
 SMALLEST_SCALE = 1e-12
 """Keeps the dynamic scale of an all-zero input away from zero."""
@@ -40,7 +42,8 @@ _MOST_PACKED = 3 << 26
 class _Known:
     """A weight `[n, k]` in a form that the kernels know: their word for it and what it is made of.
 
-    scale: float16 `[n]` or one a group; levels: float32 `[16]`, of a code book; sums: int32 `[n]`, of rows of integers.
+    scale: float16 `[n]` or one a group; levels: float32 `[16]`, of a code book; group_bits: groups are of
+    2^group_bits values; sums: int32 `[n]`, of rows of integers.
     """
 
     kind: int
@@ -49,6 +52,7 @@ class _Known:
     values: Tensor
     scale: Tensor | None = None
     levels: Tensor | None = None
+    group_bits: int = 0
     sums: Tensor | None = None
 
 
@@ -63,9 +67,9 @@ class Matrix:
         n, k, kind = known.n, known.k, known.kind
         scale = None if known.scale is None else known.scale.float()
         self.structure = matrices.Matrix(
-            kind, _INPUTS[inputs], n, k, self._at(known.values), self._optional(scale), self._optional(known.sums),
-            self._optional(None if bias is None else bias.tensor()), self._optional(known.levels),
-            SMALLEST_SCALE if inputs == "dynamic" else input_scale,
+            kind, _INPUTS[inputs], n, k, known.group_bits, self._at(known.values), self._optional(scale),
+            self._optional(known.sums), self._optional(None if bias is None else bias.tensor()),
+            self._optional(known.levels), SMALLEST_SCALE if inputs == "dynamic" else input_scale,
         )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
         self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
@@ -134,9 +138,16 @@ def _known(weight: Stored) -> _Known | None:
         n, k = weight.q.shape
         sums = matrices.row_sums(weight.q.contiguous())
         return _Known(matrices.INT8, n, k, weight.q, weight.scale, sums=sums)
-    if type(weight) is GroupedTensor and weight.book.bits in _CODES:
+    if type(weight) is GroupedTensor and weight.book.bits in _CODES and _is_power(weight.group):
         n, k = weight.shape
         book = weight.book.values
         levels = torch.tensor((*book, *[0.0] * (16 - len(book))))
-        return _Known(_CODES[weight.book.bits], n, k, weight.q, weight.scale, levels)
+        return _Known(
+            _CODES[weight.book.bits], n, k, weight.q, weight.scale, levels, group_bits=weight.group.bit_length() - 1
+        )
     return None  # a class derived from these may mean its arrays otherwise
+
+
+def _is_power(group: int) -> bool:
+    """Whether groups are of a power of two values, at least as many as are unpacked at a time."""
+    return group >= _LEAST_GROUP and group & (group - 1) == 0

@@ -59,7 +59,7 @@ def test_fewer_windows_begin_at_a_safer_map() -> None:
     assert 2.5 < front[plans(front, 5.0, Certifying(512, 0.03))[0][0].trial].increase_percent < 3.9
 
 
-@given(st.floats(0.0001, 0.1), st.integers(2, 4000))
+@given(st.floats(0.0001, 0.1), st.integers(16, 4000))
 def test_what_can_be_certified_lies_below_the_budget_by_what_the_bound_reaches(own: float, windows: int) -> None:
     certifying = Certifying(windows, 0.03)
     above = expected(own, 128, certifying).above

@@ -211,8 +211,8 @@ def test_the_verdict_is_over_documents_where_there_are_enough_and_both_bounds_ar
     windows, documents = bounds(held.increase, tried.level)[1], clustered_bounds(held.clustered, tried.level)[1]
     enough = clusters >= LEAST_CLUSTERS
     assert tried.upper_percent == found.upper_percent == (documents if enough else windows)
-    assert (tried.upper_by_windows, tried.clusters) == (windows, clusters)
-    assert tried.upper_by_clusters == (documents if np.isfinite(documents) else None)
+    assert (tried.upper_by_windows_percent, tried.clusters) == (windows, clusters)
+    assert tried.upper_by_documents_percent == (documents if np.isfinite(documents) else None)
     assert found.basis == tried.basis == ("documents" if enough else "windows")
     assert ("so they speak of other documents" in basis(found)) == enough
     assert (found.verdict == "certified") == (tried.upper_percent < 5)
