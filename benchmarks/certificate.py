@@ -13,7 +13,7 @@ where hardly any map is within the budget: where none is ("just above"), all tha
 
 Scenarios with documents draw all windows of a split from documents of very different sizes, whose windows resemble
 each other; another split has documents of its own. Each is shown with bounds over documents, as the project certifies
-where it knows 20, and again with bounds over windows, which break what they promise there. Scenarios "per map" test
+where it knows enough, and again with bounds over windows, which break what they promise there. Scenarios "per map" test
 each map for a share of its own, the smallest first, as version 0.5 did: the price of one rule beside the other.
 """
 
