@@ -20,9 +20,8 @@ Neither says anything of text from elsewhere. Windows of one file resemble each 
 mean scatters more than windows drawn from this one do. Two figures say how much:
 
 - "runs": runs of neighbouring windows of the text, about a file each, are drawn with replacement, as if each study
-  had a library of its own of the same kind. Of 32 windows: a first look has 16 runs, fewer than the 20 from which on
-  bounds are over documents, so that the certificate speaks of the windows alone, and breaks what it says; "runs of
-  16" has 32 runs. Bounds over the runs keep the promise, those over windows beside them do not.
+  had a library of its own of the same kind. Of 32 windows: a first look has 16 runs, few, but enough for bounds over
+  documents; "runs of 16" has 32 runs. Bounds over the runs keep the promise, those over windows beside them do not.
 - `file_effect`: the variance of the mean from such runs, over the variance from single windows.
 """
 

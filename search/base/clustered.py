@@ -28,9 +28,10 @@ from ssm_mp.evaluation.evaluate import skewness
 LEAST_CLUSTERS = 12
 """Fewer documents say too little of others: then the windows alone decide, and that is said.
 
-The windows alone are the worse choice long before documents are many: 16 runs of 32 windows break a promise of 5 % in
-10.5 % of searches by windows and in 1.0 % by runs (`benchmarks.certificate`). By simulation, bounds over 12 documents,
-equal or not, that allow an error of 3 % are wrong in at most 1.1 % of cases; they reach far, but they hold."""
+The windows alone are the worse choice long before documents are many: where a first look has 16 runs of 32 windows, a
+promise of 5 % is broken in 10.5 % of studies by windows and in 1.0 % by runs (`benchmarks.resampling`). By simulation,
+bounds over 12 documents, equal or not, that allow an error of 3 % are wrong in at most 1.1 % of cases; they reach far,
+but they hold."""
 
 
 @dataclass(frozen=True)
