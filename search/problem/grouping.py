@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Sequence
 
 from search.base.errors import StudyError
 from search.problem.groups import Groups
+from search.problem.precision_section import PrecisionSection
 from search.problem.space import Space
-from search.problem.spec import PrecisionSection
 from ssm_mp.components import Component
 from ssm_mp.files.shown import listed
 from ssm_mp.precision_map import matches

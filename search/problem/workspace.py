@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +18,13 @@ from search.problem.grouping import grouped_by_rule, require_patterns, rule_of, 
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.judge import Judge
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
+from search.problem.rounding import compensates, recorded_rounding, rounded_weights
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import StudySpec
 from search.problem.splits import Say, load_splits, tokenizer_json, window_length
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
-from ssm_mp.components import find_components
+from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config
 from ssm_mp.conversion.calibrate import hardly_reached
 from ssm_mp.conversion.convert import Converter
@@ -39,6 +40,7 @@ from ssm_mp.kernels.calls import compiled
 from ssm_mp.kernels.matrices import multiplies_by_amx
 from ssm_mp.model import AfterLayer, LanguageModel, build
 from ssm_mp.precision_map import PrecisionMap, pinned_names
+from ssm_mp.precisions.stored import Stored
 from ssm_mp.runtimes.capability import holds, not_worth, sized
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.registry import get_format
@@ -56,6 +58,7 @@ class Workspace:
     converter: Converter
     space: Space
     memory: MemoryPlan
+    compensates: bool = False
 
     def fingerprint(self) -> dict[str, Any]:
         """What a study's results depend on; resuming with another is refused.
@@ -81,6 +84,7 @@ class Workspace:
             **({} if self.spec.export.target is None else {"target": self.spec.export.target}),
             **({} if search.metric == "perplexity" else {"metric": search.metric}),
             "compute": _compute_type(self.spec.search.device),
+            **recorded_rounding(self.spec, self.compensates),
             **blocks,
             **latency,
             **({GROUPING: grouping} if grouping else {}),
@@ -149,26 +153,42 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
+    weights = _rounded(spec, checkpoint, model, splits, pins, plan, say, cache)
     forms = Forms(plan.forms, plan.scratch)
     largest = {} if spec.precision.embedding_blocks else checkpoint.reading.largest
-    if target is None:
-        converter = Converter(model, scheme, statistics, forms=forms, steps=_steps, largest=largest)
-        space = make_space(converter, spec.precision.choices, pins)
-    else:
-        format_, config = target, checkpoint.config
-        converter = Converter(model, scheme, statistics, sized(format_, components, config), forms, _steps, largest)
-        space = make_space(
-            converter,
-            spec.precision.choices,
-            pins,
-            lambda component, asked: not_worth(format_, component, asked, config),
-        )
+    config = checkpoint.config
+    own = None if target is None else sized(target, components, config)
+    converter = Converter(model, scheme, statistics, own, forms, _steps, largest, weights)
+
+    def left_out(component: Component, asked: tuple[str, ...]) -> dict[str, str]:
+        return {} if target is None else not_worth(target, component, asked, config)
+
+    space = make_space(converter, spec.precision.choices, pins, left_out)
     space = grouped_by_rule(space, spec.precision)
     for line in (*space.never(), *space.narrowed()):
         say(f"note: {line}")
     if space.groups:
         say(told(space))
-    return Workspace(spec, checkpoint, model, splits, converter, space, plan)
+    return Workspace(spec, checkpoint, model, splits, converter, space, plan, weights is not None)
+
+
+def _rounded(
+    spec: StudySpec,
+    checkpoint: Checkpoint,
+    model: LanguageModel,
+    splits: Splits,
+    pins: Container[str],
+    plan: MemoryPlan,
+    say: Say,
+    cache: Path | None,
+) -> Mapping[tuple[str, str], Stored] | None:
+    """Weights whose rounding is compensated, of the components that are not pinned; None where all are rounded to the
+    nearest."""
+    free = [component for component in find_components(model) if component.name not in pins]
+    if not compensates(spec, free, plan, say):
+        return None
+    compute = _compute_type(spec.search.device)
+    return rounded_weights(spec, checkpoint, model, splits.calibration, free, compute, say, cache)
 
 
 def _steps(stage: str, total: int) -> Callable[[], None]:

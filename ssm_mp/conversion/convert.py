@@ -38,11 +38,13 @@ class Converter:
         forms: Forms | None = None,
         steps: Steps | None = None,
         largest: Mapping[str, float] | None = None,
+        rounded: Mapping[tuple[str, str], Stored] | None = None,
     ) -> None:
         """`components`: the model's own, with the sizes of another runtime's file, where they are not those of ours.
 
         forms: where components at precisions are kept; by default all in memory. steps: told what a map takes to make.
-        largest: the magnitudes of the model's tensors by name, as far as they are known.
+        largest: the magnitudes of the model's tensors by name, as far as they are known. rounded: weights whose
+        rounding was compensated, by component and precision; all others are rounded to the nearest.
         """
         if scheme.activations == "static" and statistics is None:
             raise PrecisionMapError(
@@ -55,6 +57,7 @@ class Converter:
         self._forms = Forms() if forms is None else forms
         self._steps = steps
         self._largest = dict(largest or {})
+        self._rounded = rounded or {}
 
     def convert(self, precision_map: PrecisionMap) -> LanguageModel:
         """A new model by `precision_map`. Raises InfeasibleError naming the component that does not fit."""
@@ -114,6 +117,9 @@ class Converter:
             held = held_by(source, parameter.leaf)
             if isinstance(held, ByteTensor):
                 tensors[parameter.leaf] = ByteTensor(held.value)
+                continue
+            if parameter.leaf == "weight" and (component.name, name) in self._rounded:
+                tensors[parameter.leaf] = self._rounded[component.name, name]
                 continue
             if not isinstance(held, FloatTensor) or not _is_source(held):
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")

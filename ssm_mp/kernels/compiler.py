@@ -38,6 +38,7 @@ _SOURCES = (
     "decode.c",
     "bus_error.c",
     "weights.c",
+    "compensate.c",
     "histogram.c",
 )
 _HEADERS = (

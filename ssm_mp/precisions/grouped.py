@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssm_mp.errors import InfeasibleError
 from ssm_mp.kernels import calls, weights
+from ssm_mp.precisions.compensate import Moment, compensated
 from ssm_mp.precisions.groups import (
     GROUP,
     CodeBook,
@@ -55,19 +56,13 @@ Positive values have a level more than negative ones; with a negative scale it i
 NF3_BOOK = CodeBook(
     3,
     (
-        -1.0,
-        -0.5350227355957031,
-        -0.24693143367767334,
-        0.0,
-        0.1833374798297882,
-        0.38199394941329956,
-        0.6229857206344604,
-        1.0,
+        -1.0, -0.6245089156625145, -0.35131243302838817, -0.11389422067084922,
+        0.11389422067084922, 0.35131243302838817, 0.6245089156625145, 1.0,
     ),
-    either_sign=True,
-)
-NF2_BOOK = CodeBook(2, (-1.0, 0.0, 0.4358181655406952, 1.0), either_sign=True)
-"""The same of 3 and of 2 bits."""
+)  # fmt: skip
+NF2_BOOK = CodeBook(2, (-1.0, -0.2997714222137681, 0.2997714222137681, 1.0))
+"""The levels of least squared error for a normal distribution (Max 1960, table I; Lloyd 1982), without a zero: with so
+few levels it is not worth one, and QLoRA's quantiles lose more (`python -m benchmarks.rounding`)."""
 
 
 class GroupedTensor(Stored):
@@ -141,6 +136,11 @@ class Grouped(Precision):
         by_kernel = self.group in weights.GROUPS and calls.usable(flat[:0].float())
         store = _packed_by_kernel if by_kernel else _packed
         return GroupedTensor(packed, store(flat, rule, self.book, packed), tuple(tensor.shape), self.book)
+
+    def compensated(self, weight: Tensor, moment: Moment, damping: float) -> Stored:
+        """A `weight [n, k]` rounded so that its products change the least, as `compensate.compensated` does it."""
+        packed, scale = compensated(weight, moment, self.book, self.group, damping)
+        return GroupedTensor(packed, scale, tuple(weight.shape), self.book)
 
     def _refusal(self, largest: float, rule: ScaleRule) -> str | None:
         return scale_refusal(largest, self.book.limit)

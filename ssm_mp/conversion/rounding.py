@@ -1,0 +1,153 @@
+"""Every component of a model at the precisions below 8 bits, its rounding compensated.
+
+Layer by layer, so that the moments of one layer are held at a time; what looks tokens up and scores them comes last.
+
+Dimensions: `k` values in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ssm_mp.components import Component
+from ssm_mp.conversion.calibrate import FEW_TOKENS, Steps
+from ssm_mp.conversion.moments import Gathered, end_moments, experts_of, in_parts, layer_moments
+from ssm_mp.data import Windows
+from ssm_mp.errors import InfeasibleError
+from ssm_mp.files.shown import listed
+from ssm_mp.model import LanguageModel
+from ssm_mp.modules.parameter import held_by
+from ssm_mp.precisions.compensate import DAMPINGS, Moment, chosen_damping
+from ssm_mp.precisions.grouped import Grouped
+from ssm_mp.precisions.registry import get_precision
+from ssm_mp.precisions.stored import FloatTensor, Stored
+
+Key = tuple[str, str]
+"""Component and precision."""
+Say = Callable[[str], None]
+
+_FACTORS = 48
+"""Bytes for each value of a moment while its factors are found, in float64."""
+
+
+def compensable(precision: str) -> bool:
+    """Whether rounding to a precision can be compensated: it has a book of levels."""
+    return isinstance(get_precision(precision), Grouped)
+
+
+def moment_bytes(components: Sequence[Component]) -> int:
+    """Upper bound of what second moments of one layer's inputs take, and the factors of the largest of them."""
+    layers: dict[int, int] = {}
+    largest = 0
+    for component in filter(_has_moment, components):
+        k = next(p.shape[-1] for p in component.parameters if p.leaf == "weight")
+        layers[component.stage] = layers.get(component.stage, 0) + 8 * k * k * experts_of(component)
+        largest = max(largest, k)
+    return max(layers.values(), default=0) + _FACTORS * largest * largest
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """The weight of one component at some precisions."""
+
+    component: str
+    held: Mapping[str, Stored]
+
+
+def rounded(
+    model: LanguageModel,
+    windows: Windows,
+    components: Sequence[Component],
+    precisions: Sequence[str],
+    say: Say = lambda line: None,
+    steps: Steps | None = None,
+) -> Iterator[Rounded]:
+    """The weights of `components` at those `precisions` that can be compensated.
+
+    What a component cannot be is left out. `say` is told what had to be rounded to the nearest; steps: what there is to
+    do. Raises EvaluationError where an input is not finite.
+    """
+    chosen = [name for name in precisions if compensable(name)]
+    wanted = {component.name: component for component in components if _has_moment(component)}
+    parts = in_parts(windows.ids.to(model.device))
+    told = (steps or (lambda what, count: lambda: None))("compensating rounding", len(model.layers) + 1)
+    with torch.no_grad():
+        states = [model.embed(ids) for ids in parts]
+    _passed(model, model.embedding)
+    for i, layer in enumerate(model.layers):
+        moments = layer_moments(model, i, states)
+        yield from _each(model, {n: wanted[n] for n in moments if n in wanted}, chosen, moments, say)
+        _passed(model, layer)
+        told()
+    moments = end_moments(model, states)
+    yield from _each(model, {n: wanted[n] for n in moments if n in wanted}, chosen, moments, say)
+    told()
+
+
+def _passed(model: LanguageModel, part: nn.Module) -> None:
+    if model.after_layer is not None:
+        model.after_layer(part)
+
+
+def _has_moment(component: Component) -> bool:
+    return component.multiplies_inputs or component.kind == "embedding"
+
+
+def _each(
+    model: LanguageModel,
+    components: Mapping[str, Component],
+    precisions: Sequence[str],
+    moments: Mapping[str, Gathered],
+    say: Say,
+) -> Iterator[Rounded]:
+    """Some components, each at every precision."""
+    for name in components:
+        held = held_by(model.component(name), "weight")
+        assert isinstance(held, FloatTensor)
+        weight = held.value.data
+        gathered, note = _usable(name, moments[name], weight.shape[-1])
+        if note:
+            say(f"note: {note}")
+        damping = _damping(weight, precisions[-1], gathered)
+        found = {precision: _rounded(weight, precision, gathered, damping) for precision in precisions}
+        yield Rounded(name, {precision: stored for precision, stored in found.items() if stored is not None})
+
+
+def _damping(weight: Tensor, precision: str, gathered: Gathered) -> float:
+    """How much moments are damped, by what is lost at the narrowest precision; the most where they say little."""
+    grouped = get_precision(precision)
+    assert isinstance(grouped, Grouped)
+    if max(gathered.tokens) < weight.shape[-1]:
+        return DAMPINGS[-1]
+    try:
+        return chosen_damping(weight, gathered.fit, gathered.held, grouped.book, grouped.group)
+    except InfeasibleError:
+        return DAMPINGS[-1]
+
+
+def _rounded(weight: Tensor, precision: str, gathered: Gathered, damping: float) -> Stored | None:
+    """A weight `[n, k]` at a precision; None where it cannot be held."""
+    grouped = get_precision(precision)
+    assert isinstance(grouped, Grouped)
+    try:
+        return grouped.compensated(weight, gathered.all, damping)
+    except InfeasibleError:
+        return None
+
+
+def _usable(name: str, gathered: Gathered, k: int) -> tuple[Gathered, str]:
+    """The moments to round by, zero of experts that hardly a token reached, and what is to be said of them."""
+    few = [expert for expert, count in enumerate(gathered.tokens) if count < FEW_TOKENS]
+    most = max(gathered.tokens)
+    if not few:
+        note = f"{name}: {most} calibration tokens for {k} inputs tell little: rounding hardly makes up for errors"
+        return gathered, note if most < k else ""
+    seen = torch.tensor([float(count >= FEW_TOKENS) for count in gathered.tokens])[:, None, None]
+    fit, held = (Moment(one.second * seen.to(one.second.device)) for one in (gathered.fit, gathered.held))
+    what = name if len(gathered.tokens) == 1 else f"{name}, experts {listed(list(map(str, few)), 6)}"
+    note = f"{what}: reached by fewer than {FEW_TOKENS} calibration tokens, rounded to the nearest"
+    return Gathered(fit, held, gathered.tokens), note
