@@ -31,6 +31,7 @@ class Matrix(ctypes.Structure):
         *((name, c_int64) for name in ("kind", "inputs", "n", "k")),
         *((name, c_void_p) for name in ("values", "scales", "sums", "bias", "levels")),
         ("input_scale", c_float),
+        ("factors", c_void_p),
     )
 
 

@@ -4,7 +4,8 @@
 #define GROUP 64
 #define PARALLEL_BYTES (1 << 18) /* smaller matrices are through before a second thread has woken up */
 
-void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads);
+void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, const float *factors, float scale, int8_t *q,
+                     float *scales, int threads);
 void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float smallest, int8_t *q, float *scales, int threads);
 
 
@@ -209,7 +210,7 @@ int64_t scratch_bytes(const Matrix *w, int64_t m) { return (m * w->k + 63) / 64 
 void multiply(const Matrix *w, int64_t m, const float *x, int64_t ld_x, float *y, int64_t ld_y, void *scratch, int threads) {
     int8_t *q = scratch;
     float *input_scales = (float *)(q + (m * w->k + 63) / 64 * 64);
-    if (w->inputs == STATIC_INPUTS) quantize_static(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
+    if (w->inputs == STATIC_INPUTS) quantize_static(m, w->k, x, ld_x, w->factors, w->input_scale, q, input_scales, 1);
     if (w->inputs == DYNAMIC_INPUTS) quantize_dynamic(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
     static const int bits[] = {32, 16, 8, 4, 3};
     const int many = threads > 1 && w->n * w->k * bits[w->kind] / 8 > PARALLEL_BYTES;

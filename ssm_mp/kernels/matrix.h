@@ -18,6 +18,7 @@ typedef struct {
     const float *bias;      /* [n], or none */
     const float *levels;    /* codes: the value of each of sixteen codes */
     float input_scale;      /* STATIC_INPUTS: theirs; DYNAMIC_INPUTS: the least that one may be */
+    const float *factors;   /* STATIC_INPUTS: what each is multiplied with first [k], or none */
 } Matrix;
 
 /* y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias.

@@ -241,7 +241,7 @@ class Multiplier(nn.Module):
         if current is None or current[0] != stamp:
             how: Inputs = "none" if self.inputs is None else "dynamic"
             if isinstance(self.inputs, StaticInput):
-                made = Matrix.of(self.weight, self.bias, "static", self.inputs.scale.item())
+                made = Matrix.of(self.weight, self.bias, "static", self.inputs.scale.item(), self.inputs.factors)
             else:
                 made = Matrix.of(self.weight, self.bias, how)
             # what was read is held too: another tensor in its place would have its stamp

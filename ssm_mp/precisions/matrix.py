@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssm_mp.kernels import matrices
 from ssm_mp.precisions.grouped import GroupedTensor
-from ssm_mp.precisions.int8 import Int8Tensor
+from ssm_mp.precisions.int8 import Int8Tensor, ScaledInt8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
 FEW_ROWS = 8
@@ -56,7 +56,12 @@ class Matrix:
     """A weight `[n, k]` with its bias; `structure` is what the kernels take, valid for as long as this lives."""
 
     def __init__(
-        self, known: _Known, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
+        self,
+        known: _Known,
+        bias: Stored | None = None,
+        inputs: Inputs = "none",
+        input_scale: float = 0.0,
+        factors: Tensor | None = None,
     ) -> None:
         """Made by `Matrix.of`."""
         self._held: list[Tensor] = []
@@ -65,7 +70,7 @@ class Matrix:
         self.structure = matrices.Matrix(
             kind, _INPUTS[inputs], n, k, self._at(known.values), self._optional(scale), self._optional(known.sums),
             self._optional(None if bias is None else bias.tensor()), self._optional(known.levels),
-            SMALLEST_SCALE if inputs == "dynamic" else input_scale,
+            SMALLEST_SCALE if inputs == "dynamic" else input_scale, self._optional(factors),
         )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
         self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
@@ -75,14 +80,22 @@ class Matrix:
 
     @classmethod
     def of(
-        cls, weight: Stored, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
+        cls,
+        weight: Stored,
+        bias: Stored | None = None,
+        inputs: Inputs = "none",
+        input_scale: float = 0.0,
+        factors: Tensor | None = None,
     ) -> Matrix | None:
         """A weight as the kernels read it, nothing copied but vectors; None where they do not know how it is stored.
 
-        inputs: how those of an int8 weight are quantised; input_scale: that of static ones.
+        inputs: how those of an int8 weight are quantised; input_scale: that of static ones, after they are
+        multiplied with `factors [k]`, which a weight of scaled columns needs.
         """
         known = _known(weight)
-        return None if known is None else cls(known, bias, inputs, input_scale)
+        if known is None or (factors is None and isinstance(weight, ScaledInt8Tensor)):
+            return None
+        return cls(known, bias, inputs, input_scale, factors)
 
     def product(self, x: Tensor) -> Tensor:
         """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows only
@@ -130,7 +143,7 @@ def _known(weight: Stored) -> _Known | None:
     if type(weight) is FloatTensor and weight.value.dtype in _FLOATS:
         n, k = weight.value.shape
         return _Known(_FLOATS[weight.value.dtype], n, k, weight.value.data)
-    if type(weight) is Int8Tensor:
+    if type(weight) is Int8Tensor or type(weight) is ScaledInt8Tensor:
         n, k = weight.q.shape
         sums = matrices.row_sums(weight.q.contiguous())
         return _Known(matrices.INT8, n, k, weight.q, weight.scale, sums=sums)
