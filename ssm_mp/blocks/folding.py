@@ -25,6 +25,7 @@ class Folding:
     consumers: names of weights, each of which multiplies what the producers make and nothing else does.
     groups, times: a column's scale where columns outnumber scales: of so many groups of scales, each serves as many
     columns `times` over, one copy after another (values that several query heads share).
+    at_most_one: producers are stored less one, which rounds what a scale above 1 would make small.
     """
 
     producers: tuple[Rows, ...]
@@ -32,6 +33,7 @@ class Folding:
     size: int
     groups: int = 1
     times: int = 1
+    at_most_one: bool = False
 
     def columns(self, scales: Tensor) -> Tensor:
         """Scales `[s]` → one a column, `[k]`."""

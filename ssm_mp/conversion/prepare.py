@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ssm_mp.blocks.folding import Folding, Rows
-from ssm_mp.components import Component, HasConfig, find_components
+from ssm_mp.components import Component, find_components
 from ssm_mp.config import Config
 from ssm_mp.conversion.calibrate import Watcher, observed
 from ssm_mp.data import Windows
@@ -25,7 +25,7 @@ from ssm_mp.errors import InfeasibleError, PrecisionMapError
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.norm import NormForm
 from ssm_mp.modules.parameter import Parameter, held_by
-from ssm_mp.precisions.quantize import INT8_LIMIT, powers_of_two
+from ssm_mp.precisions.quantize import histogram_scale, powers_of_two, quantize_tensor
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import Scheme
@@ -40,6 +40,7 @@ _TOKENS = 2048
 """Tokens of the held-out windows at most that a choice is made on."""
 _FEWEST = 64
 """Tokens below which a component's inputs are hardly known: it is left as it is."""
+_BINS = 2048
 _LEAST_GAIN = 0.95
 """What errors must fall to, at least, before anything is changed."""
 _WORST = 1.02
@@ -83,7 +84,7 @@ def _foldings(config: Config) -> Iterator[Folding]:
 
 def _of_norm(name: str, form: NormForm, readers: tuple[str, ...], size: int) -> Folding:
     rows = (Rows(f"{name}.weight"), *((Rows(f"{name}.bias"),) if form.kind == "layer" else ()))
-    return Folding(rows, readers, size)
+    return Folding(rows, readers, size, at_most_one=form.one_plus)
 
 
 def unfoldable_of(config: Config) -> tuple[str, ...]:
@@ -155,23 +156,24 @@ def require_in_memory(model: LanguageModel) -> None:
 
 
 class _Seen:
-    """Inputs of one component: the largest and the mean square of each channel on most windows, tokens of the others."""
+    """Inputs of one component: the largest and the mean square of each channel on most windows, some of their tokens, and
+    tokens of the windows that are held out."""
 
     def __init__(self) -> None:
         self.largest: Tensor | None = None
         self.squares: Tensor | None = None
         self.count = 0
-        self.kept: list[Tensor] = []
-        self._left = _TOKENS
+        self.kept: dict[bool, list[Tensor]] = {True: [], False: []}
 
     def see(self, x: Tensor, held_out: bool) -> None:
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
+        kept = self.kept[held_out]
+        left = (_TOKENS if held_out else _TOKENS * (_HELD_OUT - 1)) - sum(map(len, kept))
+        if left > 0:
+            kept.append(x[:left].clone())
         if held_out:
-            if self._left > 0:
-                self.kept.append(x[: self._left].clone())
-                self._left -= len(self.kept[-1])
             return
         largest, squares = x.abs().amax(dim=0), x.square().sum(dim=0)
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
@@ -180,11 +182,15 @@ class _Seen:
 
     @property
     def is_known(self) -> bool:
-        return self.count >= _FEWEST and sum(map(len, self.kept)) >= _FEWEST
+        return self.count >= _FEWEST and sum(map(len, self.kept[True])) >= _FEWEST
 
 
 def prepare(
-    model: LanguageModel, windows: Windows, precisions: Sequence[str], scheme: Scheme, step: Callable[[], None] = lambda: None
+    model: LanguageModel,
+    windows: Windows,
+    precisions: Sequence[str],
+    scheme: Scheme,
+    step: Callable[[], None] = lambda: None,
 ) -> Prepared:
     """Scales that make the errors of a model's products smaller at these precisions, chosen on calibration windows.
 
@@ -249,40 +255,50 @@ class _Errors:
         none = torch.zeros(folding.size, dtype=torch.int8)
         if not seen.is_known or seen.largest is None or seen.squares is None:
             return none
-        x = torch.cat(seen.kept)
+        x, others = torch.cat(seen.kept[True]), torch.cat(seen.kept[False])
         tried = [p for p in self._precisions if get_precision(p).quantizes_inputs or not only_integers]
         consumers = [name for name in folding.consumers if self._is_free(name)]
-        before = self._errors(x, seen.largest, consumers, tried, torch.ones(x.shape[1]))
+        before = self._errors(x, others, consumers, tried, torch.ones(x.shape[1]))
         if not len(before):
             return none
         best, least = none, _LEAST_GAIN
         for magnitudes in (seen.largest, (seen.squares / seen.count).sqrt()):
             for strength in _STRENGTHS:
-                exponent = _exponent(folding.largest(magnitudes), strength)
-                after = self._errors(x, seen.largest, consumers, tried, folding.columns(powers_of_two(exponent)))
+                exponent = _exponent(folding.largest(magnitudes), strength, at_most_one=folding.at_most_one)
+                after = self._errors(x, others, consumers, tried, folding.columns(powers_of_two(exponent)))
                 ratios = after / before.clamp(min=1e-30)
                 mean = float(ratios.log().mean().exp())
                 if mean < least and float(ratios.max()) <= _WORST:
                     best, least = exponent, mean
         return best
 
+    def _step(self, inputs: Tensor) -> Tensor:
+        """The static scale that a study's rule takes from inputs `[m, k]`: float32 `[1]`."""
+        magnitudes = inputs.abs()
+        largest = float(magnitudes.max())
+        counts = torch.histc(magnitudes, _BINS, 0.0, largest or 1.0).double()
+        return histogram_scale(counts, largest, self._scheme.input_scales).float()
+
     def _is_free(self, weight: str) -> bool:
         return self._components[weight.removesuffix(".weight")].pin is None
 
     def _errors(
-        self, x: Tensor, largest: Tensor, consumers: Sequence[str], precisions: Sequence[str], scales: Tensor
+        self, x: Tensor, others: Tensor, consumers: Sequence[str], precisions: Sequence[str], scales: Tensor
     ) -> Tensor:
         """Square error of the products of all consumers at each precision, float32 `[precisions]`.
 
-        x: inputs `[m, k]` before scaling; largest: of each channel, on other tokens; scales: of the columns `[k]`.
+        x, others: inputs `[m, k]` before scaling, those that errors are of, and those that their static scale comes
+        from; scales: of the columns `[k]`.
         """
         found = torch.zeros(len(precisions))
-        weights = [held_by(self._model.component(name.removesuffix(".weight")), "weight").tensor() for name in consumers]
+        weights = [
+            held_by(self._model.component(name.removesuffix(".weight")), "weight").tensor() for name in consumers
+        ]
         for i, precision in enumerate(precisions):
             inputs = x
             if get_precision(precision).quantizes_inputs and self._scheme.activations == "static":
-                step = (largest / scales).max().clamp(min=1e-12) / INT8_LIMIT
-                inputs = (x / scales / step).round_().clamp_(-INT8_LIMIT, INT8_LIMIT) * step * scales
+                step = self._step(others / scales)
+                inputs = quantize_tensor(x / scales, step).float() * step * scales
             for weight in weights:
                 try:
                     stored = get_precision(precision).store(weight * scales, "weight", self._scheme.weight_scales)
@@ -292,15 +308,12 @@ class _Errors:
         return found if consumers else found[:0]
 
 
-def _exponent(magnitudes: Tensor, strength: float) -> Tensor:
-    """Exponents of the scales that take away some of the differences between channels: int8 `[s]`, about 0 on average."""
+def _exponent(magnitudes: Tensor, strength: float, *, at_most_one: bool) -> Tensor:
+    """Exponents of the scales that take away some of the differences between channels: int8 `[s]`, about 0 on average,
+    or at most 0 where scales may not be above 1."""
     known = magnitudes[magnitudes > 0]
     if not len(known):
         return torch.zeros(len(magnitudes), dtype=torch.int8)
     logs = magnitudes.clamp(min=float(known.min())).log2() * strength
-    return (logs - logs.mean()).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
-
-
-def scaled_components(source: HasConfig, prepared: Prepared) -> frozenset[str]:
-    """The names of a model's components that have exponents of their own."""
-    return frozenset(c.name for c in find_components(source) if c.name in prepared.inputs)
+    middle = logs.max() if at_most_one else logs.mean()
+    return (logs - middle).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
