@@ -17,6 +17,7 @@ from search.problem.calibration import blocks_digest, statistics_of
 from search.problem.grouping import grouped_by_rule, require_patterns, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
+from search.problem.preparation import digest_of, preparation_of
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
 from search.problem.spec import StudySpec
@@ -28,6 +29,7 @@ from ssm_mp.conversion.calibrate import hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
+from ssm_mp.conversion.prepare import Prepared, prepared_model
 from ssm_mp.conversion.regroup import grouping_of, regrouped
 from ssm_mp.data import Splits
 from ssm_mp.errors import CheckpointError
@@ -55,6 +57,7 @@ class Workspace:
     converter: Converter
     space: Space
     memory: MemoryPlan
+    prepared: Prepared | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What a study's results depend on; resuming with another is refused.
@@ -83,6 +86,7 @@ class Workspace:
             **latency,
             **({GROUPING: grouping} if grouping else {}),
             **({GROUPS: recorded(rule, self._groups)} if rule else {}),
+            **({} if self.prepared is None else {"prepared": digest_of(self.prepared)}),
         }
 
     @property
@@ -135,15 +139,18 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
     require_patterns(spec.precision.groups, components, pins)
     scheme = spec.precision.scheme
-    statistics = None
+    statistics, compute = None, _compute_type(spec.search.device)
+    prepared = preparation_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
+    if prepared is not None:
+        model = prepared_model(model, prepared)
     if scheme.activations == "static":
-        compute = _compute_type(spec.search.device)
-        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
+        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache, prepared)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
     forms = Forms(plan.forms, plan.scratch)
-    largest = {} if spec.precision.embedding_blocks else checkpoint.reading.largest
+    # the magnitudes in the file are not those of tensors that are cut up, or scaled
+    largest = {} if spec.precision.embedding_blocks or prepared is not None else checkpoint.reading.largest
     if target is None:
         converter = Converter(model, scheme, statistics, forms=forms, steps=_steps, largest=largest)
         space = make_space(converter, spec.precision.choices, pins)
@@ -161,7 +168,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
         say(f"note: {line}")
     if space.groups:
         say(told(space))
-    return Workspace(spec, checkpoint, model, splits, converter, space, plan)
+    return Workspace(spec, checkpoint, model, splits, converter, space, plan, prepared)
 
 
 def _steps(stage: str, total: int) -> Callable[[], None]:

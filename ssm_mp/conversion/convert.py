@@ -110,7 +110,6 @@ class Converter:
         return self._largest[parameter.name]
 
     def _make(self, component: Component, name: str) -> nn.Module:
-        precision = get_precision(name)
         source = self.model.component(component.name)
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:

@@ -156,8 +156,8 @@ def require_in_memory(model: LanguageModel) -> None:
 
 
 class _Seen:
-    """Inputs of one component: the largest and the mean square of each channel on most windows, some of their tokens, and
-    tokens of the windows that are held out."""
+    """Inputs of one component: the largest and the mean square of each channel on most windows, and tokens of these and
+    of the windows that are held out."""
 
     def __init__(self) -> None:
         self.largest: Tensor | None = None

@@ -23,8 +23,8 @@ BLOCK = 32
 class StaticInput(nn.Module):
     """Quantises the inputs of a linear layer with one scale, calibrated beforehand.
 
-    exponent: of the powers of two that each input is divided by first, int8 `[k]`, the very tensor that the weight holds
-    with its columns multiplied with them; None: none is.
+    exponent: of the powers of two that each input is divided by first, int8 `[k]`, those that the weight's columns are
+    multiplied with; None: none is.
     """
 
     scale: Tensor

@@ -84,7 +84,7 @@ class Int8Tensor(Int8Columns):
 
 
 class ScaledInt8Tensor(Int8Columns):
-    """A matrix `[r, n]` whose columns are multiplied with powers of two, `exponent [n]`, before they are stored as int8.
+    """A matrix `[r, n]` whose columns are multiplied with powers of two, `exponent [n]`, before they are rounded.
 
     Its product is with inputs that are divided by them first. What it is to others is the matrix itself.
     """

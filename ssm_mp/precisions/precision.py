@@ -44,8 +44,8 @@ class Precision(ABC):
     """Whether `_store` takes a tensor of any float type, and never copies the whole of it; else it is given float32."""
 
     scales_columns = False
-    """Whether a weight's columns may be multiplied with powers of two before they are stored, whose inputs are divided by
-    them: `store_scaled` and `restore_scaled`."""
+    """Whether a weight's columns may be multiplied with powers of two, by which its inputs are then divided:
+    `store_scaled` and `restore_scaled`."""
 
     def scaled_arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
         """What is stored for a weight `[r, n]` of scaled columns: the exponents are a byte each."""

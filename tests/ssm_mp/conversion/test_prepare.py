@@ -39,7 +39,8 @@ def random_scales(model: LanguageModel, seed: int = 0) -> list[Tensor]:
 
 def logits(model: LanguageModel, name: str) -> Tensor:
     with torch.inference_mode():
-        return model(windows_of(name).ids).double()
+        found: Tensor = model(windows_of(name).ids).double()
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -144,3 +145,20 @@ def test_what_does_not_help_is_left_as_it_is() -> None:
     assert found.changed == 0
     assert not found.inputs
     assert torch.equal(logits(prepared_model(model, found), name), logits(model, name))
+
+
+def test_scales_that_spread_the_channels_are_taken_back() -> None:
+    model = fp32_of("mamba")
+    first, generator = foldings_of(model.config)[0], torch.Generator().manual_seed(0)
+    spread = powers_of_two(torch.randint(-4, 5, (first.size,), generator=generator, dtype=torch.int8))
+    worse = folded(model, [spread, *[None] * (len(foldings_of(model.config)) - 1)])
+    found = prepare(worse, windows_of("mamba", 24), ("fp16", "int3"), Scheme("none"))
+    assert found.foldings[0].any()
+    better = prepared_model(worse, found)
+    weight = held_by(model.component(first.consumers[0].removesuffix(".weight")), "weight").tensor()
+    ranges = [
+        held_by(m.component(first.consumers[0].removesuffix(".weight")), "weight").tensor().abs().amax(dim=0)
+        for m in (worse, better)
+    ]
+    spreads = [float((r / weight.abs().amax(dim=0)).log2().std()) for r in ranges]
+    assert spreads[1] < spreads[0]
