@@ -6,6 +6,7 @@
 All rows are paired against the FP32 checkpoint on the same search windows, in one run. `--prepare`: the study's own
 static int8 and weights alone at nf4 and int3, without and with prepared scales, and the difference between the two,
 paired too. `--certify`: on the certify windows, which are more and on which no scale was chosen either.
+What is gained depends on the calibration windows: with others of the same text, scales have cost more than nothing.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ class Hidden:
 
     @property
     def linear(self) -> tuple[str, int] | None:
-        """The projection, and its first row, that hidden values are proportional to, one to one; None: there is none."""
+        """The projection, and its first row, that hidden values are proportional to one to one; None: none is."""
         if self.fused:
             return "input_linear", self.size
         return ("up_proj", 0) if self.gated else None
