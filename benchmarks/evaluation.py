@@ -1,6 +1,7 @@
 """Candidates an hour: the plain way, ours without and with racing, and the limit of this machine, in one run.
 
     python -m benchmarks.evaluation [--json] [--choices fp16 int8 …]   # needs transformers; some minutes on two cores
+    python -m benchmarks.evaluation --device cuda
 
 The checkpoint is the reference in a Hugging Face folder, the study has the reference study's windows and scheme (scales
 from the largest magnitude, as a plain script takes them). First a search of that study runs, as `ssm-mp search` would,
@@ -69,6 +70,7 @@ input_scale = "minmax"
 [search]
 trials = {trials}
 sampler = "{sampler}"
+device = "{device}"
 """
 
 
@@ -97,14 +99,17 @@ class Timed:
     plain_perplexity: float | None
 
 
-def write_study(folder: Path, trials: int, choices: Sequence[str], sampler: str) -> tuple[StudySpec, nn.Module]:
+def write_study(
+    folder: Path, trials: int, choices: Sequence[str], sampler: str, device: str = "cpu"
+) -> tuple[StudySpec, nn.Module]:
     """The study file with its checkpoint, and the checkpoint's model in `transformers`."""
     model = write_reference(folder / "checkpoint")
     study = folder / "huggingface.toml"
     tokenizer = json.dumps(str(TOKENIZER.resolve()))
     said = {"tokenizer": tokenizer, "trials": trials, "choices": json.dumps(list(choices)), "sampler": sampler}
+    said["device"] = device
     study.write_text(_STUDY.format(**said), encoding="utf-8")
-    return load_spec(study), model
+    return load_spec(study), model.to(device)
 
 
 def searched(spec: StudySpec, run: RunDirectory) -> tuple[Prepared, list[Candidate]]:
@@ -124,7 +129,7 @@ def measure(prepared: Prepared, model: nn.Module, candidates: Sequence[Candidate
     windows = workspace.splits.search
     config = workspace.checkpoint.config
     assert isinstance(config, MambaConfig)
-    limit = SpeedLimit(config, workspace.space.components, windows)
+    limit = SpeedLimit(config, workspace.space.components, windows, workspace.model.device)
     scales = input_scales(workspace)
     # each has a cache of its own: what one keeps, the others do not see
     whole, racer = (Objective(workspace, prepared.baseline) for _ in range(2))
@@ -243,7 +248,8 @@ def _say(line: str) -> None:
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(f"{found['threads']} threads, {found['cpu_capability']}, torch {found['torch']}")
+    cpu = f"{found['threads']} threads, {found['cpu_capability']}"
+    print(f"{cpu if found['device'] == 'cpu' else found['device']}, torch {found['torch']}")
     print(f"{found['candidates']} candidates ({found['plain_candidates']} the plain way), {found['windows']} windows")
     print("             candidates/hour  seconds  tokens/s  over plain")
     for way, ratio in (("plain", 1.0), ("ours", found["ratio"]), ("ours_racing", found["ratio_racing"])):
@@ -267,13 +273,15 @@ def main() -> None:
     arguments.add_argument("--trials", type=int, default=64)
     arguments.add_argument("--choices", nargs="+", choices=list(PRECISIONS), default=["fp16", "int8"])
     arguments.add_argument("--sampler", choices=SAMPLERS, default="front")
+    arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
     quiet()
     with tempfile.TemporaryDirectory() as folder:
-        spec, model = write_study(Path(folder), given.trials, given.choices, given.sampler)
+        spec, model = write_study(Path(folder), given.trials, given.choices, given.sampler, given.device)
         prepared, candidates = searched(spec, RunDirectory(Path(folder) / "run"))
         windows = prepared.workspace.splits.search
         found = summarise(measure(prepared, model, candidates), len(windows), windows.length)
+        found["device"] = "cpu" if given.device == "cpu" else torch.cuda.get_device_name(given.device)
     if given.json:
         print(json.dumps(found))
     else:

@@ -99,7 +99,8 @@ def plain_perplexity(
     converted = plain_convert(model, precision_map, input_scales)
     total = 0.0
     with torch.inference_mode():
-        for ids in windows.ids.split(BATCH):
+        device = next(converted.parameters()).device
+        for ids in windows.ids.to(device).split(BATCH):
             logits: Tensor = converted(ids, use_cache=False).logits  # [·, L, V]
             likelihood = logits[:, :-1].log_softmax(dim=-1).gather(-1, ids[:, 1:, None])
             total -= likelihood.double().sum().item()

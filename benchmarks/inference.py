@@ -2,16 +2,19 @@
 
     pip install --constraint constraints.txt '.[bench]'
     python -m benchmarks.inference [--json] [--only NAME …] [--run runs/reference]      # about ten minutes on two cores
+    python -m benchmarks.inference --device cuda [--batch 32]
 
 All ways run in turn, round after round; figures are medians, speedups medians of the ratios round by round. Prefill
 reads one prompt and ends with the logits of its last token; decode makes one token after another of one sequence.
+`--batch`: of so many sequences at once, which a GPU needs to be filled.
 
 The winner of the reference is that of a finished search (`--run`, where there is one). Without one, and at the 130m
 shape, whose random weights cannot be searched, it is what a search over int8 and fp16 finds on the reference:
 embeddings and projections int8, convolutions, norms, `A_log` and `D` fp16.
 
 `torchao` is dynamic INT8 on a plain Mamba (`benchmarks/torchao_model.py`), the faster of its two ways to be compiled;
-without the package it is left out. Memory is of a process that loads the file, reads a prompt and decodes.
+without the package it is left out. Memory is of a process that loads the file, reads a prompt and decodes. Both are
+measured on a CPU only.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from torch import Tensor
 
 from benchmarks.memory import measure_apart
 from benchmarks.shapes import checkpoint_of, random_windows, workspace_of
+from benchmarks.stacking import seconds as seconds_on
 from search.problem.run_directory import WINNER
 from ssm_mp.artifact import MAP, save_artifact
 from ssm_mp.checkpoints import Checkpoint
@@ -64,13 +68,15 @@ class Converted:
     scheme: Scheme
 
 
-def convert_all(checkpoint: Checkpoint, winner: Mapping[str, str] | None) -> dict[str, Converted]:
+def convert_all(
+    checkpoint: Checkpoint, winner: Mapping[str, str] | None, device: str = "cpu"
+) -> dict[str, Converted]:  # fmt: skip
     """The converted models by name; `winner`: its map, where a search found one."""
     found: dict[str, Converted] = {}
     for activations in ("static", "dynamic"):
         # the quickest rule for scales: speed does not depend on them
         overrides = [f'precision.activations="{activations}"', 'precision.weight_scale="minmax"']
-        converter = workspace_of(checkpoint, 1, overrides).converter
+        converter = workspace_of(checkpoint, 1, [*overrides, f'search.device="{device}"']).converter
         components = converter.components
         everywhere = PrecisionMap.uniform("int8", components)
         maps = {f"int8-{activations}": everywhere}
@@ -93,16 +99,16 @@ def winner_of(run: Path) -> dict[str, str] | None:
 
 
 def prefill_ways(models: Mapping[str, LanguageModel], ids: Tensor) -> dict[str, Once]:
-    """Reading `ids [1, l]` by each of our models."""
+    """Reading `ids [b, l]` by each of our models."""
 
     def way(model: LanguageModel) -> Once:
-        return lambda: _seconds(lambda: prefill(model, ids))
+        return lambda: seconds_on(lambda: prefill(model, ids), model.device)
 
     return {name: way(model) for name, model in models.items()}
 
 
 def decode_ways(models: Mapping[str, LanguageModel], ids: Tensor, steps: int) -> dict[str, Once]:
-    """Decoding `steps` tokens by each of our models, after the first three quarters of `ids [1, l]`."""
+    """Decoding `steps` tokens by each of our models, after the first three quarters of `ids [b, l]`."""
     prompt = 3 * ids.shape[1] // 4
     tokens = ids[:, prompt : prompt + steps].unbind(dim=1)
 
@@ -111,7 +117,7 @@ def decode_ways(models: Mapping[str, LanguageModel], ids: Tensor, steps: int) ->
 
         def once() -> float:
             decoder = open_decoder(model, read)
-            return _seconds(lambda: [decoder.step(token) for token in tokens])
+            return seconds_on(lambda: [decoder.step(token) for token in tokens], model.device)
 
         return once
 
@@ -190,34 +196,48 @@ def summarise(seconds: Mapping[str, list[float]], tokens: int) -> dict[str, dict
     return found
 
 
-def measure(name: str, winner: Mapping[str, str] | None) -> dict[str, Any]:
-    """One shape: speeds and memory."""
+def measure(name: str, winner: Mapping[str, str] | None, device: str, batch: int) -> dict[str, Any]:
+    """One shape: speeds, and on a CPU memory."""
     checkpoint = checkpoint_of(name)
     config = checkpoint.config
-    ids = random_windows(config.vocabulary, 1, PROMPTS[name]).ids
-    converted = convert_all(checkpoint, winner)
-    models = {FP32: build(config, checkpoint.tensors)} | {n: held.model for n, held in converted.items()}
-    _say(f"{name}: memory")
-    memory = measure_memory(checkpoint, converted)
+    ids = random_windows(config.vocabulary, batch, PROMPTS[name]).ids
+    converted = convert_all(checkpoint, winner, device)
+    models = {FP32: build(config, {n: tensor.to(device) for n, tensor in checkpoint.tensors.items()})}
+    models |= {n: held.model for n, held in converted.items()}
+    memory: dict[str, dict[str, float]] = {}
+    if device == "cpu":
+        _say(f"{name}: memory")
+        memory = measure_memory(checkpoint, converted)
+    ids = ids.to(device)
     reading, decoding = prefill_ways(models, ids), decode_ways(models, ids, STEPS[name])
-    try:
-        _say(f"{name}: compiling torchao's model")
-        theirs = torchao_ways(checkpoint, prefill(models[FP32], ids).logits, ids, STEPS[name])
+    if device == "cpu" and batch == 1:
+        theirs = _torchao_where_it_is(name, checkpoint, models[FP32], ids)
         reading, decoding = reading | theirs[0], decoding | theirs[1]
-    except ModuleNotFoundError as error:
-        if error.name != "torchao":
-            raise
-        _say(f"torchao is left out: {error}")
     _say(f"{name}: speeds")
     return {
         "prefill": summarise(in_turn(reading, ROUNDS[name]), ids.numel()),
-        "decode": summarise(in_turn(decoding, ROUNDS[name]), STEPS[name]),
+        "decode": summarise(in_turn(decoding, ROUNDS[name]), batch * STEPS[name]),
         "memory": memory,
         "winner": "of a search" if winner else "by rule",
+        "batch": batch,
         "prompt": PROMPTS[name],
         "decoded_after": 3 * PROMPTS[name] // 4,
         "steps": STEPS[name],
     }
+
+
+def _torchao_where_it_is(
+    name: str, checkpoint: Checkpoint, model: LanguageModel, ids: Tensor
+) -> tuple[dict[str, Once], ...]:
+    """`torchao_ways`; none without the package."""
+    try:
+        _say(f"{name}: compiling torchao's model")
+        return torchao_ways(checkpoint, prefill(model, ids).logits, ids, STEPS[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torchao":
+            raise
+        _say(f"torchao is left out: {error}")
+        return {}, {}
 
 
 def measure_memory(checkpoint: Checkpoint, converted: Mapping[str, Converted]) -> dict[str, dict[str, float]]:
@@ -251,7 +271,7 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def to_json(measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def to_json(measured: Mapping[str, dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
     """The speedups by shape and way, and everything else beside them."""
 
     def speedups(row: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -261,6 +281,7 @@ def to_json(measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "speedup": {name: speedups(row) for name, row in measured.items()},
         "measured": dict(measured),
+        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -268,9 +289,11 @@ def to_json(measured: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print(found: dict[str, Any]) -> None:
-    print(f"{found['threads']} threads, {found['cpu_capability']}, torch {found['torch']}")
+    cpu = f"{found['threads']} threads, {found['cpu_capability']}"
+    print(f"{cpu if found['device'] == 'cpu' else found['device']}, torch {found['torch']}")
     for name, row in found["measured"].items():
-        print(f"{name}: a prompt of {row['prompt']} tokens, {row['steps']} steps; winner {row['winner']}")
+        prompts = f"{row['batch']} prompts" if row["batch"] > 1 else "a prompt"
+        print(f"{name}: {prompts} of {row['prompt']} tokens, {row['steps']} steps; winner {row['winner']}")
         print("                    prefill tokens/s  over FP32  decode tokens/s  over FP32  peak MiB  over FP32")
         for way in row["prefill"]:
             read, step, memory = row["prefill"][way], row["decode"][way], row["memory"].get(way)
@@ -289,10 +312,13 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true")
     arguments.add_argument("--only", nargs="+", choices=tuple(PROMPTS), default=tuple(PROMPTS))
     arguments.add_argument("--run", type=Path, default=Path("runs/reference"))
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--batch", type=int, default=1)
     given = arguments.parse_args()
     winner = winner_of(given.run)
-    measured = {name: measure(name, winner if name == "reference" else None) for name in given.only}
-    found = to_json(measured)
+    of_shape = {name: winner if name == "reference" else None for name in given.only}
+    measured = {name: measure(name, held, given.device, given.batch) for name, held in of_shape.items()}
+    found = to_json(measured, given.device)
     if given.json:
         print(json.dumps(found))
     else:

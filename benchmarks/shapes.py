@@ -88,7 +88,8 @@ def workspace_of(checkpoint: Checkpoint, windows: int, overrides: Iterable[str] 
         for seed, count in enumerate((_CALIBRATION_WINDOWS, windows, windows))
     )
     counts = torch.bincount(calibration.ids.flatten(), minlength=vocabulary)
-    model = build(checkpoint.config, checkpoint.tensors)
+    device = spec.search.device
+    model = build(checkpoint.config, {name: tensor.to(device) for name, tensor in checkpoint.tensors.items()})
     statistics = calibrate(model, calibration) if spec.precision.activations == "static" else None
     converter = Converter(model, spec.precision.scheme, statistics)
     space = make_space(converter, spec.precision.choices, pinned_names(converter.components))

@@ -7,6 +7,8 @@ from typing import Any
 
 from search.base.clock import clock
 
+_NOT_HELD = "-"
+
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
     """Aligned columns; the first `left` of them are text, the others numbers."""
@@ -218,18 +220,24 @@ def formatted(answer: Mapping[str, Any]) -> str:
         if found.get("refused"):
             lines.append(f"  refused: {found['refused']}")
         if found.get("rows"):
-            names = list(found["rows"][0]["precisions"])
-            rows = [
-                (
-                    row["kind"], str(row["row"]), str(row["components"]),
-                    *(_encoded(row["precisions"][name]) for name in names),
-                )
-                for row in found["rows"]
-            ]  # fmt: skip
-            lines.append(table(("kind", "row", "components", *names), rows))
+            lines += _capabilities(found["rows"])
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
 
+def _capabilities(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How a format holds components, a line each; precisions that it holds alike share a column, and those that it
+    never holds are named below."""
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for name in rows[0]["precisions"]:
+        alike.setdefault(tuple(_encoded(row["precisions"][name]) for row in rows), []).append(name)
+    never = [name for column, names in alike.items() if set(column) == {_NOT_HELD} for name in names]
+    columns = {" ".join(names): column for column, names in alike.items() if set(column) != {_NOT_HELD}}
+    about = [(row["kind"], str(row["row"]), str(row["components"])) for row in rows]
+    lines = [(*one, *held) for one, *held in zip(about, *columns.values(), strict=True)]
+    found = [table(("kind", "row", "components", *columns), lines)]
+    return [*found, f"  never: {', '.join(never)}"] if never else found
+
+
 def _encoded(held: Mapping[str, Any] | None) -> str:
-    return "-" if held is None else f"{held['as']} {held['bytes']:,}{' *' if held['note'] else ''}"
+    return _NOT_HELD if held is None else f"{held['as']} {held['bytes']:,}{' *' if held['note'] else ''}"

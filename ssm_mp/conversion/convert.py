@@ -148,7 +148,7 @@ class Converter:
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
             scaled = component.scales_columns(name, scheme)
-            return StaticInput(scale, self._exponent(component) if scaled else None)
+            return StaticInput(scale.to(self.model.device), self._exponent(component) if scaled else None)
         return input_quantizer(scheme, name)
 
 

@@ -156,12 +156,15 @@ class Stack:
         return found
 
 
-def make_stack(converter: Converter, maps: Sequence[PrecisionMap]) -> Stack:
+def make_stack(
+    converter: Converter, maps: Sequence[PrecisionMap], models: Sequence[LanguageModel] | None = None
+) -> Stack:  # fmt: skip
     """The stack of different maps, best in the order of `in_order`, so that rows that share a module are neighbours.
 
-    Raises InfeasibleError where one of them cannot be converted.
+    models: the maps' own, where they are converted already. Raises InfeasibleError where one cannot be converted.
     """
-    models = tuple(converter.convert(precision_map) for precision_map in maps)
+    if models is None:
+        models = [converter.convert(precision_map) for precision_map in maps]
     held = [precision_map.to_json() for precision_map in maps]
     device = models[0].device
     acting = [[c for c in converter.components if c.stage == i] for i in range(models[0].config.n_layers + 1)]
@@ -308,17 +311,16 @@ def evaluate_stacked(
     """
     most = most or at_once(converter.model, windows.length)
     found: dict[PrecisionMap, Outcome] = {}
-    feasible = []
+    feasible: list[tuple[PrecisionMap, LanguageModel]] = []
     for one in in_order(converter.components, maps):
         try:
-            converter.convert(one)
-            feasible.append(one)
+            feasible.append((one, converter.convert(one)))
         except InfeasibleError as error:
             found[one] = error
     ids = windows.ids.to(converter.model.device)
     for first in range(0, len(feasible), most):
         together = feasible[first : first + most]
-        for one, nll in zip(together, _nll(converter, together, ids, before_layer), strict=True):
+        for (one, _), nll in zip(together, _nll(converter, together, ids, before_layer), strict=True):
             try:
                 found[one] = require_finite(Evaluation(nll, windows.predicted))
             except EvaluationError as error:
@@ -327,18 +329,21 @@ def evaluate_stacked(
 
 
 def _nll(
-    converter: Converter, maps: Sequence[PrecisionMap], ids: Tensor, before_layer: Callable[[], None] | None
+    converter: Converter,
+    together: Sequence[tuple[PrecisionMap, LanguageModel]],
+    ids: Tensor,
+    before_layer: Callable[[], None] | None,
 ) -> Rows:
-    """Negative log-likelihood of each window for each map, `[maps, w]`, a few windows at a time."""
+    """Negative log-likelihood of each window for each map, given with its model: `[maps, w]`, a few windows at once."""
     try:
-        stack = make_stack(converter, maps)
+        stack = make_stack(converter, *zip(*together, strict=True))
         shards: list[Tensor] = list(torch.split(ids, windows_at_once(ids.device, ids.shape[1], stack.maps)))
         return np.concatenate(in_parallel(lambda shard: stack.nll(shard, before_layer), shards), axis=1)
     except torch.OutOfMemoryError:
-        if len(maps) == 1:
+        if len(together) == 1:
             raise
-    half = len(maps) // 2  # another process has taken the memory that was free
-    return np.concatenate([_nll(converter, part, ids, before_layer) for part in (maps[:half], maps[half:])])
+    half = len(together) // 2  # another process has taken the memory that was free
+    return np.concatenate([_nll(converter, part, ids, before_layer) for part in (together[:half], together[half:])])
 
 
 def windows_at_once(device: torch.device, length: int, maps: int) -> int:

@@ -69,7 +69,7 @@ _ARGUMENTS = {
     "convolve": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
     "gated_norm": (*[c_int64] * 3, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_int, c_void_p, c_int),
-    "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_void_p, c_float, c_void_p, c_void_p, c_int),
+    "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "rescale": (c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int),
     "add_logits": (*[c_int64] * 3, *[c_void_p] * 3, c_int),
@@ -236,10 +236,9 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor | None, groups: int, eps: fl
     return out
 
 
-def quantize_static(x: Tensor, scale: float, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`x [m, k]`, times `factors [k]`, with one scale: int8 `[m, k]`, and the scale of each row `[m, 1]`, NaN where one
-    is not finite."""
-    return _quantized("quantize_static", x, _pointer(factors), scale)
+def quantize_static(x: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`x [m, k]` with one scale: int8 `[m, k]`, and the scale of each row `[m, 1]`, NaN where one is not finite."""
+    return _quantized("quantize_static", x, scale)
 
 
 def quantize_dynamic(x: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
@@ -247,12 +246,12 @@ def quantize_dynamic(x: Tensor, smallest: float) -> tuple[Tensor, Tensor]:
     return _quantized("quantize_dynamic", x, smallest)
 
 
-def _quantized(kernel: str, x: Tensor, *numbers: float | None) -> tuple[Tensor, Tensor]:
+def _quantized(kernel: str, x: Tensor, number: float) -> tuple[Tensor, Tensor]:
     x = _rows(x)
     m, k = x.shape
     q, scales = torch.empty(m, k, dtype=torch.int8), torch.empty(m, 1)
     getattr(_library(), kernel)(
-        m, k, x.data_ptr(), x.stride(0), *numbers, q.data_ptr(), scales.data_ptr(), torch.get_num_threads()
+        m, k, x.data_ptr(), x.stride(0), number, q.data_ptr(), scales.data_ptr(), torch.get_num_threads()
     )
     return q, scales
 

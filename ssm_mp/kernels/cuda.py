@@ -25,6 +25,8 @@ _CHANNELS = 128
 """Neighbours in memory that the convolution and the rescaling take at a time."""
 _LOGITS = 4096
 """Logits of a row at a time: many for each reduction over a block."""
+_FEW_ROWS, _SOME_ROWS = 32, 2048
+"""Rows of a product up to which its blocks are smaller."""
 _FUSED = {"enable_fp_fusion": True}
 """A multiplication and an addition are one instruction."""
 _EXACT = {"enable_fp_fusion": False}
@@ -121,6 +123,27 @@ def rescale(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) ->
     return product
 
 
+def scaled_product(a: Tensor, b: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """`rescale` of the integer product of `a [m, k]` and `b [n, k]`, int8, whose sums are never in memory: `[m, n]`.
+
+    columns: `[n]` in any float type.
+    """
+    from ssm_mp.kernels.triton_kernels import scaled_product_kernel
+
+    (m, k), n = a.shape, b.shape[0]
+    assert a.stride(1) == 1
+    assert b.stride(1) == 1
+    product = torch.empty(m, n, device=a.device)
+    tile = _product_tile(m, n, k)
+    with torch.cuda.device_of(a):
+        scaled_product_kernel[(_blocks(m, tile["BLOCK_M"]) * _blocks(n, tile["BLOCK_N"]),)](
+            a, b, columns.contiguous(), rows.contiguous(), columns if bias is None else bias.contiguous(), product,
+            m, n, k, a.stride(0), b.stride(0), HAS_BIAS=bias is not None, IS_EVEN=k % tile["BLOCK_K"] == 0,
+            **tile, **_EXACT,
+        )  # fmt: skip
+    return product
+
+
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
     """Of `targets [m]`, int64, under `logits [m, V]`: float64 `[m]`."""
     from ssm_mp.kernels.triton_kernels import negative_log_likelihood_kernel
@@ -133,6 +156,14 @@ def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
             BLOCK_V=min(_LOGITS, _power_of_two(vocabulary)), **_FUSED,
         )  # fmt: skip
     return nll
+
+
+def _product_tile(m: int, n: int, k: int) -> dict[str, int]:
+    """Block and launch of a product: the fewer rows, the smaller, so that blocks still fill a GPU."""
+    side = 16 if m <= _FEW_ROWS else 64 if m <= _SOME_ROWS else 128
+    deep = max(32, min(128, _power_of_two(k)))
+    width = max(16, min(max(32, side), _power_of_two(n)))
+    return {"BLOCK_M": side, "BLOCK_N": width, "BLOCK_K": deep, "num_warps": 4, "num_stages": 3}
 
 
 def _tile(rows: int, columns: int, widest: int) -> tuple[int, int]:

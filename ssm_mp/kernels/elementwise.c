@@ -103,15 +103,12 @@ void gated_norm(int64_t m, int64_t inner, int64_t groups, const float *y, const 
     }
 }
 
-/* x [m, k], `ld` between rows, times `factors` [k] where there are any, with one scale → q [m, k]; scales [m] get it, or
- * NaN where a value is not finite. */
-void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, const float *factors, float scale, int8_t *q,
-                     float *scales, int threads) {
+/* x [m, k], `ld` between rows, with one scale → q [m, k]; scales [m] get it, or NaN where a value is not finite. */
+void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
         float poison = 0;
-        if (factors) quantize_scaled(x + i * ld, factors, k, scale, 0, q + i * k, &poison);
-        else quantize_row(x + i * ld, k, scale, 0, q + i * k, &poison);
+        quantize_row(x + i * ld, k, scale, 0, q + i * k, &poison);
         scales[i] = scale + poison;
     }
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssm_mp.kernels.compiler import library
 
-FLOAT32, FLOAT16, INT8, CODES4, CODES3 = range(5)
+FLOAT32, FLOAT16, INT8, CODES4, CODES3, CODES2 = range(6)
 """How a weight is stored."""
 AS_THEY_ARE, STATIC, DYNAMIC = range(3)
 """How its inputs are quantised."""
@@ -28,10 +28,9 @@ class Matrix(ctypes.Structure):
     """A weight `[n, k]` as it is stored."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("kind", "inputs", "n", "k")),
+        *((name, c_int64) for name in ("kind", "inputs", "n", "k", "group_bits")),
         *((name, c_void_p) for name in ("values", "scales", "sums", "bias", "levels")),
         ("input_scale", c_float),
-        ("factors", c_void_p),
     )
 
 

@@ -1,11 +1,9 @@
 /* The products of matrix.h. A product of few inputs waits for memory, so what counts is to read stored weights once. */
 #include "matrix.h"
 
-#define GROUP 64
 #define PARALLEL_BYTES (1 << 18) /* smaller matrices are through before a second thread has woken up */
 
-void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, const float *factors, float scale, int8_t *q,
-                     float *scales, int threads);
+void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads);
 void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float smallest, int8_t *q, float *scales, int threads);
 
 
@@ -116,6 +114,16 @@ INLINE v16i codes3(const uint8_t *p) {
     return (words >> shift) & 7;
 }
 
+/* Sixteen codes of 2 bits: four bytes. */
+INLINE v16i codes2(const uint8_t *p) {
+    uint32_t word;
+    memcpy(&word, p, 4);
+    const v16i shift = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    return (splat_words(word, word) >> shift) & 3;
+}
+
+INLINE v16i codes16(const uint8_t *p, int bits) { return bits == 4 ? codes4(p) : bits == 3 ? codes3(p) : codes2(p); }
+
 /* A single code; it may reach into the next byte. */
 INLINE uint32_t code_at(const uint8_t *packed, int64_t at, int bits) {
     const int64_t bit = at * bits;
@@ -123,26 +131,26 @@ INLINE uint32_t code_at(const uint8_t *packed, int64_t at, int bits) {
     return ((low | high << 8) >> (bit % 8)) & ((1u << bits) - 1);
 }
 
-/* Codes in groups of 64 that run on over the ends of rows: `first` is the place of the row's first code. */
-static float dot_codes(const Matrix *matrix, int64_t first, const float *x) {
-    const int bits = matrix->kind == CODES4 ? 4 : 3;
+/* Codes in groups that run on over the ends of rows: `first` is the place of the row's first code. */
+INLINE float dot_codes(const Matrix *matrix, int bits, int64_t first, const float *x) {
     const uint8_t *packed = matrix->values;
+    const int64_t group = matrix->group_bits;
     const v16 levels = load(matrix->levels);
     v16 total = splat(0);
     int64_t c = 0;
     while (c < matrix->k) {
         const int64_t at = first + c, left = matrix->k - c;
-        const v16 scale = splat(matrix->scales[at / GROUP]);
+        const v16 scale = splat(matrix->scales[at >> group]);
         if (at % LANES == 0 && left >= LANES) {
             const uint8_t *p = packed + at * bits / 8;
-            total = total + looked_up(levels, bits == 4 ? codes4(p) : codes3(p)) * scale * load(x + c);
+            total = total + looked_up(levels, codes16(p, bits)) * scale * load(x + c);
             c += LANES;
             continue;
         }
         /* up to the next boundary of sixteen codes, or the row's end, one after another */
         const int64_t to_boundary = LANES - at % LANES, count = left < to_boundary ? left : to_boundary;
         for (int64_t i = 0; i < count; i++) {
-            total[0] += matrix->levels[code_at(packed, at + i, bits)] * matrix->scales[at / GROUP] * x[c + i];
+            total[0] += matrix->levels[code_at(packed, at + i, bits)] * matrix->scales[at >> group] * x[c + i];
         }
         c += count;
     }
@@ -150,18 +158,18 @@ static float dot_codes(const Matrix *matrix, int64_t first, const float *x) {
 }
 
 /* One row of codes as float32. */
-static void unpack_codes(const Matrix *matrix, int64_t first, float *y) {
-    const int bits = matrix->kind == CODES4 ? 4 : 3;
+INLINE void unpack_codes(const Matrix *matrix, int bits, int64_t first, float *y) {
     const uint8_t *packed = matrix->values;
+    const int64_t group = matrix->group_bits;
     const v16 levels = load(matrix->levels);
     for (int64_t c = 0; c < matrix->k;) {
         const int64_t at = first + c;
         if (at % LANES == 0 && matrix->k - c >= LANES) {
             const uint8_t *p = packed + at * bits / 8;
-            store(y + c, looked_up(levels, bits == 4 ? codes4(p) : codes3(p)) * splat(matrix->scales[at / GROUP]));
+            store(y + c, looked_up(levels, codes16(p, bits)) * splat(matrix->scales[at >> group]));
             c += LANES;
         } else {
-            y[c++] = matrix->levels[code_at(packed, at, bits)] * matrix->scales[at / GROUP];
+            y[c++] = matrix->levels[code_at(packed, at, bits)] * matrix->scales[at >> group];
         }
     }
 }
@@ -180,9 +188,10 @@ void unpack(const Matrix *w, float *y, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t row = 0; row < w->n; row++) {
         const int64_t at = row * w->k;
-        if (w->kind == CODES4 || w->kind == CODES3) {
-            unpack_codes(w, at, y + at);
-            continue;
+        switch (w->kind) {
+        case CODES4: unpack_codes(w, 4, at, y + at); continue;
+        case CODES3: unpack_codes(w, 3, at, y + at); continue;
+        case CODES2: unpack_codes(w, 2, at, y + at); continue;
         }
         const v16 scale = splat(w->kind == INT8 ? w->scales[row] : 1.0f);
         for (int64_t c = 0; c < w->k; c += LANES) {
@@ -201,7 +210,9 @@ INLINE float product(const Matrix *w, int64_t row, const float *x, const int8_t 
         if (w->inputs == INPUTS_AS_THEY_ARE)
             return dot_stored(INT8, w->values, at, x, w->k) * w->scales[row];
         return (float)dot_int8((const int8_t *)w->values + at, q, w->k, w->sums[row]) * w->scales[row] * input_scale;
-    default: return dot_codes(w, at, x);
+    case CODES4: return dot_codes(w, 4, at, x);
+    case CODES3: return dot_codes(w, 3, at, x);
+    default: return dot_codes(w, 2, at, x);
     }
 }
 
@@ -210,9 +221,9 @@ int64_t scratch_bytes(const Matrix *w, int64_t m) { return (m * w->k + 63) / 64 
 void multiply(const Matrix *w, int64_t m, const float *x, int64_t ld_x, float *y, int64_t ld_y, void *scratch, int threads) {
     int8_t *q = scratch;
     float *input_scales = (float *)(q + (m * w->k + 63) / 64 * 64);
-    if (w->inputs == STATIC_INPUTS) quantize_static(m, w->k, x, ld_x, w->factors, w->input_scale, q, input_scales, 1);
+    if (w->inputs == STATIC_INPUTS) quantize_static(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
     if (w->inputs == DYNAMIC_INPUTS) quantize_dynamic(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
-    static const int bits[] = {32, 16, 8, 4, 3};
+    static const int bits[] = {32, 16, 8, 4, 3, 2};
     const int many = threads > 1 && w->n * w->k * bits[w->kind] / 8 > PARALLEL_BYTES;
 #pragma omp parallel for num_threads(threads) if (many) schedule(static)
     for (int64_t row = 0; row < w->n; row++)

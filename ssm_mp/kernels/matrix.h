@@ -7,18 +7,17 @@
 
 #include "vector.h"
 
-enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3 };        /* how a weight is stored */
+enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3, CODES2 }; /* how a weight is stored */
 enum { INPUTS_AS_THEY_ARE, STATIC_INPUTS, DYNAMIC_INPUTS }; /* how its inputs are quantised, of INT8 only */
 
 typedef struct {
-    int64_t kind, inputs, n, k;
-    const void *values;     /* [n, k] of the kind; codes are packed, row after row, in groups of 64 */
+    int64_t kind, inputs, n, k, group_bits; /* groups of codes are of 2^group_bits values, at least sixteen */
+    const void *values;     /* [n, k] of the kind; codes are packed, row after row, in groups */
     const float *scales;    /* INT8: [n]; codes: one a group */
     const int32_t *sums;    /* INT8: sum of each row's values [n] */
     const float *bias;      /* [n], or none */
     const float *levels;    /* codes: the value of each of sixteen codes */
     float input_scale;      /* STATIC_INPUTS: theirs; DYNAMIC_INPUTS: the least that one may be */
-    const float *factors;   /* STATIC_INPUTS: what each is multiplied with first [k], or none */
 } Matrix;
 
 /* y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias.

@@ -29,17 +29,15 @@ INLINE void put_int8(int8_t *p, Integers x, int64_t count) {
 #endif
 }
 
-/* x [k], times `factors` [k] where there are any → the nearest integers to x / scale in [−127, 127], plus `offset`,
- * modulo 256. A value that is not finite makes `poison` NaN. */
-INLINE void quantize_scaled(const float *x, const float *factors, int64_t k, float scale, int offset, int8_t *q,
-                            float *poison) {
+/* x [k] → the nearest integers to x / scale in [−127, 127], plus `offset`, modulo 256. A value that is not finite makes
+ * `poison` NaN. */
+INLINE void quantize_row(const float *x, int64_t k, float scale, int offset, int8_t *q, float *poison) {
     const Register zero = {0}, lowest = zero - 127.0f, highest = zero + 127.0f;
     const Integers origin = (Integers)(zero + ROUNDING) - offset;
     const float inverse = 1.0f / scale;
     Register spoilt = {0};
     for (int64_t c = 0; c < k; c += WIDTH) {
-        Register value = get_part(x + c, k - c);
-        if (factors) value = value * get_part(factors + c, k - c);
+        const Register value = get_part(x + c, k - c);
         spoilt += value * 0.0f;
         Register bounded = quotient_of(value, scale, inverse);
         bounded = choose(bounded < lowest, lowest, bounded);
@@ -47,11 +45,6 @@ INLINE void quantize_scaled(const float *x, const float *factors, int64_t k, flo
         put_int8(q + c, (Integers)(bounded + ROUNDING) - origin, k - c);
     }
     *poison += total_of(spoilt);
-}
-
-/* The same without factors. */
-INLINE void quantize_row(const float *x, int64_t k, float scale, int offset, int8_t *q, float *poison) {
-    quantize_scaled(x, NULL, k, scale, offset, q, poison);
 }
 
 /* The scale of a row by its largest magnitude, at least `smallest`. */

@@ -129,8 +129,7 @@ static void lay_inputs(const Plan *plan, const float *x, int64_t ld, int64_t row
         }
         float poison = 0;
         const float scale = w->inputs == DYNAMIC_INPUTS ? scale_of_row(x, w->k, w->input_scale) : w->input_scale;
-        if (w->factors) quantize_scaled(x, w->factors, w->k, scale, plan->amx ? 0 : 128, to, &poison);
-        else quantize_row(x, w->k, scale, plan->amx ? 0 : 128, to, &poison);
+        quantize_row(x, w->k, scale, plan->amx ? 0 : 128, to, &poison);
         scales[i] = scale + poison;
     }
 }

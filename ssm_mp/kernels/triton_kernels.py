@@ -19,7 +19,6 @@ import triton.language as tl
 _ROUNDING = tl.constexpr(12582912.0)
 """1.5 · 2^23: a float32 below 2^22 in magnitude, added to it, rounds to an integer, half to even."""
 _INFINITY = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 
 
 @triton.jit
@@ -92,7 +91,7 @@ def quantize_static_kernel(
         values = tl.load(x + row[:, None] * x_m + (column * x_k)[None, :], mask=inside, other=0.0)
         spoiled = tl.where(_is_finite(values), spoiled, 1)
         tl.store(q + row[:, None] * k + column[None, :], _to_int8(values, step), mask=inside)
-    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, _NAN, step), mask=in_m)
+    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, float("nan"), step), mask=in_m)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -120,7 +119,7 @@ def quantize_dynamic_kernel(
         values = tl.load(x + row[:, None] * x_m + (column * x_k)[None, :], mask=inside, other=0.0)
         steps = tl.broadcast_to(step[:, None], (BLOCK_M, BLOCK_K))
         tl.store(q + row[:, None] * k + column[None, :], _to_int8(values, steps), mask=inside)
-    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, _NAN, step), mask=in_m)
+    tl.store(scales + row, tl.where(tl.max(spoiled, axis=1) > 0, float("nan"), step), mask=in_m)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -144,6 +143,42 @@ def rescale_kernel(
     if HAS_BIAS:
         value = value + tl.load(bias + column, mask=in_n, other=0.0)[None, :]
     tl.store(product + at, value, mask=inside)
+
+
+@triton.jit(do_not_specialize=["m"])
+def scaled_product_kernel(
+    a: tl.tensor, b: tl.tensor, columns: tl.tensor, rows: tl.tensor, bias: tl.tensor, product: tl.tensor,
+    m: tl.tensor, n: tl.tensor, k: tl.tensor, a_m: tl.tensor, b_n: tl.tensor,
+    HAS_BIAS: tl.constexpr, IS_EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+) -> None:  # fmt: skip
+    """a `[m, k]` · b `[n, k]`ᵀ, int8, added up in int32, then as `rescale_kernel`: product `[m, n]`, contiguous.
+
+    Grid (⌈m / BLOCK_M⌉ · ⌈n / BLOCK_N⌉,), the columns of a row of blocks one after another. IS_EVEN: BLOCK_K divides k.
+    """
+    across = tl.cdiv(n, BLOCK_N)
+    row = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_m, in_n = row < m, column < n
+    depth = tl.arange(0, BLOCK_K)
+    # rows and columns outside read those that are inside, and are not stored
+    a_at = a + tl.where(in_m, row, 0)[:, None] * a_m + depth[None, :]
+    b_at = b + tl.where(in_n, column, 0).to(tl.int64)[None, :] * b_n + depth[:, None]
+    sums = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    for start in range(0, k, BLOCK_K):
+        if IS_EVEN:
+            left, right = tl.load(a_at), tl.load(b_at)
+        else:
+            inside = start + depth < k
+            left = tl.load(a_at, mask=inside[None, :], other=0)
+            right = tl.load(b_at, mask=inside[:, None], other=0)
+        sums = tl.dot(left, right, sums, out_dtype=tl.int32)
+        a_at += BLOCK_K
+        b_at += BLOCK_K
+    value = sums.to(tl.float32) * tl.load(columns + column, mask=in_n, other=0.0).to(tl.float32)[None, :]
+    value = value * tl.load(rows + row, mask=in_m, other=0.0)[:, None]
+    if HAS_BIAS:
+        value = value + tl.load(bias + column, mask=in_n, other=0.0)[None, :]
+    tl.store(product + row[:, None] * n + column[None, :], value, mask=in_m[:, None] & in_n[None, :])
 
 
 @triton.jit
@@ -171,4 +206,4 @@ def negative_log_likelihood_kernel(
         top = higher
     wanted = tl.load(logits + row * logits_m + tl.load(targets + row * targets_m) * logits_v).to(tl.float64)
     found = tl.log(total) + (top.to(tl.float64) - wanted)
-    tl.store(nll + row, tl.where(tl.max(spoiled, axis=0) > 0, _NAN, found))
+    tl.store(nll + row, tl.where(tl.max(spoiled, axis=0) > 0, float("nan"), found))

@@ -14,6 +14,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+"""exp(x) = 2^(x · log2 e)."""
+
 
 @triton.jit
 def _log1p(u: tl.tensor) -> tl.tensor:
@@ -69,7 +72,7 @@ def selective_scan_kernel(
     in_i, in_n = i < inner, n < states
     both = in_n[:, None] & in_i[None, :]  # [BLOCK_N, BLOCK_I]
     at = n[:, None] * inner + i[None, :]
-    rate = tl.load(A + at, mask=both, other=0.0)
+    rate = tl.load(A + at, mask=both, other=0.0) * _LOG2_E
     skip = tl.load(D + i, mask=in_i, other=0.0).to(tl.float32)
     if HAS_STATE:
         h = tl.load(first + row * inner * states + at, mask=both, other=0.0)
@@ -84,7 +87,7 @@ def selective_scan_kernel(
         B_t = tl.load(B_at, mask=in_n, other=0.0).to(tl.float32)
         C_t = tl.load(C_at, mask=in_n, other=0.0).to(tl.float32)
         gate = _silu(tl.load(z_at, mask=in_i, other=0.0).to(tl.float32))
-        h = tl.exp(step[None, :] * rate) * h + (step * a_t)[None, :] * B_t[:, None]
+        h = tl.exp2(step[None, :] * rate) * h + (step * a_t)[None, :] * B_t[:, None]
         out = (tl.sum(h * C_t[:, None], axis=0) + skip * a_t) * gate
         tl.store(y_at, out.to(y.dtype.element_ty), mask=in_i)
         a_at += a_l

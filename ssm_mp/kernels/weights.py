@@ -1,7 +1,8 @@
 """Weights → codes and float16 scales, by the kernels of `weights.c`; `ssm_mp.precisions.quantize` and `groups` say what
 they compute. Tensors are on the CPU, each in one piece, results filled in place.
 
-Dimensions: `r` rows, `n` values in a row, `g` groups of 64 values, `s` clippings of a range, `c` levels of a book.
+Dimensions: `r` rows, `n` values in a row, `g` groups of `k` values (32, 64 or 128), `s` parts of a range, `c` levels of
+a book.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ssm_mp.kernels.compiler import library
 
+GROUPS = (32, 64, 128)
+"""Sizes of groups that the kernel knows."""
 _WORTH_THREADS = 1 << 15
 """Values from which on several threads share a call."""
 
@@ -24,8 +27,8 @@ class Book(ctypes.Structure):
 
     _fields_ = (
         *((name, c_int64) for name in ("bits", "count", "integers")),
-        *((name, c_void_p) for name in ("levels", "between")),
-        ("limit", c_float),
+        *((name, c_void_p) for name in ("levels", "between", "codes")),
+        *((name, c_float) for name in ("limit", "reach")),
     )
 
 
@@ -36,7 +39,7 @@ def _kernels() -> ctypes.CDLL:
     assert found is not None, "asked for kernels that are not there"
     found.quantize_weight_rows.argtypes = (*[c_int64] * 2, c_void_p, c_int64, *[c_void_p] * 3, c_int)
     found.quantize_weight_groups.argtypes = (
-        c_int64, c_void_p, c_int64, c_void_p, POINTER(Book), *[c_void_p] * 2, c_int
+        *[c_int64] * 2, c_void_p, c_int64, c_void_p, POINTER(Book), *[c_void_p] * 2, c_int
     )  # fmt: skip
     for function in (found.quantize_weight_rows, found.quantize_weight_groups):
         function.restype = None
@@ -61,19 +64,34 @@ def quantize_rows(rows: Tensor, factors: Tensor, q: Tensor, scales: Tensor) -> N
 def quantize_groups(
     groups: Tensor, factors: Tensor, levels: Tensor, bits: int, integers: bool, packed: Tensor, scales: Tensor
 ) -> None:
-    """`groups [g, 64]`, float32, as codes of the book of `levels [c]`, `packed [g, 8·bits]`, and `scales [g]` likewise.
+    """`groups [g, k]`, float32, as codes of a book, `packed [g, k·bits/8]`, and `scales [g]` likewise; negative factors
+    are scales of the other sign.
 
-    integers: the levels are all integers between two opposite ones.
+    levels: the value of each code `[c]`. integers: they are all integers between two, and codes count up from the first
+    of them, modulo 2^bits.
     """
-    g = groups.shape[0]
-    _require(groups, torch.float32, g, 64)
-    _require(packed, torch.uint8, g, 8 * bits)
+    g, k = groups.shape
+    if k not in GROUPS:
+        raise ValueError(f"groups of {k} values: the kernel knows groups of {', '.join(map(str, GROUPS))}")
+    _require(groups, torch.float32, g, k)
+    _require(packed, torch.uint8, g, k * bits // 8)
     _require(scales, torch.float16, g)
-    between = (levels[1:] + levels[:-1]) / 2
-    limit = float(levels.abs().max())
-    book = Book(bits, levels.numel(), integers, levels.data_ptr(), between.data_ptr(), limit)
+    rising, order = levels.sort()
+    between, codes = (rising[1:] + rising[:-1]) / 2, order.to(torch.uint8)
+    least, most = float(rising[0]), float(rising[-1])
+    reach = 0.0 if least == -most else least if -least > most else most
+    book = Book(
+        bits,
+        levels.numel(),
+        integers,
+        rising.data_ptr(),
+        between.data_ptr(),
+        codes.data_ptr(),
+        max(-least, most),
+        reach,
+    )
     _kernels().quantize_weight_groups(
-        g, groups.data_ptr(), factors.numel(), factors.data_ptr(), byref(book), packed.data_ptr(), scales.data_ptr(),
+        g, k, groups.data_ptr(), factors.numel(), factors.data_ptr(), byref(book), packed.data_ptr(), scales.data_ptr(),
         _threads(groups),
     )  # fmt: skip
 

@@ -35,17 +35,11 @@ class StaticInput(nn.Module):
         self.register_buffer("scale", scale)  # float16 [1]
         self.register_buffer("exponent", exponent)
 
-    @property
-    def factors(self) -> Tensor | None:
-        """What each input is multiplied with first, float32 `[k]`; None: none is."""
-        return None if self.exponent is None else powers_of_two(-self.exponent)
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [m, k]` → int8 `[m, k]` and its float32 scale, once for each row, `[m, 1]`."""
+        x = x if self.exponent is None else x * powers_of_two(-self.exponent)
         if calls.usable(x):
-            return calls.quantize_static(x, self.scale.item(), self.factors)
-        factors = self.factors
-        x = x if factors is None else x * factors
+            return calls.quantize_static(x, self.scale.item())
         if cuda.usable(x):
             return cuda.quantize_static(x, self.scale)  # reading its value would wait for the GPU
         scale = self.scale.float()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
-from ssm_mp.kernels import calls
+from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.modules.inputs import InputQuantizer, Rounding, StaticInput
 from ssm_mp.modules.likelihood import likelihood_of, token_divergence, token_nll
@@ -43,8 +43,11 @@ def linear(
         assert isinstance(weight, IntegerTensor)
         flat = x.reshape(-1, x.shape[-1])  # [m, k]
         quantized, input_scale = inputs(flat)
-        sums = weight.product(quantized)
-        product = rescaled(sums, weight.scale.float(), input_scale, None if bias is None else bias.tensor())
+        offsets, integers = None if bias is None else bias.tensor(), weight.integers
+        if integers is not None and cuda.usable(input_scale):
+            product = cuda.scaled_product(quantized, integers, weight.scale, input_scale, offsets)
+        else:
+            product = rescaled(weight.product(quantized), weight.scale.float(), input_scale, offsets)
         return product.reshape(*x.shape[:-1], -1)
     if x.is_cuda and not in_float32 and type(weight) is FloatTensor and weight.value.dtype == torch.float16:
         half_bias = None if bias is None else bias.tensor().half()
@@ -241,7 +244,7 @@ class Multiplier(nn.Module):
         if current is None or current[0] != stamp:
             how: Inputs = "none" if self.inputs is None else "dynamic"
             if isinstance(self.inputs, StaticInput):
-                made = Matrix.of(self.weight, self.bias, "static", self.inputs.scale.item(), self.inputs.factors)
+                made = Matrix.of(self.weight, self.bias, "static", self.inputs.scale.item())
             else:
                 made = Matrix.of(self.weight, self.bias, how)
             # what was read is held too: another tensor in its place would have its stamp

@@ -1,94 +1,147 @@
 """Group-wise quantisation below 8 bits as pure functions: code books, scales, packing.
 
-Dimensions: `g` groups of 64 values, `c` codes of a book, `n` values of a tensor.
+Dimensions: `g` groups of `n` values (32, 64 or 128), `c` codes of a book.
 
-A tensor is read row after row as one list of values, cut into groups of 64; the last group is filled up with
-zeros, which are stored and counted. Each group has one float16 scale; a value is a code of the book times it.
+A tensor is read row after row as one list of values, cut into groups; the last group is filled up with zeros, which
+are stored and counted. Each group has one float16 scale; a value is a level of the book times it. Of a book that is not
+symmetric the scale may be negative: the group's values then decide which end of the book reaches which of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
-from ssm_mp.precisions.quantize import least_square_scales, stored_scales
+from ssm_mp.precisions.quantize import clippings, least_square_scales, stored_scales
 from ssm_mp.scheme import ScaleRule
 
 GROUP = 64
-"""Values that share a scale."""
+"""Values that share a scale, unless a precision says otherwise."""
 
 CLIPPINGS = 33
-"""Clippings of a group's range that the least-square rule tries: fewer than of a row, there are more groups."""
+"""Clippings of a group's range that the least-square rule tries, for both signs of a scale together: fewer than of a
+row, there are more groups."""
 
 
 @dataclass(frozen=True)
 class CodeBook:
-    """The values that a code can stand for, rising, before the scale; the largest magnitude is `limit`."""
+    """The values that the codes stand for, code by code, in any order, before the scale.
+
+    either_sign: whether scales of both signs are tried; only where the values are not symmetric does that change
+    anything.
+    """
 
     bits: int
     values: tuple[float, ...]
+    either_sign: bool = False
 
-    @property
+    @cached_property
     def limit(self) -> float:
+        """The largest magnitude."""
         return max(abs(value) for value in self.values)
 
-    @property
+    @cached_property
+    def reach(self) -> float:
+        """The value of the largest magnitude, with its sign; the positive one where both ends are as far."""
+        return max(self.values, key=lambda value: (abs(value), value))
+
+    @cached_property
+    def widest(self) -> float:
+        """How many times the scale of `reach` a scale is with which the nearer end reaches as far; 1 where it is 0."""
+        nearer = min(-min(self.values), max(self.values))
+        return self.limit / nearer if nearer > 0 else 1.0
+
+    @cached_property
+    def rising(self) -> tuple[int, ...]:
+        """The codes in the order of their values."""
+        return tuple(sorted(range(len(self.values)), key=self.values.__getitem__))
+
+    @cached_property
     def is_of_integers(self) -> bool:
-        """Whether its values are all integers between two opposite ones."""
-        return self.values == tuple(map(float, range(-int(self.limit), int(self.limit) + 1)))
+        """Whether the values are all integers from `lowest` to the largest, and codes count up from the first of them,
+        modulo 2^bits."""
+        counted = ((code + int(self.values[0]) - self.lowest) % (1 << self.bits) for code in range(len(self.values)))
+        return self.values == tuple(float(self.lowest + place) for place in counted)
+
+    @property
+    def lowest(self) -> int:
+        """The smallest value, rounded down."""
+        return int(min(self.values) // 1)
 
     def levels(self, device: torch.device) -> Tensor:
-        """The values as float32 `[c]`."""
+        """The value of each code, float32 `[c]`."""
         return torch.tensor(self.values, dtype=torch.float32, device=device)
 
+    def clippings(self, rule: ScaleRule) -> Sequence[float]:
+        """The parts of a range that a rule tries, the whole first; negative: with the other sign of the scale."""
+        if rule.method != "mse":
+            return (1.0,)
+        if not self.either_sign:
+            return clippings(CLIPPINGS, self.widest)
+        tried = clippings(CLIPPINGS // 2 + 1, self.widest)
+        return (*tried, *(-part for part in tried))
 
-def to_groups(tensor: Tensor) -> Tensor:
-    """The values of a tensor, row after row, as groups `[g, 64]`, zeros at the end."""
+
+def to_groups(tensor: Tensor, group: int = GROUP) -> Tensor:
+    """The values of a tensor, row after row, as groups `[g, n]`, zeros at the end."""
     flat = tensor.reshape(-1)
-    return F.pad(flat, (0, -flat.numel() % GROUP)).reshape(-1, GROUP)
+    return F.pad(flat, (0, -flat.numel() % group)).reshape(-1, group)
 
 
-def group_count(values: int) -> int:
+def group_count(values: int, group: int = GROUP) -> int:
     """Groups that so many values take."""
-    return -(-values // GROUP)
+    return -(-values // group)
 
 
 def nearest_codes(groups: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
-    """The code of the nearest level for each value of `groups [g, 64]`: int32 `[g, 64]`; ties go down."""
-    levels = book.levels(groups.device)
+    """The code of the nearest level for each value of `groups [g, n]`: int32 `[g, n]`; ties go to the lower level."""
+    codes = torch.tensor(book.rising, dtype=torch.int32, device=groups.device)
+    levels = book.levels(groups.device)[codes]
     between = (levels[1:] + levels[:-1]) / 2
-    return torch.bucketize((groups / scales.float()[:, None]).contiguous(), between, out_int32=True)
+    places = torch.bucketize((groups / scales.float()[:, None]).contiguous(), between, out_int32=True)
+    return places if book.rising == tuple(range(len(book.rising))) else codes[places]
 
 
-def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook) -> Tensor:
-    """Scale of each group by a rule: float16 `[g]`, as stored. Raises InfeasibleError where float16 cannot hold one.
+def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook, weight: Tensor | None = None) -> Tensor:
+    """Scale of each of `groups [g, n]` by a rule: float16 `[g]`, as stored; negative ones only of a book that is not
+    symmetric. Raises InfeasibleError where float16 cannot hold one.
 
-    `minmax` and `percentile` reach to the largest magnitude (a percentile of 64 values is their largest);
-    `mse` takes the clipping of the range with the least squared error.
+    `minmax` and `percentile` let the farther end of the book reach the largest magnitude (a percentile of so few values
+    is their largest); `mse` takes the clipping of the range with the least squared error, each value counting by
+    `weight` (float32, `[n]` or `[g, n]`; equally where there is none).
     """
     full = group_ranges(groups, book)
-    return best_group_scales(groups, full, book) if rule.method == "mse" else stored_scales(full)
+    return best_group_scales(groups, full, book, weight) if rule.method == "mse" else stored_scales(full)
 
 
 def group_ranges(groups: Tensor, book: CodeBook) -> Tensor:
-    """The scale with which the book reaches the largest magnitude of each group: float32 `[g]`."""
-    return groups.abs().amax(dim=1) / book.limit
+    """The scale with which the farther end of the book is the value of largest magnitude of each group, the negative
+    one where both signs have it; where both ends are as far, the positive scale: float32 `[g]`."""
+    least, most = torch.aminmax(groups, dim=1)
+    if min(book.values) == -max(book.values):
+        return torch.maximum(-least, most) / book.limit
+    return torch.where(-least >= most, least, most) / book.reach
 
 
-def best_group_scales(groups: Tensor, full: Tensor, book: CodeBook) -> Tensor:
-    """The stored scales `[g]` of least square error; `full [g]`: those that clip nothing."""
-    return least_square_scales(full, lambda scales: _square_error(groups, scales, book), CLIPPINGS)
+def best_group_scales(groups: Tensor, full: Tensor, book: CodeBook, weight: Tensor | None = None) -> Tensor:
+    """The stored scales `[g]` of least square error; `full [g]`: those of `group_ranges`; weight: as in
+    `group_scales`."""
+    return least_square_scales(
+        full, lambda scales: _square_error(groups, scales, book, weight), book.clippings(ScaleRule("mse"))
+    )
 
 
-def _square_error(groups: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
+def _square_error(groups: Tensor, scales: Tensor, book: CodeBook, weight: Tensor | None) -> Tensor:
     """Squared quantisation error of each group: float32 `[g]`."""
     codes = nearest_codes(groups, scales, book)
     restored = book.levels(groups.device)[codes] * scales.float()[:, None]
-    return (restored - groups).square_().sum(dim=1)
+    error = (restored - groups).square_()
+    return (error if weight is None else error * weight).sum(dim=1)
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
@@ -118,9 +171,9 @@ def unpack_at(packed: Tensor, bits: int, positions: Tensor) -> Tensor:
 
 
 def unpack_values(packed: Tensor, scales: Tensor, book: CodeBook) -> Tensor:
-    """Packed groups `[g, 8·bits]` and scales `[g]` → float32 `[g, 64]`, several codes at a time from a table."""
+    """Packed groups `[g, n·bits/8]` and scales `[g]` → float32 `[g, n]`, several codes at a time from a table."""
     table = _table(book, packed.device)  # [2^index bits, codes at a time]
-    values = table.index_select(0, _indices(packed, book.bits).flatten()).reshape(-1, GROUP)
+    values = table.index_select(0, _indices(packed, book.bits).flatten()).reshape(len(packed), -1)
     return values.mul_(scales.float()[:, None])
 
 
@@ -130,7 +183,7 @@ def _index_bits(bits: int) -> int:
 
 
 def _indices(packed: Tensor, bits: int) -> Tensor:
-    """The numbers of `_index_bits` that packed codes `[g, 8·bits]` are, in order."""
+    """The numbers of `_index_bits` that packed codes `[g, n·bits/8]` are, in order."""
     width = _index_bits(bits)
     if width == 8:
         return packed.int()

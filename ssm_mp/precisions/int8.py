@@ -59,6 +59,10 @@ class Int8Columns(IntegerTensor):
         return integer_product(a, self._padded)[:, : q.shape[0]]
 
     @property
+    def integers(self) -> Tensor:
+        return self.q
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.q.shape)
 
@@ -170,7 +174,8 @@ def _quantized(rows: Tensor, rule: ScaleRule, q: Tensor) -> Tensor:
 
 def _quantized_by_kernel(rows: Tensor, rule: ScaleRule, q: Tensor) -> Tensor:
     """The same by a kernel; least-square scales of as little error, which may be others."""
-    scale, factors = torch.empty(rows.shape[0], dtype=torch.float16), clippings(rule, CLIPPINGS)
+    scale = torch.empty(rows.shape[0], dtype=torch.float16)
+    factors = torch.tensor(clippings(CLIPPINGS) if rule.method == "mse" else (1.0,))
 
     def fill(part: slice) -> None:
         weights.quantize_rows(rows[part].float().contiguous(), factors, q[part], scale[part])

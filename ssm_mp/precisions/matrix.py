@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssm_mp.kernels import matrices
 from ssm_mp.precisions.grouped import GroupedTensor
-from ssm_mp.precisions.int8 import Int8Tensor, ScaledInt8Tensor
+from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
 
 FEW_ROWS = 8
@@ -23,7 +23,9 @@ FEW_ROWS = 8
 Inputs = Literal["none", "static", "dynamic"]
 _INPUTS = {"none": matrices.AS_THEY_ARE, "static": matrices.STATIC, "dynamic": matrices.DYNAMIC}
 _FLOATS = {torch.float32: matrices.FLOAT32, torch.float16: matrices.FLOAT16}
-_CODES = {4: matrices.CODES4, 3: matrices.CODES3}
+_CODES = {4: matrices.CODES4, 3: matrices.CODES3, 2: matrices.CODES2}
+_LEAST_GROUP = 16
+"""Codes that are unpacked at a time, with one scale."""
 
 SMALLEST_SCALE = 1e-12
 """Keeps the dynamic scale of an all-zero input away from zero."""
@@ -40,7 +42,8 @@ _MOST_PACKED = 3 << 26
 class _Known:
     """A weight `[n, k]` in a form that the kernels know: their word for it and what it is made of.
 
-    scale: float16 `[n]` or one a group; levels: float32 `[16]`, of a code book; sums: int32 `[n]`, of rows of integers.
+    scale: float16 `[n]` or one a group; levels: float32 `[16]`, of a code book; group_bits: groups are of
+    2^group_bits values; sums: int32 `[n]`, of rows of integers.
     """
 
     kind: int
@@ -49,6 +52,7 @@ class _Known:
     values: Tensor
     scale: Tensor | None = None
     levels: Tensor | None = None
+    group_bits: int = 0
     sums: Tensor | None = None
 
 
@@ -56,21 +60,16 @@ class Matrix:
     """A weight `[n, k]` with its bias; `structure` is what the kernels take, valid for as long as this lives."""
 
     def __init__(
-        self,
-        known: _Known,
-        bias: Stored | None = None,
-        inputs: Inputs = "none",
-        input_scale: float = 0.0,
-        factors: Tensor | None = None,
+        self, known: _Known, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
     ) -> None:
         """Made by `Matrix.of`."""
         self._held: list[Tensor] = []
         n, k, kind = known.n, known.k, known.kind
         scale = None if known.scale is None else known.scale.float()
         self.structure = matrices.Matrix(
-            kind, _INPUTS[inputs], n, k, self._at(known.values), self._optional(scale), self._optional(known.sums),
-            self._optional(None if bias is None else bias.tensor()), self._optional(known.levels),
-            SMALLEST_SCALE if inputs == "dynamic" else input_scale, self._optional(factors),
+            kind, _INPUTS[inputs], n, k, known.group_bits, self._at(known.values), self._optional(scale),
+            self._optional(known.sums), self._optional(None if bias is None else bias.tensor()),
+            self._optional(known.levels), SMALLEST_SCALE if inputs == "dynamic" else input_scale,
         )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
         self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
@@ -80,22 +79,14 @@ class Matrix:
 
     @classmethod
     def of(
-        cls,
-        weight: Stored,
-        bias: Stored | None = None,
-        inputs: Inputs = "none",
-        input_scale: float = 0.0,
-        factors: Tensor | None = None,
+        cls, weight: Stored, bias: Stored | None = None, inputs: Inputs = "none", input_scale: float = 0.0
     ) -> Matrix | None:
         """A weight as the kernels read it, nothing copied but vectors; None where they do not know how it is stored.
 
-        inputs: how those of an int8 weight are quantised; input_scale: that of static ones, after they are
-        multiplied with `factors [k]`, which a weight of scaled columns needs.
+        inputs: how those of an int8 weight are quantised; input_scale: that of static ones.
         """
         known = _known(weight)
-        if known is None or (factors is None and isinstance(weight, ScaledInt8Tensor)):
-            return None
-        return cls(known, bias, inputs, input_scale, factors)
+        return None if known is None else cls(known, bias, inputs, input_scale)
 
     def product(self, x: Tensor) -> Tensor:
         """`x [m, k]`, float32, times the weight transposed, plus the bias: `[m, n]`; more than a few rows only
@@ -143,13 +134,20 @@ def _known(weight: Stored) -> _Known | None:
     if type(weight) is FloatTensor and weight.value.dtype in _FLOATS:
         n, k = weight.value.shape
         return _Known(_FLOATS[weight.value.dtype], n, k, weight.value.data)
-    if type(weight) is Int8Tensor or type(weight) is ScaledInt8Tensor:
+    if type(weight) is Int8Tensor:
         n, k = weight.q.shape
         sums = matrices.row_sums(weight.q.contiguous())
         return _Known(matrices.INT8, n, k, weight.q, weight.scale, sums=sums)
-    if type(weight) is GroupedTensor and weight.book.bits in _CODES:
+    if type(weight) is GroupedTensor and weight.book.bits in _CODES and _is_power(weight.group):
         n, k = weight.shape
         book = weight.book.values
         levels = torch.tensor((*book, *[0.0] * (16 - len(book))))
-        return _Known(_CODES[weight.book.bits], n, k, weight.q, weight.scale, levels)
+        return _Known(
+            _CODES[weight.book.bits], n, k, weight.q, weight.scale, levels, group_bits=weight.group.bit_length() - 1
+        )
     return None  # a class derived from these may mean its arrays otherwise
+
+
+def _is_power(group: int) -> bool:
+    """Whether groups are of a power of two values, at least as many as are unpacked at a time."""
+    return group >= _LEAST_GROUP and group & (group - 1) == 0

@@ -56,19 +56,18 @@ def row_ranges(rows: Tensor, rule: ScaleRule) -> Tensor:
 
 def best_row_scales(rows: Tensor, full: Tensor, limit: int = INT8_LIMIT) -> Tensor:
     """The stored scales `[r]` of least square error; `full [r]`: those that clip nothing."""
-    return least_square_scales(full, lambda scales: _square_error(rows, scales, limit), CLIPPINGS)
+    return least_square_scales(full, lambda scales: _square_error(rows, scales, limit), clippings(CLIPPINGS))
 
 
-def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], steps: int) -> Tensor:
-    """The stored scales `[r]` of least error among `steps` clippings of the range, from `full [r]` down to half of it.
+def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], parts: Sequence[float]) -> Tensor:
+    """The stored scales `[r]` of least error among parts of `full [r]`, the first among equals.
 
-    error: of stored scales `[r]`, one number a row `[r]`.
+    error: of stored scales `[r]`, one number a row `[r]`. Parts beyond float16 are its largest value; the first is not.
     """
-    best = stored_scales(full)
+    best = stored_scales(full * parts[0])
     best_error = error(best)
-    for step in range(1, steps):
-        clipped = full * _clipping(step, steps)
-        scales = stored_scales(clipped)
+    for part in parts[1:]:
+        scales = stored_scales((full * part).clamp_(-FLOAT16_LARGEST, FLOAT16_LARGEST))
         found = error(scales)
         better = found < best_error
         best = torch.where(better, scales, best)
@@ -76,14 +75,10 @@ def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], steps: 
     return best
 
 
-def clippings(rule: ScaleRule, steps: int) -> Tensor:
-    """The parts of a range that a rule tries, float32 `[s]`, the whole first: `steps` of them, or only the whole."""
-    tried = steps if rule.method == "mse" else 1
-    return torch.tensor([1.0, *(_clipping(step, steps) for step in range(1, tried))])
-
-
-def _clipping(step: int, steps: int) -> float:
-    return 1.0 - 0.5 * step / (steps - 1)
+def clippings(steps: int, widest: float = 1.0) -> tuple[float, ...]:
+    """Parts of a range, the whole first, then `steps` − 1 from the widest, which may be more than the whole, down to
+    half of the whole."""
+    return (1.0, *(widest - (widest - 0.5) * i / (steps - 1) for i in range(0 if widest > 1 else 1, steps)))
 
 
 def _square_error(rows: Tensor, scales: Tensor, limit: int) -> Tensor:
@@ -92,18 +87,18 @@ def _square_error(rows: Tensor, scales: Tensor, limit: int) -> Tensor:
 
 
 def stored_scales(scales: Tensor) -> Tensor:
-    """Positive float32 scales rounded up to float16; zeros become 1 (nothing to scale).
+    """float32 scales as float16, magnitudes rounded up; zeros become 1 (nothing to scale).
 
     What is too small for float16 has its smallest scale: values below half of that are then stored as zeros, which is
     the nearest that there is. Raises InfeasibleError where float16 overflows.
     """
     half = scales.half()
-    # the bits of positive float16 numbers, as integers, are in the order of the numbers
+    # the bits of float16 numbers of one sign, as integers, are in the order of their magnitudes
     up = (half.view(torch.int16) + 1).view(torch.float16)
-    half = torch.where(half.float() < scales, up, half)
+    half = torch.where(half.float().abs() < scales.abs(), up, half)
     if bool(torch.isinf(half).any()):
-        raise InfeasibleError(_overflow(scales.max().item()))
-    return torch.where(scales > 0, half, torch.ones_like(half))
+        raise InfeasibleError(_overflow(scales.abs().max().item()))
+    return torch.where(scales != 0, half, torch.ones_like(half))
 
 
 def scale_refusal(largest: float, limit: float) -> str | None:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class Registry(Mapping[str, "Precision"]):
-    """Precisions by name, the widest first; of equally wide ones the better on normally distributed weights.
+    """Precisions by name, the widest first, scales counted; of equally wide ones the better on normally distributed
+    weights.
 
     Names are known at once; a precision's file is loaded when it is asked for.
     """
@@ -40,15 +41,17 @@ class Registry(Mapping[str, "Precision"]):
         return len(self.homes)
 
 
+_GROUPED = (
+    "int6", "int5",
+    "nf4g32", "int4g32", "nf4", "int4", "nf4g128", "int4g128",
+    "nf3g32", "int3g32", "nf3", "int3", "nf3g128", "int3g128",
+    "nf2g32", "nf2", "nf2g128",
+)  # fmt: skip
 PRECISIONS = Registry(
     {
         "fp16": "ssm_mp.precisions.float16:FP16",
         "int8": "ssm_mp.precisions.int8:INT8",
-        "int6": "ssm_mp.precisions.grouped:INT6",
-        "int5": "ssm_mp.precisions.grouped:INT5",
-        "nf4": "ssm_mp.precisions.grouped:NF4",
-        "int4": "ssm_mp.precisions.grouped:INT4",
-        "int3": "ssm_mp.precisions.grouped:INT3",
+        **{name: f"ssm_mp.precisions.grouped:{name.upper()}" for name in _GROUPED},
     }
 )
 

@@ -78,6 +78,11 @@ class IntegerTensor(Stored):
     scale: Tensor
     """Of each row, float16 `[r]`."""
 
+    @property
+    def integers(self) -> Tensor | None:
+        """The integers as they are held, int8 `[r, n]`; None where they are packed."""
+        return None
+
     def part(self, rows: slice) -> tuple[Stored, int]:
         return IntegerRowsOf(self, rows), 0
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import gcd
 
 import torch
 from torch import Tensor
 
-from ssm_mp.precisions.grouped import INTEGER_BOOKS, GroupedTensor
-from ssm_mp.precisions.groups import GROUP, pack, unpack_reference
-from ssm_mp.precisions.int8 import Int8Tensor
+from ssm_mp.precisions.grouped import INTEGER_BOOKS, Grouped, GroupedTensor
+from ssm_mp.precisions.groups import CodeBook, pack, unpack_reference
+from ssm_mp.precisions.int8 import Int8, Int8Tensor
+from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.precisions.stored import Stored
 
-HALF = GROUP // 2
-"""The shorter groups that a row may be cut into: two of them share one scale of ours."""
+SHORTEST = 32
+"""The shortest groups that a row may be cut into: several of them may share one scale of ours."""
 _ROWS = 4096
 """Rows that are packed at once: what is unpacked takes up to 32 times the memory."""
 
@@ -63,6 +65,34 @@ class Codes:
         return self.values().float() * self.scale.float().repeat_interleave(self.group, dim=-1)
 
 
+@dataclass(frozen=True)
+class Integers:
+    """What a precision of integers stores: bits of a code, and how many values share a scale; None: those of a row."""
+
+    bits: int
+    group: int | None
+
+    def group_of(self, width: int) -> int | None:
+        """The same of rows of `width` values, all of whose groups lie in one row; None where they cannot be cut so."""
+        return width if self.group is None else row_group(width, self.group)
+
+
+def integers_of(precision: str) -> Integers | None:
+    """What a precision stores, by its name; None where that is no integers of ours."""
+    found = PRECISIONS.get(precision)
+    if isinstance(found, Int8):
+        return Integers(8, None)
+    if isinstance(found, Grouped) and found.book in INTEGER_BOOKS:
+        return Integers(found.bits, found.group)
+    return None
+
+
+def row_group(width: int, group: int) -> int | None:
+    """The largest groups that cut both rows of `width` values and groups counted through the whole matrix; None where
+    they are too short."""
+    return gcd(width, group) if width % SHORTEST == 0 else None
+
+
 def codes_of(held: Stored) -> Codes | None:
     """A matrix of integers as it is stored, if it is one and its rows can be cut into groups; on the CPU."""
     if len(held.shape) != 2:
@@ -70,14 +100,25 @@ def codes_of(held: Stored) -> Codes | None:
     rows, width = held.shape
     if isinstance(held, Int8Tensor):
         return Codes(held.q.cpu().view(torch.uint8) ^ 128, held.scale.cpu()[:, None], 8, 128)
-    if not isinstance(held, GroupedTensor) or held.book not in INTEGER_BOOKS or width % HALF:
+    if not isinstance(held, GroupedTensor) or held.book not in INTEGER_BOOKS:
         return None
-    bits, group = held.book.bits, GROUP if width % GROUP == 0 else HALF
+    bits, group = held.book.bits, row_group(width, held.group)
+    if group is None:
+        return None
     row = width * bits // 8
-    packed = held.q.cpu().flatten()[: rows * row].reshape(rows, row)
+    packed = _counted(held.q.cpu().flatten()[: rows * row].reshape(rows, row), held.book)
     # groups are of the flattened matrix: one may reach from a row into the next
-    scale = held.scale.cpu().repeat_interleave(GROUP // group)[: rows * width // group].reshape(rows, -1)
-    return Codes(packed, scale, bits, (1 << bits - 1) - 1)
+    scale = held.scale.cpu().repeat_interleave(held.group // group)[: rows * width // group].reshape(rows, -1)
+    return Codes(packed, scale, bits, -held.book.lowest)
+
+
+def _counted(packed: Tensor, book: CodeBook) -> Tensor:
+    """Packed codes of integers `[n, bytes]` as codes that count up from the lowest."""
+    first = int(book.values[0]) - book.lowest
+    if first == 0:
+        return packed
+    parts = (unpack_reference(part, book.bits) + first & (1 << book.bits) - 1 for part in packed.split(_ROWS))
+    return torch.cat([pack(part, book.bits) for part in parts])
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

@@ -11,15 +11,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ssm_mp.artifact import MAP, METRICS, TENSORS, read_artifact, save_artifact, tensor_bytes
+from ssm_mp.artifact import MAP, METRICS, TENSORS, load_artifact, read_artifact, save_artifact, tensor_bytes
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import convert
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.model import LanguageModel
+from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.scheme import ActivationScheme, Scheme
+from ssm_mp.precisions.groups import CodeBook
+from ssm_mp.precisions.registry import PRECISIONS
+from ssm_mp.scheme import ActivationScheme, ScaleRule, Scheme
 from tests.tiny import CONFIGS, MAMBA, random_model, some_windows
 
 
@@ -73,6 +76,34 @@ def test_int8_tensors_are_int8_in_the_file(tmp_path: Path) -> None:
     assert not any(array.dtype == torch.float32 for array in arrays.values())
     with safe_open(path / TENSORS, framework="pt") as file:
         assert file.metadata()["format"] == "ssm-mp/1"
+
+
+def test_int3_as_version_0_4_wrote_it_loads_with_the_values_that_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, scheme = random_model(MAMBA), Scheme("none", ScaleRule("mse"))
+    seven = CodeBook(3, (-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0))
+    chosen = PrecisionMap.uniform("int3", find_components(model))
+    with monkeypatch.context() as before:
+        before.setattr(PRECISIONS["int3"], "book", seven)
+        converted = convert(model, chosen, scheme)
+        path = save_artifact(tmp_path / "artifact", converted, chosen, scheme, {})
+    arrays, found = load_file(path / TENSORS), load_artifact(path)
+    checked = 0
+    for component in find_components(model):
+        for parameter in component.parameters:
+            packed = arrays.get(f"{parameter.name}.q")
+            if packed is None:
+                continue
+            bits = np.unpackbits(packed.numpy(), axis=1, bitorder="little").reshape(len(packed), -1, 3)
+            codes = bits @ np.array([1, 2, 4])
+            assert codes.max() <= 6
+            values = (codes - 3.0) * arrays[f"{parameter.name}.scale"].numpy().astype(np.float32)[:, None]
+            held = held_by(found.component(component.name), parameter.leaf).tensor()
+            assert np.array_equal(held.numpy().flatten(), values.astype(np.float32).flatten()[: held.numel()])
+            checked += 1
+    assert checked >= 6
+    assert np.array_equal(evaluate(found, some_windows()).nll, evaluate(converted, some_windows()).nll)
 
 
 def test_a_changed_file_is_refused(tmp_path: Path) -> None:

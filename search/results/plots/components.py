@@ -31,6 +31,7 @@ _MOST_LAYER_ROWS = 40
 _MOST_STRIPS = 12
 """Components shown one by one in a cell; of more, each precision's share."""
 _LONGEST_LABEL = 48
+_MOST_IN_A_LINE = 10
 _LARGEST = 24.0
 """Inches a side, 3600 pixels."""
 _LARGEST_LOG = 100.0
@@ -178,7 +179,9 @@ def plot_allocation(components: Sequence[Component], precision_map: PrecisionMap
         full = sum(component.fp32_bytes for component in components)
         used = {name: colour for name, colour in precision_colours().items() if name in held.values()}
         handles = [Patch(facecolor=colour, edgecolor="white", label=name) for name, colour in used.items()]
-        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False)
+        figure.legend(
+            handles=handles, loc="outside lower right", ncols=min(len(handles), _MOST_IN_A_LINE), frameon=False
+        )
         figure.suptitle(
             f"Precision and size of each component: {stored / 1e6:.2f} MB, {full / stored:.2f}× smaller than FP32",
             fontsize=10.5, x=0.01, ha="left",

@@ -25,7 +25,7 @@ from torch import Tensor
 from ssm_mp.components import Component
 from ssm_mp.config import Config
 from ssm_mp.modules.linear import LinearForm
-from ssm_mp.runtimes.codes import HALF, Codes, packed_rows
+from ssm_mp.runtimes.codes import Codes, integers_of, packed_rows
 from ssm_mp.runtimes.compressed_tensors.families import unfit
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
@@ -45,8 +45,6 @@ from ssm_mp.runtimes.huggingface import (
 )
 from ssm_mp.runtimes.huggingface_config import huggingface_config
 
-_BITS = {"int8": 8, "int6": 8, "int5": 8, "int4": 4, "int3": 4}
-"""What each is packed in: in bits that the kernels of servers know."""
 _FLOATS = {"fp16": 2, "fp32": 4}
 _SHAPE_BYTES = 16
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
@@ -88,10 +86,11 @@ class CompressedTensors(Format):
             elif parameter.role != "weight" or len(parameter.shape) != 2:
                 size, word = size + 4 * count, word or "F32"
             else:
-                bits, group = _BITS.get(precision), _group(parameter.shape[-1], precision)
-                if bits is None or group is None or not _is_linear(component):
+                integers, (n, k) = integers_of(precision), parameter.shape
+                group = None if integers is None else integers.group_of(k)
+                if integers is None or group is None or not _is_linear(component):
                     return None
-                n, k = parameter.shape
+                bits = _file_bits(integers.bits)
                 size += n * (-(-k * bits // 32) * 4 + k // group * 2) + (_SHAPE_BYTES if is_first(parameter) else 0)
                 word = f"W{bits}, {'a scale a row' if group == k else f'groups of {group}'}"
         return Encoding(word, size)
@@ -107,7 +106,7 @@ class CompressedTensors(Format):
             module = name.removesuffix(".weight")
             if isinstance(found, Codes):
                 tensors |= {f"{module}.weight_{leaf}": array for leaf, array in _arrays(found).items()}
-                how = (_file_bits(found), None if found.scale.shape[-1] == 1 else found.group)
+                how = (_file_bits(found.bits), None if found.scale.shape[-1] == 1 else found.group)
                 packed.setdefault(how, []).append(module)
             else:
                 tensors[name] = stacked(whole, found).contiguous()
@@ -182,9 +181,10 @@ def _joins_alike(item: Exportable) -> bool:
     return True
 
 
-def _packing(precision: str) -> tuple[int, bool]:
-    """The bits of a value, and whether all of a row share a scale."""
-    return _BITS.get(precision, 0), precision == "int8"
+def _packing(precision: str) -> tuple[int, int | None]:
+    """The bits of a value, 0 of a float, and how many share a scale."""
+    integers = integers_of(precision)
+    return (0, None) if integers is None else (_file_bits(integers.bits), integers.group)
 
 
 def _name(config: Config, whole: Whole) -> str:
@@ -205,20 +205,14 @@ def _is_expert(component: Component) -> bool:
     return re.search(r"\.experts\.[0-9]+\.", component.name) is not None
 
 
-def _group(width: int, precision: str) -> int | None:
-    """Values of a row that share a scale; None where rows cannot be cut so."""
-    if precision == "int8":
-        return width
-    return next((group for group in (2 * HALF, HALF) if width % group == 0), None)
-
-
-def _file_bits(codes: Codes) -> int:
-    return 8 if codes.bits > 4 else 4
+def _file_bits(bits: int) -> int:
+    """What codes of so many bits are packed in: in bits that the kernels of servers know."""
+    return 8 if bits > 4 else 4
 
 
 def _arrays(codes: Codes) -> dict[str, Tensor]:
     """What a layer holds: codes with half their range added, the first in the lowest bits of 32-bit words."""
-    bits, values = _file_bits(codes), codes.values()
+    bits, values = _file_bits(codes.bits), codes.values()
     raised = F.pad(values.int() + (1 << bits - 1), (0, -values.shape[-1] % (32 // bits)))
     shape = torch.tensor(values.shape, dtype=torch.int64)
     return {"packed": packed_rows(raised, bits).view(torch.int32), "scale": codes.scale.contiguous(), "shape": shape}

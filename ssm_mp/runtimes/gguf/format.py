@@ -23,7 +23,7 @@ from ssm_mp.runtimes.format import Arrays, Encoding, Format
 from ssm_mp.runtimes.gguf import file
 from ssm_mp.runtimes.gguf.architectures import unknown
 from ssm_mp.runtimes.gguf.layout import known_layout, layout_of
-from ssm_mp.runtimes.gguf.packing import WORDS, row_bytes, word_of
+from ssm_mp.runtimes.gguf.packing import row_bytes, word_for, word_of
 from ssm_mp.runtimes.gguf.tensors import Entry
 from ssm_mp.runtimes.gguf.tokenizer import require_known
 
@@ -94,7 +94,7 @@ class Gguf(Format):
             if not any(entry.matrix for entry, _ in found):
                 size += _FLOAT32 * prod(parameter.shape)
                 continue
-            wanted = WORDS.get(precision)
+            wanted = word_for(precision)
             row = None if wanted is None else row_bytes(wanted, parameter.shape[-1])
             if wanted is None or row is None:
                 return None

@@ -3,8 +3,9 @@
 Dimensions: `n` rows, `k` values in a row, `b` blocks of 32 values in a row (k / 32).
 
 Each block has a float16 scale: with 32 int8 codes in Q8_0, codes of five bits, less 16, in Q5_0, of four, less 8, in
-Q4_0. Our int8 has one scale a row, so that all blocks of a row carry it; narrower integers have one a group of 64
-values, counted through the whole tensor, so that a block lies within one group wherever rows are multiples of 32.
+Q4_0. Our int8 has one scale a row, so that all blocks of a row carry it; narrower integers have one a group of
+32 values or more, counted through the whole tensor, so that a block lies within one group wherever rows are multiples
+of 32.
 """
 
 from __future__ import annotations
@@ -15,19 +16,22 @@ import numpy as np
 import torch
 
 from ssm_mp.errors import ExportError
-from ssm_mp.precisions.grouped import INT3_BOOK, INT4_BOOK, INT5_BOOK, INT6_BOOK, GroupedTensor
+from ssm_mp.precisions.grouped import INTEGER_BOOKS, GroupedTensor
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.stored import FloatTensor, Stored
-from ssm_mp.runtimes.codes import codes_of
+from ssm_mp.runtimes.codes import codes_of, integers_of
 from ssm_mp.runtimes.gguf.tensors import BLOCK
 
-WORDS = {
-    "fp32": "F32", "fp16": "F16", "int8": "Q8_0", "int6": "Q8_0", "int5": "Q5_0", "int4": "Q4_0", "int3": "Q4_0",
-}  # fmt: skip
-"""Precision → type of a matrix; others have none with the same values."""
-_OF_BOOKS = {INT6_BOOK: "Q8_0", INT5_BOOK: "Q5_0", INT4_BOOK: "Q4_0", INT3_BOOK: "Q4_0"}
+_OF_FLOATS = {"fp32": "F32", "fp16": "F16"}
+_OF_BITS = {8: "Q8_0", 6: "Q8_0", 5: "Q5_0", 4: "Q4_0", 3: "Q4_0"}
 _BLOCK_BYTES = {"Q8_0": 2 + BLOCK, "Q5_0": 2 + BLOCK // 8 + BLOCK // 2, "Q4_0": 2 + BLOCK // 2}
 _FLOATS = {"F32": np.float32, "F16": np.float16}
+
+
+def word_for(precision: str) -> str | None:
+    """The type of a matrix of a precision; None where none has the same values."""
+    integers = integers_of(precision)
+    return _OF_FLOATS.get(precision) if integers is None else _OF_BITS[integers.bits]
 
 
 def row_bytes(word: str, k: int) -> int | None:
@@ -102,8 +106,8 @@ def word_of(stored: Stored) -> str | None:
             return {torch.float16: "F16", torch.float32: "F32"}.get(stored.value.dtype)
         case Int8Tensor():
             return "Q8_0"
-        case GroupedTensor():
-            return _OF_BOOKS.get(stored.book)
+        case GroupedTensor() if stored.book in INTEGER_BOOKS:
+            return _OF_BITS[stored.book.bits]
     return None
 
 

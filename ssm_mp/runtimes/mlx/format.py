@@ -24,7 +24,7 @@ from ssm_mp.components import Component
 from ssm_mp.config import Config
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precisions.stored import Stored
-from ssm_mp.runtimes.codes import Codes
+from ssm_mp.runtimes.codes import Codes, integers_of
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.runtimes.format import Arrays, Encoding, Format
 from ssm_mp.runtimes.huggingface import CONFIG, WEIGHTS, divided, held, in_one_tensor, mixed, whole_name, write_beside
@@ -33,7 +33,6 @@ from ssm_mp.runtimes.mlx.arrangement import Entry, entries, factors, is_matrix, 
 from ssm_mp.runtimes.mlx.families import unfit
 from ssm_mp.runtimes.mlx.packing import arrays, group_of, grouped, multiplied, packed_bytes
 
-_BITS = {"int8": 8, "int6": 6, "int5": 5, "int4": 4, "int3": 3}
 _FLOATS = {"fp16": 2, "fp32": 4}
 _SCALED = "scales times the config's multipliers"
 
@@ -84,11 +83,12 @@ class Mlx(Format):
                 size += width * count
                 note = note or ("times the config's multipliers" if is_scaled else "")
             else:
-                bits, group = _BITS.get(precision), group_of(parameter.shape[-1], _BITS.get(precision, 0))
-                if bits is None or group is None or not _may_be_packed(component, config):
+                integers = integers_of(precision)
+                group = None if integers is None else group_of(parameter.shape[-1], integers)
+                if integers is None or group is None or not _may_be_packed(component, config):
                     return None
-                words = {f"{bits} bits, groups of {group}"}
-                size += packed_bytes(count, bits, group)
+                words = {f"{integers.bits} bits, groups of {group}"}
+                size += packed_bytes(count, integers.bits, group)
                 note = _SCALED if is_scaled else ""
         word = next((word for word in words if "bits" in word), max(words))
         return Encoding(word, size, note)

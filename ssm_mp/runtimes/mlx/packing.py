@@ -10,17 +10,22 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssm_mp.runtimes.codes import HALF, Codes
+from ssm_mp.runtimes.codes import SHORTEST, Codes, Integers
 
-GROUPS = (128, 64, HALF)
+GROUPS = (128, 64, SHORTEST)
 """Groups that MLX knows, the largest first."""
 
 
-def group_of(width: int, bits: int) -> int | None:
+def group_of(width: int, integers: Integers) -> int | None:
     """In what groups a row of integers is held: those of ours, or where a row has one scale the largest that fit; None
     where none do."""
-    choice = GROUPS if bits == 8 else GROUPS[1:]
-    return next((group for group in choice if width % group == 0), None)
+    ours = integers.group_of(width)
+    return None if ours is None else _largest(ours)
+
+
+def _largest(ours: int) -> int | None:
+    """The largest groups that cut groups of `ours` values."""
+    return next((group for group in GROUPS if ours % group == 0), None)
 
 
 def packed_bytes(values: int, bits: int, group: int) -> int:
@@ -30,7 +35,7 @@ def packed_bytes(values: int, bits: int, group: int) -> int:
 
 def grouped(codes: Codes) -> Codes:
     """The same in MLX's groups, scales float32."""
-    group = group_of(codes.width, codes.bits)
+    group = _largest(codes.group)
     assert group is not None
     return replace(codes, scale=codes.scale.float().repeat_interleave(codes.group // group, dim=-1))
 

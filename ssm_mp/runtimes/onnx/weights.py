@@ -4,7 +4,7 @@ A tensor that is a value has its dequantised float32 under its canonical name, s
 nothing more. A matrix may stay packed: `MatMulNBits` and `MatMulBnb4` multiply with it, rows of tables and chosen
 experts are dequantised alone.
 
-Dimensions: `n` rows, `k` values in a row, `g` groups of 64 values, `X` experts, `c` chosen ones.
+Dimensions: `n` rows, `k` values in a row, `g` groups of values, `X` experts, `c` chosen ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ssm_mp.modules.linear import LinearForm
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.precisions.float16 import Float16
 from ssm_mp.precisions.grouped import INTEGER_BOOKS, NF4_BOOK, Grouped, GroupedTensor
-from ssm_mp.precisions.groups import GROUP, CodeBook, group_count, unpack_reference
+from ssm_mp.precisions.groups import CodeBook, group_count, unpack_reference
 from ssm_mp.precisions.int8 import Int8, Int8Tensor
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import FloatTensor, Stored
@@ -178,18 +178,20 @@ class Codes(Layout):
     """Four bits a value with a float16 scale a block of values, in the order of the tensor.
 
     What is not multiplied by an operator that reads codes is dequantised by a table, two codes at a time.
-    nf4: codes of `MatMulBnb4`, the first in the high bits; else a value and 8, the first in the low bits.
-    block: values that share a scale for the operator: 64, or less where rows are no multiple of our groups.
+    group: values that share a scale. nf4: codes of `MatMulBnb4`, the first in the high bits; else a value and 8, the
+    first in the low bits. block: values that share a scale for the operator, at least: less than a group where rows are
+    no multiple of our groups.
     """
 
+    group: int = 0
     nf4: bool = False
-    block: int = GROUP
+    block: int = 0
     word = "4 bits · table"
     per_byte: ClassVar[int] = 2
 
     @property
     def bytes(self) -> int:
-        return self._filled // self.per_byte + 2 * group_count(prod(self.shape))
+        return self._filled // self.per_byte + 2 * group_count(prod(self.shape), self.group)
 
     @property
     def _filled(self) -> int:
@@ -198,9 +200,7 @@ class Codes(Layout):
 
     def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
         assert isinstance(stored, GroupedTensor)
-        codes = unpack_reference(stored.q.cpu(), stored.book.bits).to(torch.uint8).numpy()  # [g, 64]
-        if not self.nf4:
-            codes = codes + np.uint8(8 + int(stored.book.values[0]))
+        codes = (_codes(stored) if self.nf4 else _integers(stored) + 8).astype(np.uint8)
         pairs = codes.reshape(-1, 2)
         first, second = (1, 0) if self.nf4 else (0, 1)
         packed = (pairs[:, first] | pairs[:, second] << 4)[: self._filled // 2].reshape(-1, self.block // 2)
@@ -223,10 +223,10 @@ class Codes(Layout):
     def _scales(self, nodes: Nodes, name: str, at: str) -> str:
         """Of every block, float32 `[blocks]`; a group's scale is that of all its blocks."""
         scales = nodes.cast(f"{name}.scales", f"{at}/groups")
-        if self.block == GROUP:
+        if self.block == self.group:
             return scales
         scales = nodes.reshape(scales, f"{at}/apart", -1, 1)
-        scales = nodes.add("Expand", [scales, nodes.integers(1, GROUP // self.block)], f"{at}/each")
+        scales = nodes.add("Expand", [scales, nodes.integers(1, self.group // self.block)], f"{at}/each")
         scales = nodes.reshape(scales, f"{at}/list", -1)
         end = nodes.integers(self._filled // self.block)
         return nodes.add("Slice", [scales, nodes.integers(0), end], f"{at}/scales")
@@ -273,13 +273,12 @@ class Bytes(Codes):
     Not multiplied by `MatMulNBits` of 8 bits, as little as those of `Integers`.
     """
 
-    word = "int8 · scale of 64"
+    word = "int8 · scale of a group"
     per_byte = 1
 
     def arrays(self, stored: Stored) -> dict[str, np.ndarray]:
         assert isinstance(stored, GroupedTensor)
-        codes = unpack_reference(stored.q.cpu(), stored.book.bits).to(torch.int8).numpy()  # [g, 64]
-        return {".codes": codes + np.int8(stored.book.values[0]), ".scales": stored.scale.cpu().numpy()}
+        return {".codes": _integers(stored), ".scales": stored.scale.cpu().numpy()}
 
     def _looked_up(self, nodes: Nodes, codes: str, scales: str, at: str) -> str:
         units = nodes.reshape(nodes.cast(codes, f"{at}/integers"), f"{at}/units", -1, self.block)
@@ -316,6 +315,17 @@ class NormalFloats(Codes):
         return False
 
 
+def _codes(stored: GroupedTensor) -> np.ndarray:
+    """Codes as they are, int64 `[g, values]`."""
+    return unpack_reference(stored.q.cpu(), stored.book.bits).numpy()
+
+
+def _integers(stored: GroupedTensor) -> np.ndarray:
+    """What codes of integers stand for, before the scale: int8 `[g, values]`."""
+    integers: np.ndarray = np.array(stored.book.values, dtype=np.int8)[_codes(stored)]
+    return integers
+
+
 def _pairs(nf4: bool) -> np.ndarray:
     """The values of the two codes in a byte: float32 `[256, 2]`."""
     byte = np.arange(256)
@@ -325,15 +335,15 @@ def _pairs(nf4: bool) -> np.ndarray:
     return (np.stack((low, high), axis=1) - 8).astype(np.float32)
 
 
-Kind = torch.dtype | CodeBook
-"""How values are stored: float32, float16, int8, or codes of a book."""
+Kind = torch.dtype | tuple[CodeBook, int]
+"""How values are stored: float32, float16, int8, or codes of a book in groups of some size."""
 
 
 def kind_of(precision: str) -> Kind | None:
     """How a precision stores weights; None where the file cannot."""
     found = get_precision(precision)
     if isinstance(found, Grouped):
-        return found.book if found.book in (*INTEGER_BOOKS, NF4_BOOK) else None
+        return (found.book, found.group) if found.book in (*INTEGER_BOOKS, NF4_BOOK) else None
     if isinstance(found, Float16):
         return torch.float16
     return torch.int8 if isinstance(found, Int8) else None
@@ -342,7 +352,7 @@ def kind_of(precision: str) -> Kind | None:
 def stored_kind(stored: Stored) -> Kind:
     """How a tensor is stored."""
     if isinstance(stored, GroupedTensor):
-        return stored.book
+        return stored.book, stored.group
     if isinstance(stored, Int8Tensor):
         return torch.int8
     assert isinstance(stored, FloatTensor)
@@ -360,11 +370,12 @@ def layout_of(parameter: Parameter, kind: Kind) -> Layout:
     multiplies = isinstance(form, LinearForm) or (isinstance(form, EmbeddingForm) and form.tied)
     if kind == torch.int8:
         return Integers(shape, experts, vector=parameter.role == "vector")
-    assert isinstance(kind, CodeBook)
-    if kind == NF4_BOOK:
-        return NormalFloats(shape, nf4=True) if multiplies else Codes(shape, experts, nf4=True)
-    if kind.bits > 4:
-        return Bytes(shape, experts)
+    assert isinstance(kind, tuple)
+    book, group = kind
+    if book == NF4_BOOK:
+        return (NormalFloats if multiplies else Codes)(shape, experts, group, nf4=True, block=group)
+    if book.bits > 4:
+        return Bytes(shape, experts, group, block=group)
     if multiplies and shape[1] % SMALLEST_BLOCK == 0:
-        return Blocks(shape, block=gcd(shape[1], GROUP))
-    return Codes(shape, experts)
+        return Blocks(shape, experts, group, block=gcd(shape[1], group))
+    return Codes(shape, experts, group, block=group)

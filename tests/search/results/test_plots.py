@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -28,6 +29,7 @@ from search.run.finish import describe
 from ssm_mp.components import Component, find_components
 from ssm_mp.evaluation.latency import Check, LatencyTable
 from ssm_mp.precision_map import PrecisionMap, pinned_names
+from ssm_mp.precisions.registry import PRECISIONS
 from tests.ssm_mp.precisions.outside import OUTSIDE, register
 from tests.tiny import ITERA, MAMBA, random_model
 
@@ -287,6 +289,19 @@ def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere() -> None:
         assert "best 2.00×" in stream.text
         assert ("\r" in stream.text) is live
         assert stream.text.count("\n") == (1 if live else 2)
+
+
+def test_every_precision_has_a_colour_of_its_own_and_groups_have_the_hue_of_their_book() -> None:
+    colours = precision_colours()
+    assert list(colours) == list(PRECISIONS)
+    assert len(set(colours.values())) == len(colours)
+    for name, colour in colours.items():
+        hue, lightness, _ = colorsys.rgb_to_hls(*(part / 255 for part in bytes.fromhex(colour[1:])))
+        book, _, group = name.partition("g")
+        own = colorsys.rgb_to_hls(*(part / 255 for part in bytes.fromhex(colours[book][1:])))
+        assert hue == pytest.approx(own[0], abs=0.02)
+        assert (lightness > own[1]) == (group == "128")
+        assert (lightness < own[1]) == (group == "32")
 
 
 def test_precisions_from_outside_have_colours_of_their_own_and_take_nobodys(

@@ -37,6 +37,13 @@ CONVOLUTIONS = {
     "more tokens and channels than a block": (2, 19, 150, 4),
     "three taps": (1, 9, 33, 3),
 }
+PRODUCTS = {
+    "of single values": (1, 1, 1),
+    "of one row": (1, 70, 40),
+    "of odd sizes": (37, 45, 129),
+    "of few columns": (150, 8, 256),
+    "of several blocks": (300, 272, 384),
+}
 SMALLEST = 1e-12
 SCALE = torch.tensor([0.0145416259765625], dtype=torch.float16)  # its inverse gives other roundings than itself
 
@@ -71,6 +78,16 @@ def products(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return sums, _normal(n).abs(), _normal(m, 1).abs(), _normal(n) * 1e5
 
 
+def factors(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Factors `[m, k]`, whose rows lie apart, and `[n, k]` of a product, scales of columns and rows, a bias."""
+    m, n, k = PRODUCTS[name]
+    generator = torch.Generator().manual_seed(m + n + k)
+    a, b = (
+        torch.randint(-127, 128, (rows, k + 3), generator=generator).to(torch.int8)[:, 1 : k + 1] for rows in (m, n)
+    )
+    return a, b.contiguous(), _normal(n).abs().half(), _normal(m, 1).abs(), _normal(n) * 1e5
+
+
 def convolution(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`x`, whose tokens lie apart, weight, bias, and the inputs before."""
     b, length, inner, taps = CONVOLUTIONS[name]
@@ -89,6 +106,10 @@ def _rows_and(name: str, second: Any) -> tuple[Tensor, Any]:
     return rows(name), second
 
 
+def _without_bias_of_product(*tensors: Tensor) -> tuple[Tensor | None, ...]:
+    return (*tensors[:4], None)
+
+
 def _without_bias(x: Tensor, weight: Tensor, _: Tensor, before: Tensor) -> tuple[Tensor, Tensor, None, Tensor]:
     return x, weight, None, before
 
@@ -99,6 +120,8 @@ CASES: dict[str, tuple[str, Callable[[], tuple[Any, ...]]]] = {
     "dynamic, zeros": ("quantize_dynamic", lambda: (torch.zeros(2, 9), SMALLEST)),
     **{f"rescale, {name}": ("rescale", partial(products, name)) for name in SHAPES},
     "rescale, no bias": ("rescale", lambda: (*products("odd sizes")[:3], None)),
+    **{f"product {name}": ("scaled_product", partial(factors, name)) for name in PRODUCTS},
+    "product, no bias": ("scaled_product", lambda: _without_bias_of_product(*factors("of odd sizes"))),
     **{f"convolution, {name}": ("conv_silu", partial(convolution, name)) for name in CONVOLUTIONS},
     "convolution, no bias": ("conv_silu", lambda: _without_bias(*convolution("three taps"))),
     **{f"likelihood, {name}": ("negative_log_likelihood", partial(logits, name)) for name in SHAPES},
@@ -110,12 +133,13 @@ SPOILED: dict[str, Callable[[], Any]] = {
     "negative_log_likelihood": lambda: torch.full((7,), 3),
 }
 """The functions that mark rows that are not finite, and their second argument beside `spoiled_rows`."""
-EXACT = ("quantize_static", "quantize_dynamic", "rescale")
+EXACT = ("quantize_static", "quantize_dynamic", "rescale", "scaled_product")
 """The functions that round as torch's operators do."""
 REFERENCES: dict[str, Callable[..., Any]] = {
     "quantize_static": lambda x, scale: StaticInput(scale)(x),
     "quantize_dynamic": lambda x, _: DynamicInput()(x),
     "rescale": rescaled,
+    "scaled_product": lambda a, b, columns, *rest: rescaled((a.long() @ b.long().t()).int(), columns.float(), *rest),
     "conv_silu": conv_silu_reference,
     "negative_log_likelihood": lambda x, targets: F.cross_entropy(x.double(), targets, reduction="none"),
 }

@@ -115,13 +115,19 @@ def test_static_inputs_on_a_gpu_do_not_wait_for_it() -> None:
 
 _TYPES = {
     **dict.fromkeys(("x", "weight", "bias", "before", "y", "scales", "columns", "product", "logits"), "*fp32"),
+    **{"a": "*i8", "b": "*i8"},
     **{"q": "*i8", "sums": "*i32", "targets": "*i64", "nll": "*fp64", "scale": "*fp16", "smallest": "fp32"},
 }
-_LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, bool]]] = {
+_LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, str], dict[str, Any]]] = {
     "conv_silu": ({"HAS_BIAS": True, "K": 4, "BLOCK_M": 16, "BLOCK_I": 128, "x_i": 1, "before_i": 1}, {}, cuda._FUSED),
     "quantize_static": ({"BLOCK_M": 2, "BLOCK_K": 1024, "x_k": 1}, {}, cuda._EXACT),
     "quantize_dynamic": ({"BLOCK_M": 2, "BLOCK_K": 1024, "x_k": 1}, {}, cuda._EXACT),
     "rescale": ({"HAS_BIAS": True, "BLOCK_M": 16, "BLOCK_N": 128}, {"rows": "*fp32"}, cuda._EXACT),
+    "scaled_product": (
+        {"HAS_BIAS": True, "IS_EVEN": True, "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 128},
+        {"rows": "*fp32", "columns": "*fp16"},
+        {"num_warps": 4, "num_stages": 3, **cuda._EXACT},
+    ),
     "negative_log_likelihood": ({"BLOCK_V": 4096, "logits_v": 1, "targets_m": 1}, {}, cuda._FUSED),
 }
 """Constants, types of arguments and options that a kernel is compiled with at sizes that fill its blocks."""
@@ -163,11 +169,24 @@ def test_a_kernel_compiles_to_wide_loads_and_exact_rounding(
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     ptx = _compiled(name, capability)
-    assert "ld.global.v4.b32" in ptx
+    assert "cp.async" in ptx if name == "scaled_product" else "ld.global.v4.b32" in ptx
     assert ".local" not in ptx  # no register spilled
     if name in EXACT:
         assert not re.search(r"fma\.rn\.f32|div\.(full|approx)|\.ftz|(add|sub|mul)\.f32", ptx)
     assert name not in {"quantize_static", "quantize_dynamic"} or "div.rn.f32" in ptx
+
+
+@needs_triton
+def test_kernels_use_no_global_number_that_differs_from_itself() -> None:
+    """Triton compares globals at every launch and refuses one that has changed, as NaN always has."""
+    import triton.language as tl
+
+    from ssm_mp.kernels import triton_kernels, triton_scans
+
+    held = [*vars(triton_kernels).items(), *vars(triton_scans).items()]
+    numbers = {name: value.value for name, value in held if isinstance(value, tl.constexpr)}
+    assert numbers
+    assert all(value == value for value in numbers.values()), numbers  # noqa: PLR0124, so NaN is found
 
 
 def test_tensors_of_a_cpu_are_not_for_these_kernels() -> None:

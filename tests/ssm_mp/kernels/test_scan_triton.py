@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssm_mp.kernels import scan_triton
+from ssm_mp.kernels import cuda, scan_triton
 from tests.ssm_mp.kernels.scan_cases import CASES, FAMILIES, LONG, QUICK, require_close
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -125,5 +125,5 @@ def test_without_a_gpu_there_is_no_kernel_to_choose(monkeypatch: pytest.MonkeyPa
 
 def test_without_triton_there_is_no_kernel_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "compiles", lambda: False)
     assert not scan_triton.available()

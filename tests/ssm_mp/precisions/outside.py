@@ -88,7 +88,7 @@ class Offset6(Precision):
 BF16 = Brain()
 OFFSET6 = Offset6()
 BOOK5 = Grouped("book5", CodeBook(5, tuple(float(value) for value in range(-16, 16))))
-BOOK2 = Grouped("book2", CodeBook(2, (-1.0, 0.0, 1.0)))
+BOOK2 = Grouped("book2", CodeBook(2, (-1.0, 0.0, 1.0)), group=8)
 
 OUTSIDE: dict[str, Precision] = {precision.name: precision for precision in (BF16, FP8, OFFSET6, BOOK5, BOOK2)}
 

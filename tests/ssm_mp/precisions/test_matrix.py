@@ -24,7 +24,7 @@ from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import ActivationScheme, ScaleRule
 
-KNOWN = ("fp16", "int8", "nf4", "int4", "int3")
+KNOWN = ("fp16", "int8", "nf4", "int4", "int3", "nf4g32", "int4g128", "nf3", "int3g32", "nf3g128", "nf2", "nf2g128")
 """Precisions that the kernels read as they are stored."""
 
 

@@ -18,7 +18,9 @@ def test_every_line_leads_to_the_precision_of_its_name() -> None:
 
 def test_the_widest_comes_first_and_it_is_the_one_that_pins_stand_at() -> None:
     bits = [precision.bits for precision in PRECISIONS.values()]
+    sizes = [precision.bytes((256, 256), "weight") for precision in PRECISIONS.values()]
     assert bits == sorted(bits, reverse=True)
+    assert sizes == sorted(sizes, reverse=True)
     assert next(iter(PRECISIONS)) == "fp16"
 
 
@@ -29,7 +31,7 @@ def test_an_unknown_precision_names_the_known_ones() -> None:
 
 def test_one_more_line_is_one_more_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "fp8" not in PRECISIONS
-    assert precisions_of(4) == ("nf4", "int4")
+    assert precisions_of(4) == ("nf4g32", "int4g32", "nf4", "int4", "nf4g128", "int4g128")
     outside.register(monkeypatch)
     assert all(get_precision(name) is precision for name, precision in outside.OUTSIDE.items())
     assert precisions_of(8) == ("int8", "fp8")

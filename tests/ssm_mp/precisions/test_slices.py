@@ -69,7 +69,7 @@ def whole(precision: Precision, tensor: Tensor, role: Role, rule: ScaleRule) -> 
     if role == "bias" or precision.name == "fp16":
         return {"": values.half()}
     if isinstance(precision, Grouped):
-        groups = to_groups(values)
+        groups = to_groups(values, precision.group)
         scale = group_scales(groups, rule, precision.book)
         return {"q": pack(nearest_codes(groups, scale, precision.book), precision.bits), "scale": scale}
     if precision.name == "int8":
@@ -119,7 +119,7 @@ def test_least_squares_by_kernels_have_no_more_error(
     def errors(held: Tensor) -> Tensor:
         off = (held.double() - values).square()
         if isinstance(precision, Grouped):
-            return to_groups(off).sum(dim=1)
+            return to_groups(off, precision.group).sum(dim=1)
         return off.reshape(len(scales[0]), -1).sum(dim=1)
 
     ours, theirs = errors(found.tensor()), errors(expected.tensor())
@@ -178,7 +178,7 @@ def test_a_refusal_is_known_from_the_largest_magnitude_in_the_same_words(
 def test_of_several_that_overflow_the_largest_is_named() -> None:
     tensor = torch.ones(40, 64)
     tensor[3], tensor[30] = 1e8, 3e9
-    for name, limit in (("int8", 127), ("nf4", 1), ("int4", 7)):
+    for name, limit in (("int8", 127), ("nf4", 1), ("int4", 8)):
         for kernels in (True, False):
             with (
                 small_slices(kernels),
@@ -223,7 +223,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", [name for name in PRECISIONS if "g" not in name or name == "nf3g128"])
 def test_no_float32_copy_of_the_whole_is_made(name: str) -> None:
     tensor = tensor_of((64, 64), 1, torch.bfloat16)
     with small_slices(kernels=False), Largest() as watch:
@@ -235,11 +235,11 @@ def test_no_float32_copy_of_the_whole_is_made(name: str) -> None:
 def test_a_value_between_two_codes_goes_down(name: str) -> None:
     precision = PRECISIONS[name]
     assert isinstance(precision, Grouped)
-    levels = precision.book.levels(CPU)
-    between = (levels[1:] + levels[:-1]) / 2
-    tensor = torch.cat([between, levels[-1:], -levels[-1:]])  # the scale is one
-    tensor = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 64)])
-    tensor[63::64] = levels[-1]
+    rising = precision.book.levels(CPU).sort().values
+    between = (rising[1:] + rising[:-1]) / 2
+    tensor = torch.cat([between, rising[-1:], rising[:1]])
+    tensor = torch.cat([tensor, tensor.new_zeros(-len(tensor) % 32)])
+    tensor[31::32] = precision.book.reach  # the scale is one
     stored = precision.store(tensor, "vector", ScaleRule()).arrays()
     assert torch.equal(stored["q"], whole(precision, tensor, "vector", ScaleRule())["q"])
     assert bool((stored["scale"] == 1).all())

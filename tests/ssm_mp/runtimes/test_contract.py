@@ -69,6 +69,26 @@ def test_a_mixed_map_is_written_read_back_equal_and_confirmed(word: str, tmp_pat
     assert done.plan.bytes == item.precision_map.bytes(components, "none") == format_.tensor_bytes(done.path)
 
 
+@every_runtime
+def test_scales_of_either_sign_and_other_groups_are_confirmed(word: str, tmp_path: Path) -> None:
+    item = mixed(get_format(word), "int3", "int3g128", "int4g32")
+    scales = [held.arrays()["scale"] for _, held in item.stored().values() if "scale" in held.arrays()]
+    assert any(bool((scale < 0).any()) for scale in scales)
+    checked(get_format(word), item, tmp_path)
+
+
+@every
+@pytest.mark.parametrize("bits", ["int4", "int3"])
+def test_groups_of_every_size_are_read_back_equal(word: str, bits: str, tmp_path: Path) -> None:
+    format_ = get_format(word)
+    item = mixed(format_, f"{bits}g32", bits, f"{bits}g128")
+    assert {precision for _, precision in item.precision_map or ()} >= {f"{bits}g32", bits, f"{bits}g128"}
+    path = tmp_path / f"model{format_.suffix}"
+    format_.write(item, path)
+    assert unequal_weights(format_, item, path) == []
+    assert format_.tensor_bytes(path) == planned(format_, item, widen=False).bytes
+
+
 @every
 def test_the_same_model_is_the_same_file(word: str, tmp_path: Path) -> None:
     format_ = get_format(word)

@@ -13,7 +13,7 @@ from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.runtimes.gguf.packing import Packed, packed, row_bytes, word_of
 from ssm_mp.scheme import ScaleRule
 
-INTEGERS = ("int8", "int6", "int5", "int4", "int3")
+INTEGERS = ("int8", "int6", "int5", "int4", "int3", "int4g32", "int3g128")
 SHAPES = ((3, 32), (5, 96), (4, 160), (1, 64))
 """Rows that groups of 64 cut, and rows that they do not."""
 
@@ -21,7 +21,7 @@ SHAPES = ((3, 32), (5, 96), (4, 160), (1, 64))
 def stored(precision: str, shape: tuple[int, int], seed: int = 0) -> Stored:
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     values[0, :32] = 0
-    return get_precision(precision).store(values, "weight", ScaleRule())
+    return get_precision(precision).store(values, "weight", ScaleRule("mse"))
 
 
 def read(part: Packed) -> np.ndarray:
@@ -33,7 +33,17 @@ def read(part: Packed) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     ("precision", "word"),
-    [("int8", "Q8_0"), ("int6", "Q8_0"), ("int5", "Q5_0"), ("int4", "Q4_0"), ("int3", "Q4_0")],
+    [
+        ("int8", "Q8_0"),
+        ("int6", "Q8_0"),
+        ("int5", "Q5_0"),
+        ("int4", "Q4_0"),
+        ("int3", "Q4_0"),
+        ("int4g32", "Q4_0"),
+        ("int4g128", "Q4_0"),
+        ("int3g32", "Q4_0"),
+        ("int3g128", "Q4_0"),
+    ],
 )
 def test_codes_are_read_as_the_values_that_they_stood_for(precision: str, word: str, shape: tuple[int, int]) -> None:
     held = stored(precision, shape)
@@ -83,7 +93,8 @@ def test_floats_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "shape"), [("int8", (3, 48)), ("int5", (3, 48)), ("int4", (3, 33)), ("nf4", (3, 64))]
+    ("precision", "shape"),
+    [("int8", (3, 48)), ("int5", (3, 48)), ("int4", (3, 33)), ("nf4", (3, 64)), ("nf3g32", (3, 64))],
 )
 def test_what_no_type_holds_is_refused(precision: str, shape: tuple[int, int]) -> None:
     with pytest.raises(ExportError, match="GGUF has no type"):

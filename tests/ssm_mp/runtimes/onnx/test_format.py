@@ -168,9 +168,11 @@ def test_the_capability_table_is_full(positions: Checkpoint) -> None:
     for component in find_components(positions):
         for precision in PRECISIONS:
             encoding = ONNX.encoding(component, precision, positions.config)
-            assert encoding is not None
+            assert (encoding is None) == precision.startswith(("nf3", "nf2"))
+            if encoding is None:
+                continue
             assert encoding.note == ""
-            if precision not in ("int6", "int5", "int3"):
+            if precision.partition("g")[0] not in ("int6", "int5", "int3"):
                 assert encoding.bytes <= component.bytes(precision, "none")
 
 
