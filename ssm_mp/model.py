@@ -48,6 +48,10 @@ class Scorer:
         """`nll`, and KL(reference ‖ this) of the scores of `expected [m, d]` there, `x [m, d]` here: float64 `[m]`."""
         return self.head.divergence(self.final(x), columns, reference.head, reference.final(expected), self.held)
 
+    def another_top(self, x: Tensor, reference: Scorer, expected: Tensor) -> Tensor:
+        """Whether the most probable token of `x [m, d]` here is another than of `expected [m, d]` there: bool `[m]`."""
+        return self.head.another_top(self.final(x), reference.head, reference.final(expected), self.held)
+
 
 class Residual(nn.Module):
     """A residual branch: norm, blocks side by side, multipliers."""

@@ -1,4 +1,5 @@
-"""The Pareto front of compression against perplexity increase, and latency where it is asked for; its hypervolume."""
+"""The Pareto front of compression against the increase of the metric, and latency where it is asked for; its
+hypervolume."""
 
 from __future__ import annotations
 
@@ -8,11 +9,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from search.base.metric import PERPLEXITY, Metric
+
 
 @dataclass(frozen=True)
 class Point:
     """One evaluated map: what a trial measured on the search windows, paired against the FP32 checkpoint.
 
+    increase_percent, stderr_percent: on the scale of `metric.py`.
     stopped: why it was not measured on all windows, None where it was. latency: predicted, in seconds, None where the
     study does not ask for it.
     """
@@ -29,15 +33,15 @@ class Point:
     stopped: str | None = None
     latency: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, metric: Metric = PERPLEXITY) -> dict[str, Any]:
         """As the command line reports it."""
+        figures = {"increase_percent": self.increase_percent, "stderr_percent": self.stderr_percent}
         return {
             "trial": self.trial,
             "compression": self.compression,
             "bytes": self.bytes,
             "perplexity": self.perplexity,
-            "increase_percent": self.increase_percent,
-            "stderr_percent": self.stderr_percent,
+            **metric.answer(figures),
             "windows": self.windows,
             "origin": self.origin,
             **({} if self.latency is None else {"latency_seconds": self.latency}),
@@ -95,22 +99,29 @@ REFERENCE_COMPRESSION = 1.0
 
 
 def hypervolume(
-    points: Sequence[Point], budget_percent: float, reference_compression: float = REFERENCE_COMPRESSION
+    points: Sequence[Point],
+    budget_percent: float,
+    reference_compression: float = REFERENCE_COMPRESSION,
+    metric: Metric = PERPLEXITY,
 ) -> float:
-    """Area dominated between the points and the corner (reference compression, budget): × times percentage points."""
-    area, ceiling = 0.0, budget_percent
+    """Area dominated between the points and the corner (reference compression, budget): × times percentage points, or
+    times the metric's own unit."""
+    area, ceiling = 0.0, metric.shown(budget_percent)
     front = front_by_size(pareto_front(points, budget_percent))
     for point in sorted(front, key=lambda p: -p.increase_percent):
         width = point.compression - reference_compression
         if width > 0:
-            area += width * (ceiling - point.increase_percent)
-            ceiling = point.increase_percent
+            increase = metric.shown(point.increase_percent)
+            area += width * (ceiling - increase)
+            ceiling = increase
     return area
 
 
-def hypervolume_with_latency(points: Sequence[Point], budget_percent: float, reference_latency: float) -> float:
+def hypervolume_with_latency(
+    points: Sequence[Point], budget_percent: float, reference_latency: float, metric: Metric = PERPLEXITY
+) -> float:
     """Volume dominated up to the corner (compression 1, budget, reference latency in seconds): × times percentage
-    points times the fraction of the reference latency that is saved.
+    points (or the metric's unit) times the fraction of the reference latency that is saved.
 
     Slice by slice of latency: between two latencies the area is that of all maps at least as fast.
     """
@@ -119,7 +130,9 @@ def hypervolume_with_latency(points: Sequence[Point], budget_percent: float, ref
     volume = 0.0
     for number, (began, ended) in enumerate(pairwise(edges)):
         if ended > began:
-            volume += (ended - began) / reference_latency * hypervolume(front[: number + 1], budget_percent)
+            volume += (
+                (ended - began) / reference_latency * hypervolume(front[: number + 1], budget_percent, metric=metric)
+            )
     return volume
 
 

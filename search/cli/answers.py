@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from search.base.clock import clock
+from search.base.fidelity import fidelity_from_json
+from search.base.metric import METRICS, PERPLEXITY, Metric
 
 _NOT_HELD = "-"
 
@@ -86,39 +88,47 @@ def _few_numbers(numbers: Sequence[int], most: int = 12) -> str:
 
 def probed(answer: Mapping[str, Any]) -> str:
     """Sensitivities, the costliest lowering first."""
+    metric = _metric(answer)
+    rise, error, digits = metric.key("increase"), metric.key("stderr"), 4 + metric.digits
     rows = [
         (
-            row["component"], f"{row['from']} → {row['precision']}", f"{row['increase_percent']:+.4f}",
-            f"{1.96 * row['stderr_percent']:.4f}", "-" if row["kl"] is None else f"{row['kl']:.2e}",
+            row["component"], f"{row['from']} → {row['precision']}", f"{row[rise]:+.{digits}f}",
+            f"{1.96 * row[error]:.{digits}f}", "-" if row["kl"] is None else f"{row['kl']:.2e}",
         )
-        for row in sorted(answer["probes"], key=lambda row: -row["increase_percent"])
+        for row in sorted(answer["probes"], key=lambda row: -row[rise])
     ]  # fmt: skip
-    return table(("component", "change", "increase %", "± 95 %", "KL (nats)"), rows, left=2)
+    return table(("component", "change", f"increase {metric.unit}", "± 95 %", "KL (nats)"), rows, left=2)
+
+
+def _metric(answer: Mapping[str, Any]) -> Metric:
+    """What maps were judged by."""
+    return METRICS[answer.get("metric", PERPLEXITY.word)]
 
 
 def fronted(answer: Mapping[str, Any]) -> str:
     """The front as a table, the winner and its certificate."""
-    winner, baseline = answer["winner"], answer["baseline"]
+    winner, baseline, metric = answer["winner"], answer["baseline"], _metric(answer)
+    digits = 3 + metric.digits
     own = baseline.get("source_bytes")
     rows = [
         (
             ("* " if point["trial"] == winner else "  ") + str(point["trial"]), point["origin"],
             f"{point['compression']:.3f}×", *([f"{own / point['bytes']:.3f}×"] if own else []),
             f"{point['bytes']:,}", f"{point['perplexity']:.4f}",
-            f"{point['increase_percent']:+.3f}", f"{1.96 * point['stderr_percent']:.3f}",
+            f"{point[metric.key('increase')]:+.{digits}f}", f"{1.96 * point[metric.key('stderr')]:.{digits}f}",
             *([f"{1e3 * point['latency_seconds']:.3f}"] if "latency_seconds" in point else []),
         )
         for point in answer["front"]
     ]  # fmt: skip
     latency = answer.get("latency")
     head = ["  trial", "from", "compression", *(["of the file"] if own else []), "bytes", "perplexity"]
-    head += ["increase %", "± 95 %"]
+    head += [metric.head, "± 95 %"]
     head += [] if latency is None else ["latency ms"]
     in_file = f" ({own:,} in the file's own {' and '.join(baseline['source_types'])})" if own else ""
     lines = [
         f"{answer['trials']} trials; FP32 perplexity {baseline['perplexity']:.4f}, {baseline['bytes']:,} bytes"
         f"{in_file}; "
-        f"budget {answer['budget_percent']:g} %",
+        f"budget {answer[metric.key('budget')]:g} {metric.unit}",
         table(head, rows, left=2) if rows else "no evaluated map is within the budget",
     ]
     if latency is not None:
@@ -132,17 +142,20 @@ def fronted(answer: Mapping[str, Any]) -> str:
     certificate = answer["certificate"]
     if certificate is not None:
         lines.append(
-            f"{certificate['verdict']}: {_percent(certificate['increase_percent'])} % "
-            f"on {certificate['windows']} unseen windows, at most {_percent(certificate['upper_percent'])} %"
+            f"{certificate['verdict']}: {_figure(certificate[metric.key('increase')], digits)} {metric.unit} "
+            f"on {certificate['windows']} unseen windows, at most "
+            f"{_figure(certificate[metric.key('upper')], digits)} {metric.unit}"
         )
         lines += answer.get("outlook", [])
+    if "fidelity" in answer:
+        lines += fidelity_from_json(answer["fidelity"]).lines()
     lines += [f"{gate['verdict']:>4}  {gate['name']}: {gate['figures']}" for gate in answer.get("gates", [])]
     return "\n".join(lines)
 
 
-def _percent(value: float | None) -> str:
+def _figure(value: float | None, digits: int) -> str:
     """A figure that may be infinite, which JSON says as null."""
-    return "+inf" if value is None else f"{value:+.3f}"
+    return "+inf" if value is None else f"{value:+.{digits}f}"
 
 
 def listed(answer: Mapping[str, Any]) -> str:
@@ -184,11 +197,15 @@ def stood(answer: Mapping[str, Any]) -> str:
         lines += ["", table(("worker", "node", "trial", "since"), rows, left=2)]
     if answer["reasons"]:
         lines += ["", *(f"{number:>4} failed: {reason}" for reason, number in answer["reasons"].items())]
-    best = answer["best"]
+    best, metric = answer["best"], _metric(answer)
     if best is not None:
-        lines += ["", f"best: trial {best['trial']}, {best['compression']:.3f}×, {best['increase_percent']:+.3f} %"]
+        rise = f"{best[metric.key('increase')]:+.{3 + metric.digits}f} {metric.unit}"
+        lines += ["", f"best: trial {best['trial']}, {best['compression']:.3f}×, {rise}"]
     if answer["growth"]:
-        grown = [(clock(g["seconds"]), str(g["finished"]), f"{g['hypervolume']:.4f}") for g in _few(answer["growth"])]
+        digits = 4 + metric.digits
+        grown = [
+            (clock(g["seconds"]), str(g["finished"]), f"{g['hypervolume']:.{digits}f}") for g in _few(answer["growth"])
+        ]
         lines += ["", table(("time", "finished", "hypervolume"), grown, left=0)]
     return "\n".join(lines)
 

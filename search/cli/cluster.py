@@ -273,7 +273,9 @@ def _standing(spec: StudySpec, run: RunDirectory) -> dict[str, Any]:
         return empty_standing(spec.search.trials, jobs).to_json()
     opened, asked = opened_as_it_is(run, spec, say), spec.search
     found = opened.patiently(
-        lambda: standing(opened.study, run.space(), asked.trials, asked.budget_percent, datetime.now(), jobs)
+        lambda: standing(
+            opened.study, run.space(), asked.trials, asked.budget_percent, datetime.now(), jobs, asked.judged
+        )
     )
     opened.close()
     return found.to_json()

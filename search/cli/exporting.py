@@ -85,7 +85,7 @@ def export(  # noqa: PLR0913, PLR0917, an option of the command each
         "bytes": exported.artifact.tensor_bytes,
         "file_bytes": exported.artifact.file_bytes,
         "perplexity": exported.perplexity,
-        "increase_percent": exported.increase_percent,
+        **spec.search.judged.answer({"increase_percent": exported.increase_percent}),
         "certificate": verdict,
         **({} if exported.latency is None else {"latency_seconds": exported.latency}),
         "verified": True,  # export raises where what is read back is not what was measured

@@ -188,7 +188,7 @@ def convert(
         "bytes": exported.artifact.tensor_bytes,
         "file_bytes": exported.artifact.file_bytes,
         "perplexity": exported.perplexity,
-        "increase_percent": exported.increase_percent,
+        **spec.search.judged.answer({"increase_percent": exported.increase_percent}),
     }
     print_answer(content, json_, listed)
 
@@ -198,6 +198,7 @@ def probe(
     study: StudyPath, run_dir: RunDir = None, set_: Overrides = None, force: ForceBaseline = False, json_: Json = False
 ) -> None:  # fmt: skip
     """Measure how sensitive each component is to each precision, from both ends."""
+    from search.base.metric import PERPLEXITY
     from search.cli.answers import probed
     from search.problem.run_directory import RunDirectory
     from search.problem.spec import load_spec
@@ -207,7 +208,10 @@ def probe(
     run = RunDirectory.of(spec, run_dir)
     with run.owned():
         prepared = prepare(spec, run, say)
-    print_answer({"probes": [measured.to_json() for measured in prepared.probes]}, json_, probed)
+    metric = spec.search.judged
+    found = [metric.answer(measured.to_json()) for measured in prepared.probes]
+    named = {} if metric is PERPLEXITY else {"metric": metric.word}
+    print_answer({"probes": found, **named}, json_, probed)
 
 
 @app.command(
@@ -256,6 +260,7 @@ def front(
     from search.measure.latency import stored_latency
     from search.results.outlook import outlook
     from search.results.report import front_json
+    from search.run.fidelity import stored_fidelity
     from search.run.stored import stored_baseline, stored_certificate
     from search.trials.read_back import points
 
@@ -273,6 +278,8 @@ def front(
         certificate.to_json() if certificate else None,
         stored_latency(run),
         outlook(certificate),
+        spec.search.judged,
+        stored_fidelity(run, None if certificate is None else certificate.winner),
     )
     print_answer(content, json_, fronted)
 

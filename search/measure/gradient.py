@@ -23,6 +23,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from search.base.metric import Word
 from search.measure.backward import Scores, chunk_windows, joined, keys_of, layer_by_layer
 from search.measure.probe import GRADIENT, Probe
 from search.problem.workspace import Workspace
@@ -37,7 +40,8 @@ _PASSES = 3
 @dataclass(frozen=True)
 class GradientEffect:
     """Estimated rise of log-perplexity over the component's FP32 value, nats a token, and its standard error over
-    the windows. It is `first` (linear in the error, of either sign) + `curvature` (quadratic, never negative)."""
+    the windows. It is `first` (linear in the error, of either sign) + `curvature` (quadratic, never negative). The
+    divergence from FP32 is least there, so that `first` is no part of it, and its second derivative is that very H."""
 
     log_increase: float
     log_stderr: float
@@ -69,7 +73,8 @@ def effects_of(workspace: Workspace, scores: Scores, predicted: int) -> dict[str
     """The effects of scores of windows that predict so many tokens. Raises EvaluationError where one is not finite."""
     effects: dict[str, dict[str, GradientEffect]] = defaultdict(dict)
     for k, (name, precision) in enumerate(keys_of(workspace)):
-        effects[name][precision] = _effect(scores.weights[:, k], scores.inputs[:, k], predicted)
+        scored = scores.weights[:, k], scores.inputs[:, k]
+        effects[name][precision] = _effect(*scored, predicted, workspace.spec.search.metric)
         if not math.isfinite(effects[name][precision].log_increase):
             raise EvaluationError(f"the gradient of {name} at {precision} is not finite on the calibration windows")
     return dict(effects)
@@ -89,9 +94,9 @@ def gradient_windows(workspace: Workspace) -> Windows:
     return splits.calibration if workspace.spec.data.calibration == "text" else splits.search
 
 
-def _effect(weights: FloatArray, inputs: FloatArray, predicted: int) -> GradientEffect:
+def _effect(weights: FloatArray, inputs: FloatArray, predicted: int, metric: Word = "perplexity") -> GradientEffect:
     """One effect from its scores `[w]` of weights and of inputs, `predicted` tokens a window."""
-    first = (weights + inputs) / predicted
+    first = (weights + inputs) / predicted if metric == "perplexity" else np.zeros_like(weights)
     curvature = 0.5 * (weights**2 + inputs**2) / predicted
     n = first.size
     stderr = float((first + curvature).std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf

@@ -6,14 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from search.measure.racing import Reason, best_rival, judge, next_rung, rungs
 from search.problem.workspace import Workspace
 from ssm_mp.components import fp32_bytes
-from ssm_mp.data import Windows, unigram_perplexity
+from ssm_mp.data import unigram_perplexity
 from ssm_mp.errors import EvaluationError
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, doubt, evaluate, paired_increase
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, differences, doubt, evaluate, increase_of
 from ssm_mp.evaluation.prefix_cache import PrefixCache, Prefixes, Reuse
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
@@ -26,7 +25,8 @@ Finished = Sequence[tuple[int, np.ndarray]]
 class Measured:
     """Size and quality of one map on the search windows.
 
-    differences: log-increase of each window over FP32, `[windows seen]`; stopped: why not all `of_windows` were,
+    increase, differences: of what the study judges by. differences: that of each window over FP32, nats a token,
+    `[windows seen]`; stopped: why not all `of_windows` were,
     and lower_percent: the least that its increase on all of them can be.
     """
 
@@ -68,6 +68,27 @@ def require_knowing(workspace: Workspace, baseline: Evaluation) -> str | None:
     return found
 
 
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """Of windows `[n]`, a map's negative log-likelihoods in nats, and its differences from FP32, in nats a token, of
+    what the study judges by; NaN where it has not seen one."""
+
+    nll: np.ndarray
+    differences: np.ndarray
+
+    @classmethod
+    def nothing(cls, windows: int) -> Seen:
+        return cls(np.full(windows, np.nan), np.full(windows, np.nan))
+
+    def put(self, at: np.ndarray, found: Seen) -> None:
+        """Fill in the windows with numbers `at`."""
+        self.nll[at], self.differences[at] = found.nll, found.differences
+
+    def at(self, numbers: np.ndarray) -> Seen:
+        """The windows with these numbers."""
+        return Seen(self.nll[numbers], self.differences[numbers])
+
+
 def window_order(workspace: Workspace) -> np.ndarray:
     """In which order the search windows are seen: as they stand, the text's beginning, is no random sample of it."""
     order: np.ndarray = np.random.default_rng(workspace.spec.data.seed).permutation(len(workspace.splits.search))
@@ -89,55 +110,52 @@ class Objective:
 
     def __call__(self, precision_map: PrecisionMap) -> Measured:
         """Really convert, really evaluate on all windows. Raises EvaluationError where the result is not finite."""
-        windows = self._workspace.splits.search
         model = self._converted(precision_map)
-        nll = evaluate(model, windows, self._before_layer, self._prefixes(precision_map)).nll
-        return self._measured(precision_map, nll, np.arange(len(windows)))
+        found = self._workspace.judge(model, None, self._before_layer, self._prefixes(precision_map))
+        return self._measured(precision_map, self._seen(found, np.arange(found.windows)))
 
     def race(self, precision_map: PrecisionMap, finished: Finished, error: float) -> Measured:
         """The same in rungs of windows, stopped where the map shows over budget or beaten by one of `finished`.
 
         error: chance allowed to stop a map that all windows would have left on the front.
         """
-        windows = self._workspace.splits.search
+        windows = len(self._workspace.splits.search)
         model, prefixes = self._converted(precision_map), self._prefixes(precision_map)
         rival = best_rival(self._size(precision_map), finished)
-        nll = np.full(len(windows), np.nan)
-        began, count = 0, rungs(len(windows))[0]
+        every = Seen.nothing(windows)
+        began, count = 0, rungs(windows)[0]
         while True:
             new, seen = self._order[began:count], self._order[:count]
-            part = Windows(windows.ids[torch.from_numpy(new)])
-            nll[new] = evaluate(model, part, self._before_layer, prefixes).nll
-            if count == len(windows):
-                return self._measured(precision_map, nll, np.arange(len(windows)))
+            every.put(new, self._seen(self._workspace.judge(model, new, self._before_layer, prefixes), new))
+            if count == windows:
+                return self._measured(precision_map, every)
             against = None if rival is None else rival[seen]
-            stopped = self._stopped(precision_map, nll[seen], seen, against, error)
+            stopped = self._stopped(precision_map, every.at(seen), against, error)
             if stopped is not None:
                 return stopped
-            began, count = count, self._next_rung(nll[seen], seen, against, error)
+            began, count = count, self._next_rung(every.at(seen), against, error)
 
     def _stopped(
-        self, precision_map: PrecisionMap, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float
+        self, precision_map: PrecisionMap, seen: Seen, rival: np.ndarray | None, error: float
     ) -> Measured | None:
-        """What a map measured so far, on the windows with numbers `seen [n]`, if it is to be stopped."""
+        """What a map measured so far, on the windows `seen [n]`, if it is to be stopped."""
         windows = len(self._workspace.splits.search)
-        if seen.size == windows:
+        if seen.nll.size == windows:
             return None
-        measured = self._measured(precision_map, nll, seen)
+        measured = self._measured(precision_map, seen)
         budget = self._workspace.spec.search.budget_percent
         stop = judge(measured.differences, windows, budget, rival, error)
         return None if stop is None else replace(measured, stopped=stop.reason, lower_percent=stop.lower_percent)
 
-    def _next_rung(self, nll: np.ndarray, seen: np.ndarray, rival: np.ndarray | None, error: float) -> int:
-        """How many windows a map that was not stopped on those with numbers `seen [n]` is to see next."""
+    def _next_rung(self, seen: Seen, rival: np.ndarray | None, error: float) -> int:
+        """How many windows a map that was not stopped on the windows `seen [n]` is to see next."""
         budget = self._workspace.spec.search.budget_percent
-        return next_rung(self._differences(nll, seen), len(self._workspace.splits.search), budget, rival, error)
+        return next_rung(seen.differences, len(self._workspace.splits.search), budget, rival, error)
 
-    def _differences(self, nll: np.ndarray, at: np.ndarray) -> np.ndarray:
-        """Log-increases over FP32 from the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
+    def _seen(self, found: Evaluation, at: np.ndarray) -> Seen:
+        """An evaluation of the windows with numbers `at [n]` beside FP32."""
         full = self._baseline.evaluation
-        found: np.ndarray = (nll - full.nll[at]) / full.predicted
-        return found
+        return Seen(found.nll, differences(found, Evaluation(full.nll[at], full.predicted)))
 
     def _size(self, precision_map: PrecisionMap) -> int:
         """Stored bytes of a map."""
@@ -160,16 +178,14 @@ class Objective:
     def _converted(self, precision_map: PrecisionMap) -> LanguageModel:
         return self._workspace.converter.convert(precision_map)
 
-    def _measured(self, precision_map: PrecisionMap, nll: np.ndarray, at: np.ndarray) -> Measured:
-        """From the negative log-likelihoods `[n]` of the windows with numbers `at [n]`."""
+    def _measured(self, precision_map: PrecisionMap, seen: Seen) -> Measured:
         full = self._baseline.evaluation
-        seen, reference = Evaluation(nll, full.predicted), Evaluation(full.nll[at], full.predicted)
         size = self._size(precision_map)
         return Measured(
             bytes=size,
             compression=self._baseline.bytes / size,
-            perplexity=seen.perplexity,
-            increase=paired_increase(seen, reference),
-            differences=self._differences(nll, at),
+            perplexity=Evaluation(seen.nll, full.predicted).perplexity,
+            increase=increase_of(seen.differences),
+            differences=seen.differences,
             of_windows=full.windows,
         )

@@ -17,7 +17,7 @@ from search.problem.space import Unit
 from search.problem.workspace import Workspace
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError
-from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, finish, finish_against, paired_increase, start
+from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, finish_against, paired_increase, start
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 
@@ -31,9 +31,10 @@ class Probe:
 
     A group of components that move together is one `component` here, under its own name.
 
-    `origin` is the component's own precision there. `log_increase` and `log_stderr` are of log-perplexity,
-    paired by window, against the map it departs from (so raising a component gives a negative increase);
-    `kl` is the divergence from that map in nats a token, None where it is an estimate from gradients.
+    `origin` is the component's own precision there. `log_increase` and `log_stderr` are of log-perplexity, or of the
+    divergence from FP32 where the study judges by that, paired by window, against the map it departs from (so raising a
+    component gives a negative increase); `kl` is the divergence from that map (or FP32, likewise) in nats a token, None
+    where it is an estimate from gradients.
     """
 
     component: str
@@ -97,8 +98,9 @@ def open_end(workspace: Workspace, name: str, before_layer: Callable[[], None] |
     space, windows = workspace.space, workspace.splits.search
     precision_map = space.widest() if name == WIDEST else space.lowest()
     model = workspace.converter.convert(precision_map)
+    workspace.judge.expected(before_layer)
     final = advance(model, start(model, windows), len(model.layers), before_layer)
-    return End(name, precision_map, model, finish(model, final, windows), final, Walk(model, windows))
+    return End(name, precision_map, model, workspace.judge.finish(model, final), final, Walk(model, windows))
 
 
 @dataclass(frozen=True)
@@ -167,7 +169,11 @@ def _measure(
     begin = prefix if unit.stage > 0 else start(model, windows)
     final = advance(model, begin, len(model.layers) - begin.layer, before_layer=check)
     try:
-        evaluation, kl = finish_against(end.model, end.final, model, final, windows)
+        if workspace.spec.search.metric == "perplexity":
+            evaluation, kl = finish_against(end.model, end.final, model, final, windows)
+        else:
+            evaluation = workspace.judge.finish(model, final)
+            kl = float(evaluation.cost.sum()) / evaluation.tokens
     except EvaluationError as error:
         raise EvaluationError(f"probe of {unit.name} at {precision} (from {end.name}): {error}") from None
     increase = paired_increase(evaluation, end.evaluation)

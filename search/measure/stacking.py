@@ -12,13 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from search.measure.objective import Finished, Measured, Objective
+from search.measure.objective import Finished, Measured, Objective, Seen
 from search.measure.racing import best_rival, rungs
 from search.problem.splits import window_length
 from search.problem.workspace import Workspace
-from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
-from ssm_mp.evaluation.stack import Outcome, at_once, evaluate_stacked
+from ssm_mp.evaluation.stack import Outcome, at_once
 from ssm_mp.precision_map import PrecisionMap
 
 Raced = Measured | EvaluationError | InfeasibleError
@@ -48,11 +47,10 @@ class StackedObjective(Objective):
 
     def all_windows(self, maps: Sequence[PrecisionMap]) -> list[Raced]:
         """What `Objective` measures of each map on all windows, to rounding."""
-        windows = self._workspace.splits.search
-        every = np.arange(len(windows))
-        found = zip(maps, self._stacked(maps, windows), strict=True)
+        every = np.arange(len(self._workspace.splits.search))
+        found = zip(maps, self._stacked(maps, None), strict=True)
         return [
-            outcome if isinstance(outcome, Exception) else self._measured(one, outcome.nll, every)
+            outcome if isinstance(outcome, Exception) else self._measured(one, self._seen(outcome, every))
             for one, outcome in found
         ]
 
@@ -63,32 +61,30 @@ class StackedObjective(Objective):
 
         error: chance allowed to stop a map that all windows would have left on the front.
         """
-        windows = self._workspace.splits.search
+        windows = len(self._workspace.splits.search)
         maps = [precision_map for precision_map, _ in entries]
         rivals = [best_rival(self._size(one), finished) for one, finished in entries]
-        nll = np.full((len(maps), len(windows)), np.nan)
+        all_seen = [Seen.nothing(windows) for _ in maps]
         found: dict[int, Raced] = {}
-        began, count = 0, rungs(len(windows))[0]
-        while began < len(windows) and len(found) < len(maps):
+        began, count = 0, rungs(windows)[0]
+        while began < windows and len(found) < len(maps):
             new, seen = self._order[began:count], self._order[:count]
             racing = [m for m in range(len(maps)) if m not in found]
-            part = Windows(windows.ids[torch.from_numpy(new)])
-            following = len(windows)
-            for m, outcome in zip(racing, self._stacked([maps[m] for m in racing], part), strict=True):
+            following = windows
+            for m, outcome in zip(racing, self._stacked([maps[m] for m in racing], new), strict=True):
                 if isinstance(outcome, Exception):
                     found[m] = outcome
                     continue
-                nll[m, new] = outcome.nll
+                all_seen[m].put(new, self._seen(outcome, new))
                 whole = rivals[m]
                 rival = None if whole is None else whole[seen]
-                stopped = self._stopped(maps[m], nll[m, seen], seen, rival, error)
+                stopped = self._stopped(maps[m], all_seen[m].at(seen), rival, error)
                 if stopped is not None:
                     found[m] = stopped
-                elif count < len(windows):
-                    following = min(following, self._next_rung(nll[m, seen], seen, rival, error))
+                elif count < windows:
+                    following = min(following, self._next_rung(all_seen[m].at(seen), rival, error))
             began, count = count, following
-        every = np.arange(len(windows))
-        return [found[m] if m in found else self._measured(maps[m], nll[m], every) for m in range(len(maps))]
+        return [found[m] if m in found else self._measured(maps[m], all_seen[m]) for m in range(len(maps))]
 
-    def _stacked(self, maps: Sequence[PrecisionMap], windows: Windows) -> list[Outcome]:
-        return evaluate_stacked(self._workspace.converter, maps, windows, self._before_layer)
+    def _stacked(self, maps: Sequence[PrecisionMap], at: np.ndarray | None) -> list[Outcome]:
+        return self._workspace.judge.stacked(self._workspace.converter, maps, at, self._before_layer)

@@ -107,8 +107,9 @@ def needs_of(spec: StudySpec, checkpoint: Checkpoint, components: Sequence[Compo
         stages[component.stage] = stages.get(component.stage, 0) + held
     widened = max((4 * c.count for c in components if c.layer is not None), default=0)
     asked = [(c, precision) for c in components for precision in spec.precision.choices]
-    running = _STATES[spec.search.probe] * states + tokens * token_bytes(config)
-    if spec.search.probe == "measured":
+    held = _STATES[spec.search.probe] + (spec.search.metric == "kl")  # FP32's last
+    running = held * states + tokens * token_bytes(config)
+    if spec.search.probe != "gradient":  # which keeps more in any case
         running += 2 * 4 * config.vocabulary * config.d_model  # divergences unpack both heads
     if spec.search.probe == "gradient":
         running += _GRADIENTS + 4 * 3 * max(_stage_counts(components).values(), default=0)

@@ -7,13 +7,14 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
-from urllib.parse import parse_qs, urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from search.base.errors import StudyError
+from search.base.metric import METRICS, Metric
 from search.base.paths import PathError, absolute
 from search.problem.directives import SlurmSection
+from search.problem.storage_section import Section, StorageSection
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.runtimes.registry import FORMATS
 from ssm_mp.scheme import ActivationScheme, ScaleMethod, ScaleRule, Scheme
@@ -22,18 +23,14 @@ STDLIB = "python-stdlib"
 """Name of the text that every user has: the standard library of the running interpreter."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """`[checkpoint]`: what is searched; `weights` is the path of the ones to take in a file that holds several."""
 
     path: str = Field(min_length=1)
     weights: str | None = Field(default=None, min_length=1)
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """`[data]`: the text, and how many windows each split gets. Paths are relative to the study file.
 
     bos: whether each window begins with the token that begins texts, or the id of that token.
@@ -56,7 +53,7 @@ class DataSection(_Section):
         return self.calibration_windows or (1000 if self.calibration == "synthetic" else 64)
 
 
-class PrecisionSection(_Section):
+class PrecisionSection(Section):
     """`[precision]`: what a component may become, what quantised means, and which components move together.
 
     group: a rule, or `groups` patterns of components; `auto` makes at most `max_groups` of gradient probes.
@@ -123,16 +120,20 @@ SAMPLERS = {
 }
 """The samplers that a study may name, and the file of each, which is imported when one is made."""
 OBJECTIVES = ("compression", "perplexity", "latency")
-"""What maps are compared by, in the order of a trial's values; a study may leave out the last."""
+"""What maps are compared by, in the order of a trial's values; a study may leave out the last. The second is the
+metric's word."""
 
 
-class SearchSection(_Section):
+class SearchSection(Section):
     """`[search]`: how many maps are tried, how, and what counts as good enough.
 
+    metric: what a map must not lose. budget_percent: how much of it on the scale of `search/base/metric.py`, with KL
+    that of budget_nats, whose default is what 5 % of perplexity is about, log 1.05 rounded.
     memory_gib: what the process may take at the most, where the default is too much or too little; scratch: the folder
     for what does not fit, TMPDIR by default, and scratch_gib what it may take.
     """
 
+    metric: Literal["perplexity", "kl"] = "perplexity"
     objectives: tuple[str, ...] = OBJECTIVES[:2]
     latency_batch: int = Field(default=1, ge=1, le=4096)
     latency_length: int | None = Field(default=None, ge=1, le=65536)
@@ -146,6 +147,7 @@ class SearchSection(_Section):
     seeds: int = Field(default=12, ge=0, le=1000)
     seed: int = Field(default=0, ge=0, lt=2**32)
     budget_percent: float = Field(default=5.0, gt=0, le=1000, allow_inf_nan=False)
+    budget_nats: float = Field(default=0.05, gt=0, le=2, allow_inf_nan=False)
     confidence: float = Field(default=0.95, gt=0.5, lt=1)
     force_baseline: bool = False
     memory_gib: float | None = Field(default=None, gt=0, le=1 << 20, allow_inf_nan=False)
@@ -156,7 +158,12 @@ class SearchSection(_Section):
     @property
     def asks_latency(self) -> bool:
         """Whether latency is an objective."""
-        return self.objectives == OBJECTIVES
+        return self.objectives[2:] == OBJECTIVES[2:]
+
+    @property
+    def judged(self) -> Metric:
+        """The metric."""
+        return METRICS[self.metric]
 
     @field_validator("objectives", mode="before")
     @classmethod
@@ -166,7 +173,8 @@ class SearchSection(_Section):
     @field_validator("objectives")
     @classmethod
     def _known(cls, objectives: tuple[str, ...]) -> tuple[str, ...]:
-        if objectives not in (OBJECTIVES, OBJECTIVES[:2]):
+        known = [(OBJECTIVES[0], word, *OBJECTIVES[2:]) for word in METRICS]
+        if objectives not in (*known, *(each[:2] for each in known)):
             raise ValueError(f"expected {list(OBJECTIVES[:2])} or {list(OBJECTIVES)}, found {list(objectives)}")
         return objectives
 
@@ -185,47 +193,13 @@ class SearchSection(_Section):
             raise ValueError(f'expected "auto" or a number of trials from 1 to 4096, found {stacked!r}')
         return stacked
 
-    @field_validator("budget_percent", "confidence", "memory_gib", "scratch_gib", mode="before")
+    @field_validator("budget_percent", "budget_nats", "confidence", "memory_gib", "scratch_gib", mode="before")
     @classmethod
     def _as_float(cls, value: object) -> object:
         return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class StorageSection(_Section):
-    """`[storage]`: where trials are kept. `auto`: SQLite in the run directory for one process, a journal for many."""
-
-    kind: Literal["auto", "sqlite", "journal", "postgresql"] = "auto"
-    url: str = ""
-    proxy: str = Field(default="", pattern=r"^$|^[^\s:/]+:\d{1,5}$")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Self:
-        if self.proxy and self.kind != "postgresql":
-            raise ValueError('proxy = "host:port" stands in front of kind = "postgresql"')
-        if self.kind == "postgresql" and not self.url:
-            raise ValueError('kind = "postgresql" needs url = "postgresql+psycopg://user@host:5432/database"')
-        if self.kind != "postgresql" and self.url:
-            raise ValueError('url is for kind = "postgresql"')
-        return self
-
-    @field_validator("url")
-    @classmethod
-    def _without_password(cls, url: str) -> str:
-        if not url:
-            return url
-        if not url.startswith("postgresql+psycopg://"):
-            # not shown: whatever it is, it may hold a password
-            raise ValueError('expected an address that begins with "postgresql+psycopg://"')
-        parts = urlsplit(url)
-        if parts.password is not None or "password" in parse_qs(parts.query):
-            raise ValueError(
-                "it holds a password, which would end up in files and logs; leave it out, and set PGPASSWORD or write "
-                "a pgpass file (and change the password: this file has been readable)"
-            )
-        return url
-
-
-class ExportSection(_Section):
+class ExportSection(Section):
     """`[export]`: the runtime that the search is for; without one, our own artifact."""
 
     target: str | None = None
@@ -238,7 +212,7 @@ class ExportSection(_Section):
         return target
 
 
-class StudySpec(_Section):
+class StudySpec(Section):
     """A whole study file."""
 
     checkpoint: CheckpointSection
@@ -296,12 +270,15 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
         raise StudyError(f"{path}: not in UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8") from None
     except tomllib.TOMLDecodeError as error:
         raise StudyError(f"{path}: not a TOML file ({error})") from None
+    overrides = list(overrides)
+    content = _without_its_budget(content, overrides)
     for override in overrides:
         content = _overridden(content, override)
     if "path" in content:
         raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
     try:
-        return _with_its_groups(_for_its_target(StudySpec.model_validate({**content, "path": path})))
+        found = StudySpec.model_validate({**content, "path": path})
+        return _with_its_groups(_for_its_target(_with_its_budget(found)))
     except ValidationError as error:
         lines = [_explained(detail) for detail in error.errors()]
         raise StudyError(f"{path}: " + "; ".join(lines)) from None
@@ -327,6 +304,40 @@ def _for_its_target(spec: StudySpec) -> StudySpec:
             "blocks; leave the key out, or the target"
         )
     return spec.model_copy(update={"precision": precision.model_copy(update={"activations": inputs})})
+
+
+def _without_its_budget(content: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """A file's content without its budget, where an override puts another metric in the place of the budget's own."""
+    asked: dict[str, Any] = {}
+    for override in overrides:
+        asked = _overridden(asked, override)
+    metric, search = asked.get("search", {}).get("metric"), content.get("search")
+    if metric is None or not isinstance(search, dict) or metric == search.get("metric", "perplexity"):
+        return content
+    return {**content, "search": {key: held for key, held in search.items() if not key.startswith("budget_")}}
+
+
+def _with_its_budget(spec: StudySpec) -> StudySpec:
+    """The study with its budget on the one scale. Raises StudyError for a budget or an objective of another metric."""
+    search, given = spec.search, spec.search.model_fields_set
+    metric, where = search.judged, f"{spec.path}: [search]"
+    if "objectives" in given and search.objectives[1] != metric.word:
+        raise StudyError(
+            f'{where} objectives name "{search.objectives[1]}", and metric = "{metric.word}": say the same in both, or '
+            "leave out objectives"
+        )
+    own, other = ("budget_percent", "budget_nats") if metric.word == "perplexity" else ("budget_nats", "budget_percent")
+    if other in given:
+        needed = "kl" if other == "budget_nats" else "perplexity"
+        raise StudyError(
+            f'{where} {other} = {getattr(search, other):g} is a budget for metric = "{needed}", and this study has '
+            f'metric = "{metric.word}": give {own}, or set metric = "{needed}"'
+        )
+    if metric.word == "perplexity":
+        return spec
+    objectives = (search.objectives[0], metric.word, *search.objectives[2:])
+    changed = {"budget_percent": metric.held(search.budget_nats), "objectives": objectives}
+    return spec.model_copy(update={"search": search.model_copy(update=changed)})
 
 
 def _with_its_groups(spec: StudySpec) -> StudySpec:

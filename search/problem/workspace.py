@@ -16,6 +16,7 @@ from search.base.progress import slow
 from search.problem.calibration import blocks_digest, statistics_of
 from search.problem.grouping import grouped_by_rule, require_patterns, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
+from search.problem.judge import Judge
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
 from search.problem.preparation import digest_of, preparation_of
 from search.problem.run_directory import GROUPING, mark_of
@@ -81,6 +82,7 @@ class Workspace:
             "scheme": self.spec.precision.scheme.to_json(),
             "space": self.space.to_json(),
             **({} if self.spec.export.target is None else {"target": self.spec.export.target}),
+            **({} if search.metric == "perplexity" else {"metric": search.metric}),
             "compute": _compute_type(self.spec.search.device),
             **blocks,
             **latency,
@@ -120,6 +122,11 @@ class Workspace:
     def fingerprint_digest(self) -> str:
         """The fingerprint as one short word, to mark what was measured under it."""
         return mark_of(self.fingerprint())
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What the study judges models by on its search windows."""
+        return Judge(self.model, self.splits.search, self.spec.search.metric)
 
 
 def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | None = None) -> Workspace:

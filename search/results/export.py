@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from search.base.fidelity import Fidelity
+from search.base.metric import PERPLEXITY
 from search.base.progress import slow
 from search.measure.latency import summary
 from search.measure.objective import Baseline, Measured, Objective
@@ -40,7 +42,6 @@ from ssm_mp.artifact_folder import PICTURE
 from ssm_mp.components import find_components, fp32_bytes
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.benchmark import Benchmark, benchmark, untimed
-from ssm_mp.evaluation.evaluate import layer_calls
 from ssm_mp.evaluation.latency import LatencyTable
 from ssm_mp.model import LanguageModel, in_float32
 from ssm_mp.precision_map import PrecisionMap
@@ -88,12 +89,14 @@ def export(  # noqa: PLR0913, what is known of the map, each in its place
     replace: bool = False,
     latency: LatencyTable | None = None,
     seconds: float = MOST_TIMING,
+    fidelity: Fidelity | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Write the artifact of a map and verify what is on disk.
 
     known: what a trial has measured of the map on all search windows; None: it is measured now. latency: the study's
-    table, from which the map's latency is predicted. seconds: what timing may take.
+    table, from which the map's latency is predicted. seconds: what timing may take. fidelity: what else is known of
+    the map beside FP32.
     Raises ArtifactError where the folder cannot be written, or where what is read back is not what was measured.
     """
     require_free(out, replace)
@@ -105,7 +108,8 @@ def export(  # noqa: PLR0913, what is known of the map, each in its place
     predicted = precision_map.bytes(components, scheme.activations)  # of our own file, whatever the study's target
     metrics = {
         **_measured_metrics(workspace, baseline, measured, predicted),
-        "certificate": certificate.to_json() if certificate else None,
+        "certificate": workspace.spec.search.judged.answer(certificate.to_json()) if certificate else None,
+        **({} if fidelity is None else {"fidelity": fidelity.to_json()}),
         "benchmark": speed.to_json(),
         **({} if latency is None else {"latency": _latency(latency, precision_map)}),
         "provenance": {**provenance_of(workspace), **(provenance or {})},
@@ -159,7 +163,7 @@ def _exported(
 def _measured(workspace: Workspace, baseline: Baseline, precision_map: PrecisionMap) -> Expected:
     """A map of which no trial tells, measured now."""
     model = workspace.converter.convert(precision_map)
-    progress = slow("measuring", layer_calls(model, workspace.splits.search))
+    progress = slow("measuring", workspace.judge.layer_calls(model))
     began = time.monotonic()
     found = Objective(workspace, baseline, progress.step)(precision_map)
     progress.close()
@@ -206,7 +210,7 @@ def _measured_metrics(workspace: Workspace, baseline: Baseline, measured: Measur
     lower, upper = bounds(measured.increase, 1 - workspace.spec.search.confidence)
     source = source_of(workspace.checkpoint)
     own = {} if source is None else {**source.to_json(), "source_compression": source.bytes / size}
-    return {
+    found = {
         "fp32_bytes": baseline.bytes,
         "compression": baseline.bytes / size,
         **own,
@@ -217,6 +221,8 @@ def _measured_metrics(workspace: Workspace, baseline: Baseline, measured: Measur
         "increase_interval_percent": [finite_or_none(lower), finite_or_none(upper)],
         "windows": measured.increase.windows,
     }
+    metric = workspace.spec.search.judged
+    return metric.answer(found) | ({} if metric is PERPLEXITY else {"metric": metric.word})
 
 
 def _latency(table: LatencyTable, precision_map: PrecisionMap) -> dict[str, Any]:

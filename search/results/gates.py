@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from search.base.metric import PERPLEXITY, Metric
 from search.results.certify import Certificate
 
 GateVerdict = Literal["pass", "warn", "fail"]
@@ -47,7 +48,11 @@ def overall(gates: Sequence[Gate]) -> GateVerdict:
 
 
 def judge(
-    certificate: Certificate | None, facts: Facts | None, failure: str = "", runtime: Gate | None = None
+    certificate: Certificate | None,
+    facts: Facts | None,
+    failure: str = "",
+    runtime: Gate | None = None,
+    metric: Metric = PERPLEXITY,
 ) -> list[Gate]:
     """All gates; `certificate` is None where no map is within the budget, `facts` where none was exported.
 
@@ -55,7 +60,7 @@ def judge(
     """
     if certificate is None:
         return [Gate("quality", "fail", "no evaluated map is within the budget on the search windows")]
-    gates = [_quality(certificate)]
+    gates = [_quality(certificate, metric)]
     if failure:
         return [*gates, Gate("loads", "fail", failure)]
     if facts is None:
@@ -70,15 +75,16 @@ def judge(
     ]
 
 
-def _quality(certificate: Certificate) -> Gate:
-    budget = certificate.budget_percent
+def _quality(certificate: Certificate, metric: Metric) -> Gate:
     figures = (
-        f"{certificate.verdict}: {certificate.increase_percent:+.2f} % on {certificate.windows} certify windows, "
-        f"upper bound {certificate.upper_percent:+.2f} %, budget {budget:g} %"
+        f"{certificate.verdict}: {metric.said(certificate.increase_percent, 2)} on {certificate.windows} certify "
+        f"windows, upper bound {metric.said(certificate.upper_percent, 2)}, "
+        f"budget {metric.budget(certificate.budget_percent)}"
     )
+    shown, budget = (metric.shown(each) for each in (certificate.increase_percent, certificate.budget_percent))
     if certificate.verdict == "certified":
         return Gate("quality", "pass", figures)
-    return Gate("quality", "fail" if certificate.increase_percent > 2 * budget else "warn", figures)
+    return Gate("quality", "fail" if shown > 2 * budget else "warn", figures)
 
 
 def _compression(compression: float) -> Gate:

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from search.base.fidelity import Fidelity
 from search.base.front import Point, fastest, hypervolume, hypervolume_with_latency
+from search.base.metric import PERPLEXITY, Metric
 from search.measure.latency import summary
 from search.problem.groups import Groups
 from search.problem.source import Source
@@ -54,6 +56,12 @@ class Result:
     source: Source | None = None
     transferred: Transferred | None = None
     groups: Groups = field(default_factory=dict)
+    fidelity: Fidelity | None = None
+
+    @property
+    def metric(self) -> Metric:
+        """What maps were judged by."""
+        return self.spec.search.judged
 
     @property
     def winner(self) -> Point | None:
@@ -86,6 +94,8 @@ def front_json(
     certificate: Mapping[str, Any] | None,
     latency: LatencyTable | None = None,
     outlook: Sequence[str] = (),
+    metric: Metric = PERPLEXITY,
+    fidelity: Fidelity | None = None,
 ) -> dict[str, Any]:
     """The answer of `search` and `front`; outlook: what is said about the certificate, in words."""
     quickest = None if latency is None else fastest(front)
@@ -96,12 +106,14 @@ def front_json(
     )
     return {
         "baseline": baseline,
-        "budget_percent": budget_percent,
+        **metric.answer({"budget_percent": budget_percent}),
         "trials": len(points),
-        "front": [point.to_json() for point in front],
+        "front": [point.to_json(metric) for point in front],
         "winner": None if certificate is None else certificate["winner"],
-        "certificate": certificate,
+        "certificate": None if certificate is None else metric.answer(certificate),
         "outlook": list(outlook),
+        **({} if metric is PERPLEXITY else {"metric": metric.word}),
+        **({} if fidelity is None else {"fidelity": fidelity.to_json()}),
         **known,
     }
 
@@ -134,7 +146,7 @@ def _summary(result: Result) -> str:
         f"{result.counts.finished} precision maps were converted and evaluated, {result.counts.stopped} of them "
         f"stopped early ({result.counts.failed} failed), with "
         f"sampler `{spec.search.sampler}`, choices {', '.join(spec.precision.choices)}, activations "
-        f"`{spec.precision.activations}`, budget {spec.search.budget_percent:g} %"
+        f"`{spec.precision.activations}`, budget {result.metric.budget(spec.search.budget_percent)}"
         + (
             "."
             if spec.export.target is None
@@ -150,7 +162,7 @@ def _summary(result: Result) -> str:
             smaller = f"{point.compression:.2f}× of FP32, {result.source.told(point.bytes)}"
         lines.append(
             f"**Winner: trial {point.trial}, {smaller} ({point.bytes:,} bytes), "
-            f"perplexity {point.increase_percent:+.2f} %** on the search windows."
+            f"{result.metric.rises} {result.metric.said(point.increase_percent, 2)}** on the search windows."
         )
         if result.latency is not None and point.latency is not None:
             lines[-1] += (
@@ -192,28 +204,30 @@ def _front(result: Result) -> str:
             *([] if result.source is None else [f"{result.source.bytes / point.bytes:.3f}×"]),
             f"{point.bytes:,}",
             f"{point.perplexity:.4f}",
-            f"{point.increase_percent:+.3f} ± {1.96 * point.stderr_percent:.3f}",
+            result.metric.interval(point.increase_percent, point.stderr_percent, 3),
             f"{sum(precision != 'fp16' for precision in point.map.values())} of {len(point.map)}",
             *([] if point.latency is None else [f"{1e3 * point.latency:.3f}"]),
         )
         for point in result.front
     ]
     own = [] if result.source is None else ["of the file"]
-    head = ["trial", "from", "compression", *own, "bytes", "perplexity", "increase % (95 %)", "below fp16"]
+    head = ["trial", "from", "compression", *own, "bytes", "perplexity", f"{result.metric.head} (95 %)", "below fp16"]
     head += [] if result.latency is None else ["latency ms"]
     if not rows:
         return "No evaluated map is within the budget."
     budget = result.spec.search.budget_percent
-    area = hypervolume(result.points, budget)
+    area = hypervolume(result.points, budget, metric=result.metric)
+    unit = "percentage points" if result.metric is PERPLEXITY else result.metric.unit
     text = (
         _table(head, rows, left=2)
-        + f"\n\nHypervolume {area:.4f}: compression above 1× times percentage points below the budget."
+        + f"\n\nHypervolume {area:.{4 + result.metric.digits}f}: compression above 1× times {unit} below the budget."
     )
     if result.latency is None:
         return text
-    volume = hypervolume_with_latency(result.points, budget, result.latency.reference)
+    volume = hypervolume_with_latency(result.points, budget, result.latency.reference, result.metric)
     return text + (
-        f" With latency {volume:.4f}: that times the fraction of {1e3 * result.latency.reference:.3f} ms saved."
+        f" With latency {volume:.{4 + result.metric.digits}f}: that times the fraction of "
+        f"{1e3 * result.latency.reference:.3f} ms saved."
     )
 
 
@@ -221,10 +235,15 @@ def _certificate(result: Result) -> str:
     certificate = result.certificate
     if certificate is None:
         return "Nothing to certify: no map is within the budget on the search windows."
+    metric = result.metric
+
+    def shown(percent: float) -> str:
+        return f"{metric.shown(percent):+.{3 + metric.digits}f}"
+
     rows = [
         (
-            str(tried.trial), tried.verdict, f"{100 * tried.spent:.3g} %", f"{tried.increase_percent:+.3f}",
-            f"{tried.lower_percent:+.3f}", f"{tried.upper_percent:+.3f}",
+            str(tried.trial), tried.verdict, f"{100 * tried.spent:.3g} %", shown(tried.increase_percent),
+            shown(tried.lower_percent), shown(tried.upper_percent),
         )
         for tried in certificate.tries
     ]  # fmt: skip
@@ -232,7 +251,11 @@ def _certificate(result: Result) -> str:
     return (
         f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all tries, on {certificate.windows} "
         f"windows that the search never saw, paired against the FP32 checkpoint.{said}\n\n"
-        + _table(("trial", "verdict", "error spent", "increase %", "lower %", "upper %"), rows, left=2)
+        + _table(
+            ("trial", "verdict", "error spent", metric.head, f"lower {metric.unit}", f"upper {metric.unit}"),
+            rows,
+            left=2,
+        )
     )
 
 
@@ -240,6 +263,9 @@ def _winner(result: Result) -> str:
     if result.winner is None:
         return "None."
     text = "![Allocation](allocation.png)\n\nThe artifact is in `winner/`, re-read from disk and re-evaluated."
+    if result.fidelity is not None:
+        said = "\n".join(f"- {line}" for line in result.fidelity.lines())
+        text += f"\n\nBeside perplexity, on the certify windows (± 95 %):\n\n{said}"
     if result.benchmark is None:
         return text
     figures = result.benchmark
@@ -347,12 +373,12 @@ def _surrogate(result: Result) -> str:
     if result.prediction_error is not None:
         learned = (
             " With pair terms and all trials, the surrogate predicts each trial from the others to within "
-            f"{100 * result.prediction_error:.3f} % (root mean square)."
+            f"{result.metric.said_log(result.prediction_error, 3, '')} (root mean square)."
         )
     if result.spec.search.probe == "none":
         return "Nothing was probed: effects were expected in proportion to size, and learned from the trials." + learned
     return (
         "![Sensitivities](sensitivities.png)\n\nThe effects of the probes are added up to predict other maps. "
         "For the lowest map the sum is off by "
-        f"{100 * surrogate.gap:+.3f} % of perplexity (measured minus predicted).{learned}"
+        f"{result.metric.said_log(surrogate.gap, 3)} of {result.metric.rises} (measured minus predicted).{learned}"
     )

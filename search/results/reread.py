@@ -18,11 +18,13 @@ from torch import Tensor
 
 from search.base.progress import slow
 from search.measure.objective import Baseline, Measured, window_order
+from search.problem.judge import Judge
 from search.problem.workspace import Workspace
 from ssm_mp.artifact import Artifact, read_artifact, stored_arrays
 from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError
-from ssm_mp.evaluation.evaluate import Evaluation, evaluate, layer_calls
+from ssm_mp.evaluation.compare import Diverged
+from ssm_mp.evaluation.evaluate import Evaluation, FloatArray, evaluate
 from ssm_mp.files.mapped import let_go
 from ssm_mp.files.shown import listed
 from ssm_mp.model import LanguageModel
@@ -93,19 +95,32 @@ def reread(
         raise ArtifactError(f"{artifact.tensor_bytes} bytes for {size}{of}")
     full, measured = baseline.evaluation, expected.measured
     every = workspace.splits.search
-    numbers = _numbers(artifact.model, workspace, expected.seconds, seconds)
-    found = _evaluated(artifact.model, every if numbers is None else _part(every, numbers))
+    share = seconds if workspace.spec.search.metric == "perplexity" else seconds / 2  # FP32 is run as well
+    numbers = _numbers(artifact.model, workspace, expected.seconds, share)
     at = np.arange(len(every)) if numbers is None else numbers
-    known = full.nll[at] + measured.differences[at] * full.predicted
-    difference = float(np.abs(found.nll - known).mean()) / full.predicted
+    found = _evaluated(artifact.model, workspace, numbers)
+    fp32 = found.cost_of(Evaluation(full.nll[at], full.predicted))
+    known = fp32 + measured.differences[at] * full.predicted
+    difference = float(np.abs(found.cost - known).mean()) / full.predicted
     wrong = difference > TOLERANCE
     if numbers is None and expected.seconds is not None:
         wrong = found.perplexity != measured.perplexity
         difference = 0.0
     if wrong:
-        theirs = Evaluation(known, full.predicted).perplexity
-        raise ArtifactError(f"perplexity {found.perplexity!r} for {theirs!r} on {at.size} windows")
+        raise ArtifactError(_wrong(found, known, measured))
     return Reread(artifact, len(stored_arrays(model)), at.size, len(every), difference)
+
+
+def _wrong(found: Evaluation, known: FloatArray, measured: Measured) -> str:
+    """How an artifact that was read back differs from what was measured; known: what windows were to cost, `[w]`."""
+    if isinstance(found, Diverged):
+        costs = [float(cost.sum()) / found.tokens for cost in (found.cost, known)]
+        return (
+            f"KL to FP32 {costs[0]!r} nats a token for {costs[1]!r} on {found.windows} windows, perplexity "
+            f"{found.perplexity!r} for {measured.perplexity!r} on all"
+        )
+    theirs = Evaluation(known, found.predicted).perplexity
+    return f"perplexity {found.perplexity!r} for {theirs!r} on {found.windows} windows"
 
 
 def different_arrays(ours: LanguageModel, theirs: LanguageModel) -> list[str]:
@@ -149,8 +164,12 @@ def _part(windows: Windows, numbers: np.ndarray) -> Windows:
     return Windows(windows.ids[torch.from_numpy(numbers)])
 
 
-def _evaluated(model: LanguageModel, windows: Windows) -> Evaluation:
-    progress = slow("evaluating what was read back", layer_calls(model, windows))
-    found = evaluate(model, windows, progress.step)
+def _evaluated(model: LanguageModel, workspace: Workspace, numbers: np.ndarray | None) -> Evaluation:
+    judge, windows = workspace.judge, workspace.splits.search
+    if numbers is not None:
+        windows = _part(windows, numbers)
+        judge = Judge(workspace.model, windows, workspace.spec.search.metric)  # FP32's states of these alone
+    progress = slow("evaluating what was read back", judge.layer_calls(model))
+    found = judge(model, None, progress.step)
     progress.close()
     return found

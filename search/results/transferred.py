@@ -41,6 +41,7 @@ def transfer_map(  # noqa: PLR0913, an option of the command most of them
 
     Raises ExportError where the format does not hold it, DisagreementError where the runtime contradicts.
     """
+    metric = workspace.spec.search.judged
     item = Exportable(
         workspace.spec.name, workspace.converter.convert(precision_map), precision_map, workspace.checkpoint.source,
         tokenizer_json(workspace.spec, workspace.checkpoint.config) if tokenizer else None,
@@ -50,7 +51,7 @@ def transfer_map(  # noqa: PLR0913, an option of the command most of them
     def further(plan: Plan) -> Mapping[str, Any]:
         return {
             "map": precision_map.to_json(),
-            "certificate": None if certificate is None else certificate.to_json(),
+            "certificate": None if certificate is None else metric.answer(certificate.to_json()),
             "certificate_is_of_this_file": speaks_of(workspace, format_, plan),
             "provenance": dict(provenance or {}),
         }

@@ -17,7 +17,7 @@ from ssm_mp.components import fp32_bytes
 from ssm_mp.evaluation.evaluate import Evaluation, layer_calls, paired_increase
 
 Offsets = tuple[float, float]
-"""Log-increase over FP32 of the widest and of the lowest map."""
+"""Log-increase (or divergence, where the study judges by it) over FP32 of the widest and of the lowest map."""
 
 
 class Ends:
@@ -29,7 +29,7 @@ class Ends:
 
     def __getitem__(self, name: str) -> End:
         if name not in self._opened:
-            progress = slow(f"the {name} map", layer_calls(self._workspace.model, self._workspace.splits.search))
+            progress = slow(f"the {name} map", self._workspace.judge.layer_calls(self._workspace.model))
             self._opened[name] = open_end(self._workspace, name, progress.step)
             progress.close()
         return self._opened[name]

@@ -14,10 +14,12 @@ import numpy as np
 from optuna.study import Study
 
 from search.base.front import Point, front_by_size, pareto_front
+from search.base.metric import PERPLEXITY, Metric
 from search.base.progress import slow
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
 from search.problem.groups import NO_GROUPS, Groups
+from search.problem.judge import Judge
 from search.problem.run_directory import (
     CERTIFICATE,
     CERTIFY_BASELINE,
@@ -42,14 +44,14 @@ from search.results.plots.files import save
 from search.results.plots.front import plot_front
 from search.results.report import Result, front_json, render
 from search.results.transferred import transfer_map
+from search.run.fidelity import measured_fidelity
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
 from search.trials.read_back import counts, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
-from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError, DataError, ExportError
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, evaluate, layer_calls, paired_increase
+from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
@@ -67,13 +69,15 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     certificate = certify_front(workspace, run, front_by_size(front), say)
     exported, failure = None, ""
     winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
+    fidelity = None
     if winner is not None:
+        fidelity = measured_fidelity(workspace, run, winner, _certify_baseline(workspace, run))
         say(f"exporting trial {winner.trial} and reading it back")
         try:
             exported = export(
                 workspace, baseline, workspace.space.map(winner.map), run / WINNER,
                 known=known_of(study, winner.trial), certificate=certificate, provenance={"trial": winner.trial},
-                replace=True, latency=prepared.latency, say=say,
+                replace=True, latency=prepared.latency, say=say, fidelity=fidelity,
                 seconds=timing_seconds(seconds_spent(study, prepared.began)),
             )  # fmt: skip
         except (ArtifactError, DataError) as error:  # the report must still say what was found, and that this failed
@@ -98,7 +102,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         surrogate=prepared.surrogate,
         prediction_error=prediction_error(prepared.knowledge, study),
         certificate=certificate,
-        gates=judge(certificate, facts, failure, runtime),
+        gates=judge(certificate, facts, failure, runtime, spec.search.judged),
         benchmark=exported.benchmark if exported else None,
         provenance=provenance_of(workspace),
         latency=prepared.latency,
@@ -107,6 +111,7 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
         source=source_of(workspace.checkpoint),
         transferred=transferred,
         groups=workspace.space.groups,
+        fidelity=fidelity,
     )
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes, result.groups)
     run.write_text(REPORT, render(result))
@@ -179,10 +184,11 @@ def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], s
         return None
     say(f"certifying on {len(windows)} windows")
     reference = cache(lambda: _certify_baseline(workspace, run))  # only where a map is tried that was not yet
+    certifier = Judge(workspace.model, windows, spec.search.metric)
 
     def measure(point: Point) -> Increase:
         model = workspace.converter.convert(workspace.space.map(point.map))
-        return paired_increase(_certified(model, windows, f"certifying trial {point.trial}"), reference())
+        return paired_increase(_certified(certifier, model, f"certifying trial {point.trial}"), reference())
 
     with run.lock("certify").held():  # two exports at once must not spend the same share
         former = tries_of(run.read_lines(TRIES), str(run / TRIES))
@@ -207,14 +213,15 @@ def _certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
     stored = run.read_json(CERTIFY_BASELINE)
     if isinstance(stored, dict) and stored.get("mark") == mark:
         return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
-    found = _certified(workspace.model, windows, "certifying: FP32")
+    plain = Judge(workspace.model, windows, "perplexity")
+    found = _certified(plain, workspace.model, "certifying: FP32")
     run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
     return found
 
 
-def _certified(model: LanguageModel, windows: Windows, what: str) -> Evaluation:
-    progress = slow(what, layer_calls(model, windows))
-    found = evaluate(model, windows, progress.step)
+def _certified(certifier: Judge, model: LanguageModel, what: str) -> Evaluation:
+    progress = slow(what, certifier.layer_calls(model))
+    found = certifier(model, None, progress.step)
     progress.close()
     return found
 
@@ -233,11 +240,12 @@ def draw(
     budget = spec.search.budget_percent
     winner = None if certificate is None else certificate.winner
     front = pareto_front(found, budget)
-    sentence = describe(certificate, bool(front))
-    picture = plot_front(found, budget, winner, sentence, baseline_bytes, spec.export.target)
+    metric = spec.search.judged
+    sentence = describe(certificate, bool(front), metric)
+    picture = plot_front(found, budget, winner, sentence, baseline_bytes, spec.export.target, metric)
     paths = save(picture, run.path, "front")
     if probes:
-        paths += save(plot_sensitivities(probes, components, groups), run.path, "sensitivities")
+        paths += save(plot_sensitivities(probes, components, groups, metric), run.path, "sensitivities")
     shown = next((point for point in front if point.trial == winner), front[0] if front else None)
     if shown is not None:
         allocation = PrecisionMap(tuple(shown.map.items()))
@@ -245,14 +253,14 @@ def draw(
     return paths
 
 
-def describe(certificate: Certificate | None, any_within: bool) -> str:
+def describe(certificate: Certificate | None, any_within: bool, metric: Metric = PERPLEXITY) -> str:
     """The certificate in one sentence, for titles; `any_within` tells an empty front from one not yet certified."""
     if certificate is None:
         return "Not certified yet." if any_within else "No map is within the budget on the search windows."
     return (
         f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows: "
-        f"{certificate.increase_percent:+.2f} %, at most {certificate.upper_percent:+.2f} % "
-        f"({100 * certificate.confidence:g} % confidence), budget {certificate.budget_percent:+g} %"
+        f"{metric.said(certificate.increase_percent, 2)}, at most {metric.said(certificate.upper_percent, 2)} "
+        f"({100 * certificate.confidence:g} % confidence), budget +{metric.budget(certificate.budget_percent)}"
     )
 
 
@@ -263,6 +271,7 @@ def answer(result: Result) -> dict[str, Any]:
     baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}
     budget = result.spec.search.budget_percent
     content = front_json(
-        result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate)
-    )
+        result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate),
+        result.spec.search.judged, result.fidelity,
+    )  # fmt: skip
     return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]

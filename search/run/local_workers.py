@@ -88,7 +88,11 @@ def _watch(spec: StudySpec, run: RunDirectory, processes: Sequence[subprocess.Po
         found = opened.patiently(lambda: counts(opened.study))
         if found.finished != shown:
             front = pareto_front(points(opened.study, run.space()), spec.search.budget_percent)
-            best = f"best {front[0].compression:.2f}× at {front[0].increase_percent:+.2f} %" if front else ""
+            best = (
+                f"best {front[0].compression:.2f}× at {spec.search.judged.said(front[0].increase_percent, 2)}"
+                if front
+                else ""
+            )
             progress = progress or Progress("trials", asked_trials(opened.study, spec.search.trials), found.finished)
             progress.show(found.finished, best)
             shown = found.finished

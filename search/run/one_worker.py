@@ -110,5 +110,9 @@ def _show(progress: Progress, opened: OpenStudy, prepared: Prepared, spec: Study
     """The number of finished trials, whoever finished them, and the smallest map within the budget."""
     found = opened.patiently(lambda: points(opened.study, prepared.workspace.space.choices))
     front = pareto_front(found, spec.search.budget_percent)
-    best = f"best {front[0].compression:.2f}× at {front[0].increase_percent:+.2f} %" if front else "none within budget"
+    best = (
+        f"best {front[0].compression:.2f}× at {spec.search.judged.said(front[0].increase_percent, 2)}"
+        if front
+        else "none within budget"
+    )
     progress.show(len(found), best)

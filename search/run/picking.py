@@ -19,6 +19,7 @@ from search.results.certify import Certificate
 from search.results.export import Exported, export, timing_seconds
 from search.results.known import known_of, seconds_spent
 from search.run.ends import known_baseline
+from search.run.fidelity import stored_fidelity
 from search.run.finish import certify_front
 from search.run.grouping import grouped_as_stored
 from search.run.stored import stored_certificate
@@ -119,5 +120,6 @@ def export_pick(
         seconds=timing_seconds(seconds_spent(study, time.time())),
         say=say,
         latency=stored_latency(run),
+        fidelity=stored_fidelity(run, found.point.trial),
     )
     return exported, found.verdict

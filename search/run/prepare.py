@@ -179,14 +179,14 @@ class _Preparation:
 
     def prepared(self, probes: list[Probe]) -> Prepared:
         """With the surrogate of the probes."""
-        space, offsets = self.workspace.space, self.offsets
+        space, offsets, metric = self.workspace.space, self.offsets, self.workspace.spec.search.judged
         if self.workspace.spec.search.probe == "none":
             surrogate = additive(space, effects_of_size(space, *offsets), *offsets)
         else:
             surrogate = fit(space, probes, *offsets)
         self.say(
-            f"probes: {len(probes)}; all-lowest costs {100 * math.expm1(offsets[1]):+.3f} %, "
-            f"the sum of effects misses that by {100 * surrogate.gap:+.3f} %"
+            f"probes: {len(probes)}; all-lowest costs {metric.said(100 * math.expm1(offsets[1]), 3)}, "
+            f"the sum of effects misses that by {metric.said_log(surrogate.gap, 3)}"
         )
         knowledge = _knowledge(self.workspace, surrogate, probes, offsets, self.latency)
         return Prepared(self.workspace, self.baseline, probes, surrogate, knowledge, self.latency, self.began)

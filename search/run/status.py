@@ -15,6 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.base.front import Point, hypervolume, pareto_front
+from search.base.metric import PERPLEXITY, Metric
 from search.problem.groups import Groups
 from search.slurm.queue import QueuedTask
 from search.trials.attributes import FINISHED, OWNER
@@ -57,13 +58,16 @@ class Standing:
     trials_per_hour: float | None
     seconds_left: float | None
     best: Point | None
+    metric: Metric
     growth: tuple[Growth, ...]
     jobs: Mapping[str, Mapping[str, int]]
 
     def to_json(self) -> dict[str, Any]:
         """As the command line answers."""
-        best = None if self.best is None else self.best.to_json()
-        return {**asdict(self), "running": [asdict(one) for one in self.running], "best": best}
+        best = None if self.best is None else self.best.to_json(self.metric)
+        found = {**asdict(self), "running": [asdict(one) for one in self.running], "best": best}
+        del found["metric"]
+        return found if self.metric is PERPLEXITY else {**found, "metric": self.metric.word}
 
 
 def standing(
@@ -73,6 +77,7 @@ def standing(
     budget_percent: float,
     now: datetime,
     jobs: Mapping[str, Mapping[str, int]] | None = None,
+    metric: Metric = PERPLEXITY,
 ) -> Standing:
     """How a study stands. `trials` and `budget_percent`: the study file's; `jobs`: what the queue says of each step."""
     every = study.get_trials(deepcopy=False)
@@ -94,18 +99,23 @@ def standing(
         trials_per_hour=None if rate is None else 3600 * rate,
         seconds_left=0.0 if not missing else None if not rate else missing / rate,
         best=front[0] if front else None,
-        growth=tuple(growth(finished, widest, budget_percent, groups)),
+        metric=metric,
+        growth=tuple(growth(finished, widest, budget_percent, groups, metric)),
         jobs=jobs or {},
     )
 
 
 def empty_standing(trials: int, jobs: Mapping[str, Mapping[str, int]]) -> Standing:
     """A search that was launched and has no trial yet."""
-    return Standing(trials, 0, 0, 0, 0, (), {}, None, None, None, (), jobs)
+    return Standing(trials, 0, 0, 0, 0, (), {}, None, None, None, PERPLEXITY, (), jobs)
 
 
 def growth(
-    finished: Sequence[FrozenTrial], widest: Mapping[str, str], budget_percent: float, groups: Groups
+    finished: Sequence[FrozenTrial],
+    widest: Mapping[str, str],
+    budget_percent: float,
+    groups: Groups,
+    metric: Metric = PERPLEXITY,
 ) -> list[Growth]:
     """The hypervolume after each finished trial that changed it, trials in the order in which they were finished."""
     started = [trial.datetime_start for trial in finished if trial.datetime_start is not None]
@@ -115,7 +125,7 @@ def growth(
     grown: list[Growth] = []
     for number, trial in enumerate(finished, start=1):
         front = pareto_front([*front, point_of(trial, widest, groups)], budget_percent)
-        area = hypervolume(front, budget_percent)
+        area = hypervolume(front, budget_percent, metric=metric)
         if not grown or area != grown[-1].hypervolume:
             grown.append(Growth((_completed(trial) - min(started)).total_seconds(), number, area))
     return grown

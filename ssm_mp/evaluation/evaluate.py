@@ -31,6 +31,15 @@ class Evaluation:
     predicted: int
 
     @property
+    def cost(self) -> FloatArray:
+        """What it is judged by, of each window in nats `[w]`."""
+        return self.nll
+
+    def cost_of(self, reference: Evaluation) -> FloatArray:
+        """What another evaluation of the same windows, from which this one is to be told, costs in the same sense."""
+        return reference.nll
+
+    @property
     def windows(self) -> int:
         return self.nll.size
 
@@ -49,6 +58,7 @@ class Evaluation:
 class Increase:
     """Rise of log-perplexity over a reference on the same windows: mean and standard error of paired differences.
 
+    Of evaluations that are judged by their divergence it is the rise of that, in nats a token as well.
     skewness: of the differences, adjusted for the number of windows (Fisher and Pearson); 0 below three windows.
     """
 
@@ -103,22 +113,23 @@ def evaluate(
     """
     every = shards(windows.ids.to(model.device), model.config)
     if model.after_layer is not None:
-        states = _layer_by_layer(model, every, before_layer, prefixes)
+        states = layer_by_layer(model, every, before_layer, prefixes)
         found = _nll_of(model, states, every)
         return require_finite(Evaluation(found, windows.predicted))
-    score = _scorer(model)
+    score = scorer_of(model)
 
     def nll(ids: Tensor) -> FloatArray:
-        hidden = model.hidden(ids, before_layer) if prefixes is None else _continued(model, ids, before_layer, prefixes)
-        return window_nll(model, score, hidden, ids)
+        return window_nll(model, score, last_hidden(model, ids, before_layer, prefixes), ids)
 
     return require_finite(Evaluation(np.concatenate(in_parallel(nll, every)), windows.predicted))
 
 
-def _continued(
-    model: LanguageModel, ids: Tensor, before_layer: Callable[[], None] | None, prefixes: Prefixes
+def last_hidden(
+    model: LanguageModel, ids: Tensor, before_layer: Callable[[], None] | None, prefixes: Prefixes | None
 ) -> Tensor:
     """`model.hidden` of windows `ids [b, L]`, from the deepest layer whose input is known: `[b, L, d]`."""
+    if prefixes is None:
+        return model.hidden(ids, before_layer)
     keys = prefixes.keys(ids)  # of the inputs of layers 1, 2, …
     found = prefixes.cache.deepest(keys)
     first, x = (0, model.embed(ids)) if found is None else (found[0] + 1, found[1])
@@ -133,10 +144,10 @@ def _continued(
     return x
 
 
-def _layer_by_layer(
+def layer_by_layer(
     model: LanguageModel, every: Sequence[Tensor], before_layer: Callable[[], None] | None, prefixes: Prefixes | None
 ) -> list[Tensor]:
-    """`_continued` of all shards `[b, L]` of windows, a layer taken by all of them before the next: `[b, L, d]` each.
+    """`last_hidden` of all shards `[b, L]` of windows, a layer taken by all of them before the next: `[b, L, d]` each.
 
     As many layers' states are kept for other models as there is room for, from the first that was computed on.
     """
@@ -146,7 +157,7 @@ def _layer_by_layer(
     states = [None if held is None else held[1] for held in found]
     if None in states:
         embedded = in_parallel(lambda s: model.embed(every[s]) if states[s] is None else states[s], range(len(every)))
-        _passed(model, model.embedding)
+        passed(model, model.embedding)
     else:
         embedded = states
     hidden = [state for state in embedded if state is not None]
@@ -155,7 +166,7 @@ def _layer_by_layer(
     new: list[list[tuple[Key, Tensor]]] = [[] for _ in every]
     for i in range(min(first), len(model.layers)):
         hidden = _through(model.layers[i], hidden, before_layer, [i >= begin for begin in first])
-        _passed(model, model.layers[i])
+        passed(model, model.layers[i])
         for s, state in enumerate(hidden):
             if i >= first[s] and i < len(keys[s]) and len(new[s]) < room:
                 new[s].append((keys[s][i], state))
@@ -181,7 +192,7 @@ def _through(
     return in_parallel(onward, range(len(hidden)))
 
 
-def _passed(model: LanguageModel, part: nn.Module | None) -> None:
+def passed(model: LanguageModel, part: nn.Module | None) -> None:
     """Tell a model that is run layer by layer that everything has passed through a part of it."""
     if model.after_layer is not None and part is not None:
         model.after_layer(part)
@@ -189,21 +200,22 @@ def _passed(model: LanguageModel, part: nn.Module | None) -> None:
 
 def _nll_of(model: LanguageModel, states: Sequence[Tensor], every: Sequence[Tensor]) -> FloatArray:
     """Likelihoods `[w]` of shards of windows `[b, L]` from their last hidden states `[b, L, d]`."""
-    score = _scorer(model)
+    score = scorer_of(model)
     pairs = list(zip(states, every, strict=True))
     parts = in_parallel(lambda pair: window_nll(model, score, *pair), pairs)
-    _passed(model, _head_of(model))
+    passed(model, head_of(model))
     return np.concatenate(parts)
 
 
-def _head_of(model: LanguageModel) -> nn.Module:
+def head_of(model: LanguageModel) -> nn.Module:
+    """The part of a model that makes logits."""
     return model.embedding if model.lm_head is None else model.lm_head
 
 
 def start(model: LanguageModel, windows: Windows) -> Prefix:
     """The embedded windows: the prefix of layer 0."""
     embedded = torch.cat(in_parallel(model.embed, shards(windows.ids.to(model.device), model.config)))
-    _passed(model, model.embedding)
+    passed(model, model.embedding)
     return Prefix(0, embedded)
 
 
@@ -217,7 +229,7 @@ def advance(
         hidden = list(every)
         for layer in run:
             hidden = _through(layer, hidden, before_layer, [True] * len(hidden))
-            _passed(model, layer)
+            passed(model, layer)
         return Prefix(prefix.layer + layers, torch.cat(hidden))
 
     def onward(hidden: Tensor) -> Tensor:
@@ -240,20 +252,20 @@ def finish_against(
     reference: LanguageModel, expected: Prefix, model: LanguageModel, final: Prefix, windows: Windows
 ) -> tuple[Evaluation, float]:
     """`finish`, and the Kullback–Leibler divergence KL(reference ‖ model) in nats a token."""
-    score, score_reference = _scorer(model), _scorer(reference)
+    score, score_reference = scorer_of(model), scorer_of(reference)
 
     def compared(part: tuple[Tensor, Tensor, Tensor]) -> tuple[FloatArray, float]:
         """Of windows `ids [b, L]` with hidden states `[b, L, d]`: likelihoods `[b]`, and the divergences' sum."""
         *hidden, ids = part
         ours, theirs = (h[:, :-1].flatten(0, 1) for h in hidden)
         nll, kl = score.divergence(ours, model.columns(ids[:, 1:]).flatten(), score_reference, theirs)
-        return _by_window(nll, ids), kl.sum().item()
+        return by_window(nll, ids), kl.sum().item()
 
     ids, config = windows.ids.to(final.hidden.device), model.config
     parts = list(zip(*(shards(each, config) for each in (final.hidden, expected.hidden, ids)), strict=True))
     nll, sums = zip(*in_parallel(compared, parts), strict=True)
     for one in (model, reference):
-        _passed(one, _head_of(one))
+        passed(one, head_of(one))
     evaluation = require_finite(Evaluation(np.concatenate(nll), windows.predicted))
     return evaluation, max(0.0, sum(sums) / evaluation.tokens)  # rounding can leave it a hair below zero
 
@@ -288,15 +300,26 @@ def doubt(baseline: Evaluation, vocabulary: int, unigram: float = math.inf) -> s
 
 
 def paired_increase(candidate: Evaluation, reference: Evaluation) -> Increase:
-    """Rise of log-perplexity from `reference` to `candidate`, window by window, so that common noise cancels."""
+    """Rise of log-perplexity (or of what they are judged by) from `reference` to `candidate`, window by window, so that
+    common noise cancels."""
+    return increase_of(differences(candidate, reference))
+
+
+def differences(candidate: Evaluation, reference: Evaluation) -> FloatArray:
+    """The same of each window, in nats a token: `[w]`."""
     if candidate.windows != reference.windows or candidate.predicted != reference.predicted:
         raise EvaluationError(
             f"paired comparison of {candidate.windows} windows with {reference.windows}: they are not the same"
         )
-    differences = (candidate.nll - reference.nll) / candidate.predicted
-    n = differences.size
-    stderr = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
-    return Increase(float(differences.mean()), stderr, n, skewness(differences))
+    found: FloatArray = (candidate.cost - candidate.cost_of(reference)) / candidate.predicted
+    return found
+
+
+def increase_of(rises: FloatArray) -> Increase:
+    """The mean of windows' rises `[w]`, nats a token, with its standard error."""
+    n = rises.size
+    stderr = float(rises.std(ddof=1)) / math.sqrt(n) if n > 1 else math.inf
+    return Increase(float(rises.mean()), stderr, n, skewness(rises))
 
 
 def skewness(values: FloatArray) -> float:
@@ -314,7 +337,8 @@ def layer_calls(model: LanguageModel, windows: Windows) -> int:
     return len(model.layers) * len(shards(windows.ids.to(model.device), model.config))
 
 
-def _scorer(model: LanguageModel) -> Scorer:
+def scorer_of(model: LanguageModel) -> Scorer:
+    """A model's norm and head, for many calls."""
     with torch.inference_mode():
         return model.scorer()
 
@@ -324,10 +348,10 @@ def window_nll(model: LanguageModel, score: Scorer, hidden: Tensor, ids: Tensor)
 
     score: the model's `scorer`.
     """
-    return _by_window(score.nll(hidden[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten()), ids)
+    return by_window(score.nll(hidden[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten()), ids)
 
 
-def _by_window(nll: Tensor, ids: Tensor) -> FloatArray:
+def by_window(nll: Tensor, ids: Tensor) -> FloatArray:
     """Likelihoods of tokens `[b·(L − 1)]` summed over each of the windows `ids [b, L]`: `[b]`."""
     result: FloatArray = nll.reshape(ids.shape[0], -1).sum(dim=1).cpu().numpy()
     return result

@@ -24,7 +24,8 @@ from ssm_mp.components import Component, find_components
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.errors import EvaluationError, InfeasibleError
-from ssm_mp.evaluation.evaluate import Evaluation, require_finite, window_nll
+from ssm_mp.evaluation.compare import Expected, compare_windows, diverged
+from ssm_mp.evaluation.evaluate import Evaluation, require_finite, scorer_of, window_nll
 from ssm_mp.model import LanguageModel, Layer, Residual, Scorer, assemble
 from ssm_mp.modules.convolution import ConvolutionForm
 from ssm_mp.modules.linear import LinearForm
@@ -120,6 +121,14 @@ class Head:
     maps: list[int]
     rows: slice | Tensor
 
+    def compared(self, hidden: Tensor, ids: Tensor, score_reference: Scorer, expected: Tensor) -> tuple[Rows, Rows]:
+        """The same, and divergences `[maps, b]` from a reference's last hidden states `[b, L, d]`."""
+        count = len(self.maps)
+        states, columns = hidden[self.rows].flatten(0, 1), self.model.columns(ids[:, 1:]).repeat(count, 1)
+        found = compare_windows(self.score, states, columns, score_reference, expected.repeat(count, 1, 1))
+        nll, kl = (of_windows.reshape(count, -1) for of_windows in found[:2])
+        return nll, kl
+
     def nll(self, hidden: Tensor, ids: Tensor) -> Rows:
         """Last hidden states `[r, b, L, d]` of all rows → negative log-likelihoods `[maps, b]`."""
         states = hidden[self.rows].flatten(0, 1)  # [maps·b, L, d]
@@ -154,6 +163,16 @@ class Stack:
         for head in self.heads:
             found[head.maps] = head.nll(hidden, ids)
         return found
+
+    def compared(
+        self, ids: Tensor, score_reference: Scorer, expected: Tensor, before_layer: Callable[[], None] | None = None
+    ) -> tuple[Rows, Rows]:
+        """The same, and divergences `[maps, b]` from a reference's last hidden states `[b, L, d]`."""
+        hidden = self.hidden(ids, before_layer)
+        nll, kl = (np.empty((self.maps, ids.shape[0])) for _ in range(2))
+        for head in self.heads:
+            nll[head.maps], kl[head.maps] = head.compared(hidden, ids, score_reference, expected)
+        return nll, kl
 
 
 def make_stack(
@@ -301,8 +320,10 @@ def evaluate_stacked(
     windows: Windows,
     before_layer: Callable[[], None] | None = None,
     most: int | None = None,
+    expected: Expected | None = None,
 ) -> list[Outcome]:
-    """`evaluate(converter.convert(map), windows)` of each map, to rounding, several maps in one pass.
+    """`evaluate(converter.convert(map), windows)` of each map, to rounding, several maps in one pass; `diverge` where
+    it is told from which reference.
 
     most: maps in one pass; by default as many as memory allows, and fewer where it turns out too small.
     before_layer: called before each layer; what it raises ends the evaluation.
@@ -320,30 +341,45 @@ def evaluate_stacked(
     ids = windows.ids.to(converter.model.device)
     for first in range(0, len(feasible), most):
         together = feasible[first : first + most]
-        for (one, _), nll in zip(together, _nll(converter, together, ids, before_layer), strict=True):
+        nll, kl = _scores(converter, together, ids, expected, before_layer)
+        for m, (one, _) in enumerate(together):
             try:
-                found[one] = require_finite(Evaluation(nll, windows.predicted))
+                plain = require_finite(Evaluation(nll[m], windows.predicted))
+                found[one] = plain if expected is None else diverged(nll[m], kl[m], windows.predicted)
             except EvaluationError as error:
                 found[one] = error
     return [found[one] for one in maps]
 
 
-def _nll(
+def _scores(
     converter: Converter,
     together: Sequence[tuple[PrecisionMap, LanguageModel]],
     ids: Tensor,
+    expected: Expected | None,
     before_layer: Callable[[], None] | None,
-) -> Rows:
-    """Negative log-likelihood of each window for each map, given with its model: `[maps, w]`, a few windows at once."""
+) -> tuple[Rows, Rows]:
+    """Negative log-likelihood and divergence (0 without a reference) of each window for each map, given with
+    its model: `[maps, w]`, a few windows at a time."""
     try:
         stack = make_stack(converter, *zip(*together, strict=True))
-        shards: list[Tensor] = list(torch.split(ids, windows_at_once(ids.device, ids.shape[1], stack.maps)))
-        return np.concatenate(in_parallel(lambda shard: stack.nll(shard, before_layer), shards), axis=1)
+        count = windows_at_once(ids.device, ids.shape[1], stack.maps)
+        shards: list[Tensor] = list(torch.split(ids, count))
+        if expected is None:
+            nll = np.concatenate(in_parallel(lambda shard: stack.nll(shard, before_layer), shards), axis=1)
+            return nll, np.zeros_like(nll)
+        score, theirs = scorer_of(expected.model), expected.hidden.split(count)
+        every = range(len(shards))
+        return _joined(in_parallel(lambda s: stack.compared(shards[s], score, theirs[s], before_layer), every), 1)
     except torch.OutOfMemoryError:
         if len(together) == 1:
             raise
     half = len(together) // 2  # another process has taken the memory that was free
-    return np.concatenate([_nll(converter, part, ids, before_layer) for part in (together[:half], together[half:])])
+    halves = [_scores(converter, part, ids, expected, before_layer) for part in (together[:half], together[half:])]
+    return _joined(halves, 0)
+
+
+def _joined(parts: Sequence[tuple[Rows, Rows]], axis: int) -> tuple[Rows, Rows]:
+    return np.concatenate([nll for nll, _ in parts], axis), np.concatenate([kl for _, kl in parts], axis)
 
 
 def windows_at_once(device: torch.device, length: int, maps: int) -> int:

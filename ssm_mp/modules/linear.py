@@ -137,6 +137,12 @@ class Projection:
         kl = torch.cat([token_divergence(own(ours), other(theirs)) for ours, theirs in chunks])
         return self.nll(x, columns, held), kl
 
+    def another_top(self, x: Tensor, reference: Projection, expected: Tensor, held: int) -> Tensor:
+        """Whether the largest logit of `x [m, k]` here is another than that of `expected [m, k]` there: bool `[m]`."""
+        own, other = self._unpacked, reference._unpacked
+        chunks = zip(x.split(held), expected.split(held), strict=True)
+        return torch.cat([own(ours).argmax(dim=-1) != other(theirs).argmax(dim=-1) for ours, theirs in chunks])
+
     def _nll(self, x: Tensor, columns: Tensor) -> Tensor:
         weight, bias, inputs = self.parts[0]
         if len(self.parts) == 1 and inputs is not None and bias is None and x.device.type == "cpu":

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from search.base.metric import PERPLEXITY, Metric
 from search.measure.probe import LOWEST, Probe
 from search.problem.groups import NO_GROUPS, Groups
 from search.results.plots.style import BLACK, BLUE, ORANGE, STYLE, precision_colours
@@ -40,7 +41,7 @@ _LARGEST_LOG = 100.0
 
 @dataclass(frozen=True)
 class _Row:
-    """One row of the sensitivities, in percent: lowered alone, and (where it was measured) low over raised."""
+    """One row of the sensitivities, in the metric's unit: lowered alone, and (where measured) low over raised."""
 
     label: str
     increase: float
@@ -51,13 +52,16 @@ class _Row:
 
 
 def plot_sensitivities(
-    probes: Sequence[Probe], components: Sequence[Component], groups: Groups = NO_GROUPS
-) -> Figure:  # fmt: skip
-    """Perplexity cost of lowering each component or group, measured from both ends, the costliest on top.
+    probes: Sequence[Probe],
+    components: Sequence[Component],
+    groups: Groups = NO_GROUPS,
+    metric: Metric = PERPLEXITY,
+) -> Figure:
+    """Cost of lowering each component or group, measured from both ends, the costliest on top.
 
     Beyond the 60 costliest, the others are summed, a row for each precision.
     """
-    rows = _sensitivities(probes, components, groups)
+    rows = _sensitivities(probes, components, groups, metric)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, min(_LARGEST, 1.6 + 0.27 * len(rows))), layout="constrained")
         axes = figure.subplots()
@@ -72,7 +76,7 @@ def plot_sensitivities(
         axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8.5)
         axes.set_ylim(-0.7, len(rows) - 0.3)
-        axes.set_xlabel("perplexity cost of the lower precision (%), 95 % interval")
+        axes.set_xlabel(f"{metric.rises} cost of the lower precision ({metric.unit}), 95 % interval")
         figure.suptitle(
             "What each component costs at lower precision (in brackets: its share of the parameters)",
             fontsize=10.5, x=0.01, ha="left",
@@ -85,7 +89,9 @@ def plot_sensitivities(
     return figure
 
 
-def _sensitivities(probes: Sequence[Probe], components: Sequence[Component], groups: Groups) -> list[_Row]:
+def _sensitivities(
+    probes: Sequence[Probe], components: Sequence[Component], groups: Groups, metric: Metric
+) -> list[_Row]:
     """The rows from the bottom: sums of the cheapest, then what is shown one by one, the costliest last."""
     share = {component.name: component.count for component in components}
     total = sum(share.values())
@@ -102,28 +108,35 @@ def _sensitivities(probes: Sequence[Probe], components: Sequence[Component], gro
         if len(group) > 1:
             of_all = sum(share[p.component] for p in group) / total
             label = f"{len(group)} others, together → {precision}  ({of_all:.1%})"
-            rows.append(_row(label, group, raised, summed=True))
+            rows.append(_row(label, group, raised, metric, summed=True))
     for probe in alone:
         ending = f" → {probe.precision}  ({share[probe.component] / total:.1%})"
-        rows.append(_row(_short(probe.component, _LONGEST_LABEL) + ending, [probe], raised))
+        rows.append(_row(_short(probe.component, _LONGEST_LABEL) + ending, [probe], raised, metric))
     return rows
 
 
-def _row(label: str, group: Sequence[Probe], raised: Mapping[tuple[str, str], Probe], summed: bool = False) -> _Row:
+def _row(
+    label: str,
+    group: Sequence[Probe],
+    raised: Mapping[tuple[str, str], Probe],
+    metric: Metric,
+    summed: bool = False,
+) -> _Row:
     """Effects of log-perplexity add up; their errors are taken for independent."""
-    increase, stderr = _percent(group)
+    increase, stderr = _summed(group, metric)
     back = [raised[p.component, p.precision] for p in group if (p.component, p.precision) in raised]
     if len(back) < len(group):
         return _Row(label, increase, stderr, None, 0.0, summed)
-    back_increase, back_stderr = _percent(back)
+    back_increase, back_stderr = _summed(back, metric)
     return _Row(label, increase, stderr, -back_increase, back_stderr, summed)
 
 
-def _percent(group: Sequence[Probe]) -> tuple[float, float]:
-    """The sum of effects and its standard error, in percent of perplexity."""
+def _summed(group: Sequence[Probe], metric: Metric) -> tuple[float, float]:
+    """The sum of effects and its standard error, in percent of perplexity or the metric's own unit."""
     log_increase = min(_LARGEST_LOG, math.fsum(p.log_increase for p in group))
     log_stderr = math.hypot(*(p.log_stderr for p in group))
-    return 100 * math.expm1(log_increase), 100 * math.exp(log_increase) * log_stderr
+    percent, spread = 100 * math.expm1(log_increase), 100 * math.exp(log_increase) * log_stderr
+    return metric.shown(percent), metric.spread(percent, spread)
 
 
 def _draw_row(axes: Axes, y: int, row: _Row) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import matplotlib as mpl
@@ -12,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from search.base.front import Point, fastest, front_by_size, pareto_front
+from search.base.metric import PERPLEXITY, Metric
 from search.results.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, RED, STYLE
 
 _NAMED = {
@@ -30,59 +32,67 @@ def plot_front(
     certified: str,
     baseline_bytes: int,
     target: str | None = None,
+    metric: Metric = PERPLEXITY,
 ) -> Figure:
-    """Perplexity increase against compression: all trials, the front, the named maps, the budget and the winner.
+    """The metric's increase against compression: all trials, the front, the named maps, the budget and the winner.
 
     Where the budget is far above every trial, it is drawn in a strip of its own over a broken axis. Where latency is
     known, the front is coloured by it, and its line joins what is on it for size and quality alone.
     certified: a sentence about the winner's certificate, for the title. target: the format whose files these are.
     """
+    points, budget = [_drawn(point, metric) for point in points], metric.shown(budget_percent)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 5.4), layout="constrained")
-        shown = _shown(points, budget_percent)
-        tops = [p.increase_percent + 2 * p.stderr_percent for p in shown] or [budget_percent]
+        shown = _shown(points, budget)
+        tops = [p.increase_percent + 2 * p.stderr_percent for p in shown] or [budget]
         bottoms = [p.increase_percent - 2 * p.stderr_percent for p in shown] or [0.0]
         high, low = max(tops), min(0.0, *bottoms)
-        broken = high < 0.6 * budget_percent
+        broken = high < 0.6 * budget
         if broken:
             strip, axes = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 7], "hspace": 0.02})
-            _budget_strip(strip, axes, budget_percent)
+            _budget_strip(strip, axes, budget, metric)
         else:
             axes = figure.subplots()
-            axes.axhline(
-                budget_percent, color=RED, linestyle="--", linewidth=1.3, label=f"budget, +{budget_percent:g} %"
-            )
-            high = max(high, budget_percent)
+            axes.axhline(budget, color=RED, linestyle="--", linewidth=1.3)
+            high = max(high, budget)
         margin = 0.12 * (high - low or 1.0)
         axes.set_ylim(low - margin, high + margin)
-        _draw_points(axes, points, shown, budget_percent, winner)
+        _draw_points(axes, points, shown, budget, winner, metric)
         file = "" if target is None else f" as {target}"
         axes.set_xlabel(f"compression over FP32 (×), larger is smaller on disk{file}")
-        axes.set_ylabel("perplexity increase over FP32 (%), lower is better")
+        axes.set_ylabel(f"{metric.axis}, lower is better")
         above = len(points) - len(shown)
         note = f"; {above} worse {'trial' if above == 1 else 'trials'} above the picture" if above else ""
         title = f"{len(points)} precision maps tried; FP32 is {baseline_bytes / 1e6:.2f} MB{note}\n{certified}"
         figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
-        _legend(axes, shown, broken, budget_percent)
+        _legend(axes, shown, broken, _budget(budget, metric))
     return figure
 
 
-def _shown(points: Sequence[Point], budget_percent: float) -> list[Point]:
+def _budget(budget: float, metric: Metric) -> str:
+    return f"budget, +{budget:g} {metric.unit}"
+
+
+def _drawn(point: Point, metric: Metric) -> Point:
+    """A point whose increase and error are in the metric's unit."""
+    spread = metric.spread(point.increase_percent, point.stderr_percent)
+    return replace(point, increase_percent=metric.shown(point.increase_percent), stderr_percent=spread)
+
+
+def _shown(points: Sequence[Point], budget: float) -> list[Point]:
     """The trials that fit a picture in which the budget still matters."""
-    return [point for point in points if point.increase_percent <= 3 * budget_percent]
+    return [point for point in points if point.increase_percent <= 3 * budget]
 
 
-def _budget_strip(strip: Axes, axes: Axes, budget_percent: float) -> None:
+def _budget_strip(strip: Axes, axes: Axes, budget: float, metric: Metric) -> None:
     """The budget line above a break in the vertical axis."""
-    strip.axhline(budget_percent, color=RED, linestyle="--", linewidth=1.3)
-    strip.set_ylim(budget_percent * 0.93, budget_percent * 1.07)
-    strip.set_yticks([budget_percent])
+    strip.axhline(budget, color=RED, linestyle="--", linewidth=1.3)
+    strip.set_ylim(budget * 0.93, budget * 1.07)
+    strip.set_yticks([budget])
     strip.spines["bottom"].set_visible(False)
     strip.tick_params(bottom=False)
     strip.grid(visible=False)
-    strip.text(
-        0.99, 0.62, f"budget, +{budget_percent:g} %", transform=strip.transAxes, ha="right", color=RED, fontsize=9
-    )
+    strip.text(0.99, 0.62, _budget(budget, metric), transform=strip.transAxes, ha="right", color=RED, fontsize=9)
     slash: Any = {
         "marker": [(-1, -0.6), (1, 0.6)],
         "markersize": 9,
@@ -95,9 +105,9 @@ def _budget_strip(strip: Axes, axes: Axes, budget_percent: float) -> None:
 
 
 def _draw_points(
-    axes: Axes, points: Sequence[Point], shown: Sequence[Point], budget_percent: float, winner: int | None
+    axes: Axes, points: Sequence[Point], shown: Sequence[Point], budget: float, winner: int | None, metric: Metric
 ) -> None:
-    front = pareto_front(points, budget_percent)
+    front = pareto_front(points, budget)
     on_front = {point.trial for point in front}
     others = [point for point in shown if point.trial not in on_front and point.stopped is None]
     stopped = [point for point in shown if point.stopped is not None]
@@ -132,7 +142,7 @@ def _draw_points(
             )  # fmt: skip
     chosen = next((point for point in points if point.trial == winner), None)
     if chosen is not None:
-        _label_winner(axes, chosen, shown)
+        _label_winner(axes, chosen, shown, metric)
 
 
 def _colour_by_latency(axes: Axes, front: Sequence[Point]) -> None:
@@ -153,14 +163,15 @@ def _colour_by_latency(axes: Axes, front: Sequence[Point]) -> None:
     )  # fmt: skip
 
 
-def _label_winner(axes: Axes, point: Point, shown: Sequence[Point]) -> None:
+def _label_winner(axes: Axes, point: Point, shown: Sequence[Point], metric: Metric) -> None:
+    digits = 2 + metric.digits
     axes.plot(
         point.compression, point.increase_percent, "o", markersize=15, markerfacecolor="none",
         markeredgecolor=BLACK, markeredgewidth=1.6, zorder=6,
     )  # fmt: skip
     axes.annotate(
         f"winner: trial {point.trial}\n{point.compression:.2f}×, {point.bytes / 1e6:.2f} MB, "
-        f"{point.increase_percent:+.2f} ± {1.96 * point.stderr_percent:.2f} %"
+        f"{point.increase_percent:+.{digits}f} ± {1.96 * point.stderr_percent:.{digits}f} {metric.unit}"
         + ("" if point.latency is None else f"\n{1e3 * point.latency:.2f} ms"),
         (point.compression, point.increase_percent),
         xytext=_empty_place(axes, shown), textcoords="axes fraction",
@@ -184,7 +195,7 @@ def _empty_place(axes: Axes, shown: Sequence[Point]) -> tuple[float, float]:
     )
 
 
-def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget_percent: float) -> None:
+def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget: str) -> None:
     origins = {point.origin for point in shown}
     stopped = Line2D([], [], marker="x", color=GREY, linestyle="none", markersize=4, label="stopped early")
     quickest = Line2D(
@@ -205,7 +216,7 @@ def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget_percent: fl
             [],
             color=RED,
             linestyle="--",
-            label=f"budget, +{budget_percent:g} %{' (axis broken)' if broken else ''}",
+            label=f"{budget}{' (axis broken)' if broken else ''}",
         ),
     ]
     axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)

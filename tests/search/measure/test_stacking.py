@@ -99,11 +99,11 @@ def test_a_stopped_map_leaves_the_stack(
     maps = some_maps(workspace, 10)
     seen: list[tuple[int, int]] = []
 
-    def counted(converter: Any, stacked: Sequence[PrecisionMap], windows: Windows, before_layer: Any) -> Any:
+    def counted(converter: Any, stacked: Sequence[PrecisionMap], windows: Windows, *rest: Any, **more: Any) -> Any:
         seen.append((len(stacked), len(windows)))
-        return evaluate_stacked(converter, stacked, windows, before_layer)
+        return evaluate_stacked(converter, stacked, windows, *rest, **more)
 
-    monkeypatch.setattr("search.measure.stacking.evaluate_stacked", counted)
+    monkeypatch.setattr("search.problem.judge.evaluate_stacked", counted)
     found = together.race_many([(one, []) for one in maps], 0.4)
     spent = sum(one.increase.windows for one in found if isinstance(one, Measured))
     assert sum(count * windows for count, windows in seen) == spent
@@ -117,11 +117,11 @@ def test_what_is_wrong_with_one_map_stands_in_its_place(
     maps = some_maps(workspace, 4)
     faults = {maps[1]: InfeasibleError("too large"), maps[2]: EvaluationError("not finite")}
 
-    def with_faults(converter: Any, stacked: Sequence[PrecisionMap], *rest: Any) -> Any:
-        found = evaluate_stacked(converter, stacked, *rest)
+    def with_faults(converter: Any, stacked: Sequence[PrecisionMap], *rest: Any, **more: Any) -> Any:
+        found = evaluate_stacked(converter, stacked, *rest, **more)
         return [faults.get(one, outcome) for one, outcome in zip(stacked, found, strict=True)]
 
-    monkeypatch.setattr("search.measure.stacking.evaluate_stacked", with_faults)
+    monkeypatch.setattr("search.problem.judge.evaluate_stacked", with_faults)
     for found in (together.all_windows(maps), together.race_many([(one, []) for one in maps], 1e-9)):
         assert found[1:3] == list(faults.values())
         require_same([found[0], found[3]], [alone(maps[0]), alone(maps[3])])

@@ -16,7 +16,6 @@ from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from search.results import export as exporting
-from search.results import reread as rereading
 from search.results.export import export, timing_seconds
 from search.results.gates import Facts, judge
 from search.results.known import known_of
@@ -88,7 +87,7 @@ def test_where_time_is_short_fewer_windows_are_evaluated_and_that_is_said(
         seen.append(len(windows))
         return evaluate(model, windows, *more)
 
-    monkeypatch.setattr(rereading, "evaluate", watched)
+    monkeypatch.setattr("search.problem.judge.evaluate", watched)
     expected = exporting._measured(workspace, baseline, workspace.space.lowest())
     exported = export(workspace, baseline, workspace.space.lowest(), tmp_path / "out", seconds=0.0)
     model = workspace.converter.convert(workspace.space.lowest())
