@@ -5,16 +5,22 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ssm_mp.artifact import read_artifact, save_artifact, stored_arrays, tensor_bytes
+from ssm_mp.blocks.mamba1_compiled import knows
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.prepare import folded, foldings_of, prepare, prepared_model, unfoldable_of
-from ssm_mp.errors import PrecisionMapError
+from ssm_mp.decoding.compiled import CompiledDecoder
+from ssm_mp.errors import ExportError, PrecisionMapError
+from ssm_mp.evaluation.evaluate import Evaluation, evaluate
+from ssm_mp.evaluation.stack import evaluate_stacked
+from ssm_mp.kernels import calls
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import StaticInput, rounded
 from ssm_mp.modules.linear import Linear
@@ -22,6 +28,7 @@ from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.precisions.int8 import INT8, ScaledInt8Tensor
 from ssm_mp.precisions.quantize import powers_of_two
+from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.scheme import ScaleRule, Scheme
 from tests.families.models import MODELS, fp32_of, windows_of
 
@@ -129,13 +136,70 @@ def test_an_artifact_with_scaled_inputs_loads_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, "mamba"), logits(converted, "mamba"))
 
 
-def test_the_compiled_layer_computes_what_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaled_inputs_are_rounded_as_those_of_a_plain_quantiser_that_are_scaled_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    exponent = torch.randint(-8, 9, (72,), dtype=torch.int8, generator=generator)
+    scale, x = torch.tensor([0.02], dtype=torch.float16), torch.randn(5, 72, generator=generator)
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr("ssm_mp.kernels.calls.usable", lambda *tensors: False)
+        found = StaticInput(scale, exponent)(x * powers_of_two(exponent))
+        for ours, theirs in zip(found, StaticInput(scale)(x), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_with_kernels_and_without_them_the_logits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     _, converter, everywhere = made()
     converted = converter.convert(everywhere)
     fast = logits(converted, "mamba")
     monkeypatch.setattr("ssm_mp.kernels.calls.usable", lambda *tensors: False)
     slow = logits(converted, "mamba")
     torch.testing.assert_close(fast, slow, rtol=1e-4, atol=2e-3 * float(slow.std()))
+
+
+def test_a_layer_with_scaled_inputs_is_not_compiled_as_a_whole() -> None:
+    _, converter, everywhere = made()
+    converted = converter.convert(everywhere)
+    ids = windows_of("mamba").ids
+    with torch.inference_mode():
+        hidden, states = converted.carry(ids[:, :4])
+        assert CompiledDecoder.of(converted, states, 4) is None
+    scaled, plain = (converted.component(f"layers.0.ssm.{leaf}") for leaf in ("out_proj", "in_proj"))
+    assert not knows(scaled)
+    assert knows(plain) is calls.compiled()
+
+
+def test_token_after_token_gives_what_all_at_once_gives() -> None:
+    _, converter, everywhere = made()
+    converted = converter.convert(everywhere)
+    ids = windows_of("mamba").ids
+    found, states = [], None
+    with torch.inference_mode():
+        for t in range(ids.shape[1]):
+            hidden, states = converted.carry(ids[:, t : t + 1], states, t)
+            found.append(converted.head(hidden[:, -1]))
+    expected = logits(converted, "mamba")
+    torch.testing.assert_close(torch.stack(found, 1).double(), expected, rtol=1e-3, atol=2e-2 * float(expected.std()))
+
+
+def test_a_stack_of_maps_scales_the_rows_that_are_int8_there() -> None:
+    _, converter, everywhere = made()
+    first, *_ = unfoldable_of(converter.model.config)
+    maps = [everywhere, everywhere.changed({first: "fp16"}), everywhere.changed({"layers.0.ssm.in_proj": "fp16"})]
+    windows = windows_of("mamba")
+    for one, found in zip(maps, evaluate_stacked(converter, maps, windows), strict=True):
+        assert isinstance(found, Evaluation)
+        np.testing.assert_allclose(found.nll, evaluate(converter.convert(one), windows).nll, rtol=1e-4)
+
+
+def test_other_runtimes_refuse_scaled_inputs_and_take_the_rest() -> None:
+    _, converter, everywhere = made()
+    with pytest.raises(ExportError, match=r"layers.0.ssm.out_proj.*prepare = \"none\""):
+        Exportable("tiny", converter.convert(everywhere), everywhere)
+    kept = everywhere.changed(dict.fromkeys(unfoldable_of(converter.model.config), "fp16"))
+    Exportable("tiny", converter.convert(kept), kept)
 
 
 def test_what_does_not_help_is_left_as_it_is() -> None:
