@@ -329,9 +329,7 @@ def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], 
     expected: dict[str, ArraySpec] = {}
     for component in components:
         for parameter in component.parameters:
-            for suffix, spec in component.arrays(
-                parameter, precisions[component.name], scheme.activations
-            ).items():
+            for suffix, spec in component.arrays(parameter, precisions[component.name], scheme.activations).items():
                 expected[_joined(parameter.name, suffix)] = spec
         if component.input_scheme(precisions[component.name], scheme.activations) == "static":
             expected[f"{component.name}.input_scale"] = ArraySpec((1,), torch.float16)

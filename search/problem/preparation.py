@@ -23,14 +23,22 @@ from search.base.progress import slow
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.spec import StudySpec
 from ssm_mp.checkpoints import Checkpoint
-from ssm_mp.conversion.prepare import Prepared, foldings_of, prepare, require_in_memory, unfoldable_of
+from ssm_mp.conversion.prepare import (
+    FEWEST_ALONE,
+    Prepared,
+    foldings_of,
+    prepare,
+    require_in_memory,
+    unfoldable_of,
+)
 from ssm_mp.conversion.regroup import grouping_of
 from ssm_mp.data import Windows
+from ssm_mp.files.shown import listed
 from ssm_mp.model import LanguageModel
 
 PREPARED = "prepared.npz"
 
-_VERSION = 1
+_VERSION = 2
 """Of how scales are chosen and kept."""
 
 Say = Callable[[str], None]
@@ -86,6 +94,12 @@ def _chosen(spec: StudySpec, model: LanguageModel, windows: Windows, say: Say) -
     say(f"choosing scales on {len(windows)} windows ({spec.data.calibration})")
     precision, config = spec.precision, model.config
     alone = unfoldable_of(config) if precision.activations == "static" else ()
+    if alone and windows.ids.numel() < FEWEST_ALONE:
+        say(
+            f"note: inputs of {listed(alone, 2)} are not scaled: {windows.ids.numel():,} calibration tokens say too "
+            f"little of their channels, expected at least {FEWEST_ALONE:,}; take [data] calibration_windows = "
+            f"{-(-FEWEST_ALONE // windows.length)}"
+        )
     step = slow("choosing scales", len(foldings_of(config)) + len(alone)).step
     return prepare(model, windows, precision.choices, precision.scheme, step)
 

@@ -40,6 +40,10 @@ _TOKENS = 2048
 """Tokens of the held-out windows at most that a choice is made on."""
 _FEWEST = 64
 """Tokens below which a component's inputs are hardly known: it is left as it is."""
+FEWEST_ALONE = 1 << 16
+"""The same where nothing can be folded: a channel whose rare large values were not seen is cut off at its scale."""
+_STRENGTHS_ALONE, _LIMIT_ALONE = (0.5,), 2
+"""The same there, where it matters that a channel's range stays well above what is seen in it."""
 _BINS = 2048
 _LEAST_GAIN = 0.95
 """What errors must fall to, at least, before anything is changed."""
@@ -156,33 +160,44 @@ def require_in_memory(model: LanguageModel) -> None:
 
 
 class _Seen:
-    """Inputs of one component: the largest and the mean square of each channel on most windows, and tokens of these and
-    of the windows that are held out."""
+    """Inputs of one component: the largest of each channel and its mean second and fourth powers on most windows, and
+    tokens of these and of the windows that are held out, spread over all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, windows: int) -> None:
         self.largest: Tensor | None = None
-        self.squares: Tensor | None = None
+        self.powers: Tensor | None = None  # sums of squares and of fourth powers, float64 [2, k]
         self.count = 0
         self.kept: dict[bool, list[Tensor]] = {True: [], False: []}
+        self._a_window = max(1, _TOKENS * _HELD_OUT // max(1, windows))
 
     def see(self, x: Tensor, held_out: bool) -> None:
+        """Inputs of one window; an expert may see several parts of it, or none."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         if not len(x):
             return
         kept = self.kept[held_out]
         left = (_TOKENS if held_out else _TOKENS * (_HELD_OUT - 1)) - sum(map(len, kept))
         if left > 0:
-            kept.append(x[:left].clone())
+            stride = max(1, len(x) // self._a_window)
+            kept.append(x[len(kept) % stride :: stride][:left].clone())
         if held_out:
             return
-        largest, squares = x.abs().amax(dim=0), x.square().sum(dim=0)
+        squares = x.double().square()
+        largest, powers = x.abs().amax(dim=0), torch.stack([squares.sum(dim=0), squares.square().sum(dim=0)])
         self.largest = largest if self.largest is None else torch.maximum(self.largest, largest)
-        self.squares = squares if self.squares is None else self.squares + squares
+        self.powers = powers if self.powers is None else self.powers + powers
         self.count += len(x)
 
     @property
     def is_known(self) -> bool:
         return self.count >= _FEWEST and sum(map(len, self.kept[True])) >= _FEWEST
+
+    def magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """By channel: the largest, and the roots of the mean square and of the mean fourth power, float32 `[k]`."""
+        assert self.largest is not None
+        assert self.powers is not None
+        squares, fourths = self.powers / self.count
+        return self.largest, squares.sqrt().float(), fourths.sqrt().sqrt().float()
 
 
 def prepare(
@@ -200,7 +215,8 @@ def prepare(
     require_in_memory(model)
     components = {component.name: component for component in find_components(model)}
     foldings = foldings_of(model.config)
-    alone = unfoldable_of(model.config) if scheme.activations == "static" else ()
+    enough = windows.ids.numel() >= FEWEST_ALONE
+    alone = unfoldable_of(model.config) if scheme.activations == "static" and enough else ()
     first = [folding.consumers[0].removesuffix(".weight") for folding in foldings]
     seen = _inputs(model, windows, {*first, *alone})
     errors = _Errors(model, components, [name for name in precisions if get_precision(name).bits < 16], scheme)
@@ -219,7 +235,7 @@ def prepare(
 
 def _inputs(model: LanguageModel, windows: Windows, names: set[str]) -> dict[str, _Seen]:
     """What reaches some components, in one pass over the windows."""
-    seen, held_out = {name: _Seen() for name in names}, [False]
+    seen, held_out = {name: _Seen(len(windows)) for name in names}, [False]
 
     def watcher(name: str) -> Watcher:
         def see(x: Tensor, *expert: int) -> Tensor:
@@ -253,7 +269,7 @@ class _Errors:
         only_integers: of precisions whose inputs are integers alone.
         """
         none = torch.zeros(folding.size, dtype=torch.int8)
-        if not seen.is_known or seen.largest is None or seen.squares is None:
+        if not seen.is_known:
             return none
         x, others = torch.cat(seen.kept[True]), torch.cat(seen.kept[False])
         tried = [p for p in self._precisions if get_precision(p).quantizes_inputs or not only_integers]
@@ -262,9 +278,11 @@ class _Errors:
         if not len(before):
             return none
         best, least = none, _LEAST_GAIN
-        for magnitudes in (seen.largest, (seen.squares / seen.count).sqrt()):
-            for strength in _STRENGTHS:
-                exponent = _exponent(folding.largest(magnitudes), strength, at_most_one=folding.at_most_one)
+        largest, second, fourth = seen.magnitudes()
+        strengths, limit = (_STRENGTHS_ALONE, _LIMIT_ALONE) if only_integers else (_STRENGTHS, LIMIT)
+        for magnitudes in (largest, fourth if only_integers else second):
+            for strength in strengths:
+                exponent = _exponent(folding.largest(magnitudes), strength, limit, at_most_one=folding.at_most_one)
                 after = self._errors(x, others, consumers, tried, folding.columns(powers_of_two(exponent)))
                 ratios = after / before.clamp(min=1e-30)
                 mean = float(ratios.log().mean().exp())
@@ -308,7 +326,7 @@ class _Errors:
         return found if consumers else found[:0]
 
 
-def _exponent(magnitudes: Tensor, strength: float, *, at_most_one: bool) -> Tensor:
+def _exponent(magnitudes: Tensor, strength: float, limit: int, *, at_most_one: bool) -> Tensor:
     """Exponents of the scales that take away some of the differences between channels: int8 `[s]`, about 0 on average,
     or at most 0 where scales may not be above 1."""
     known = magnitudes[magnitudes > 0]
@@ -316,4 +334,4 @@ def _exponent(magnitudes: Tensor, strength: float, *, at_most_one: bool) -> Tens
         return torch.zeros(len(magnitudes), dtype=torch.int8)
     logs = magnitudes.clamp(min=float(known.min())).log2() * strength
     middle = logs.max() if at_most_one else logs.mean()
-    return (logs - middle).round_().clamp_(-LIMIT, LIMIT).to(torch.int8)
+    return (logs - middle).round_().clamp_(-limit, limit).to(torch.int8)

@@ -71,3 +71,17 @@ def test_a_second_worker_folds_what_the_first_one_chose(tmp_path: Path, monkeypa
     assert "prepared" in first.fingerprint()
     ids = torch.from_numpy(np.arange(12))[None]
     assert torch.equal(first.model(ids), second.model(ids))
+
+
+def test_too_few_tokens_to_scale_inputs_are_said_with_how_many_windows_are_enough(tmp_path: Path) -> None:
+    said: list[str] = []
+    path = tmp_path / "study"
+    path.mkdir()
+    extra = '[precision]\nprepare = "scales"\nactivations = "static"'
+    found = open_workspace(load_spec(write_family_study(path, "mamba", extra, windows=(24, 6, 8))), said.append)
+    (note,) = [line for line in said if "not scaled" in line]
+    windows = found.splits.calibration
+    assert f"{windows.ids.numel():,} calibration tokens" in note
+    assert f"calibration_windows = {-(-65_536 // windows.length)}" in note
+    assert found.prepared is not None
+    assert not found.prepared.inputs

@@ -15,7 +15,7 @@ from ssm_mp.blocks.mamba1_compiled import knows
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
-from ssm_mp.conversion.prepare import folded, foldings_of, prepare, prepared_model, unfoldable_of
+from ssm_mp.conversion.prepare import _Seen, folded, foldings_of, prepare, prepared_model, unfoldable_of
 from ssm_mp.decoding.compiled import CompiledDecoder
 from ssm_mp.errors import ExportError, PrecisionMapError
 from ssm_mp.evaluation.evaluate import Evaluation, evaluate
@@ -28,6 +28,7 @@ from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap, pinned_names
 from ssm_mp.precisions.int8 import INT8, ScaledInt8Tensor
 from ssm_mp.precisions.quantize import powers_of_two
+from ssm_mp.precisions.stored import FloatTensor
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.scheme import ScaleRule, Scheme
 from tests.families.models import MODELS, fp32_of, windows_of
@@ -164,7 +165,7 @@ def test_a_layer_with_scaled_inputs_is_not_compiled_as_a_whole() -> None:
     converted = converter.convert(everywhere)
     ids = windows_of("mamba").ids
     with torch.inference_mode():
-        hidden, states = converted.carry(ids[:, :4])
+        _, states = converted.carry(ids[:, :4])
         assert CompiledDecoder.of(converted, states, 4) is None
     scaled, plain = (converted.component(f"layers.0.ssm.{leaf}") for leaf in ("out_proj", "in_proj"))
     assert not knows(scaled)
@@ -226,3 +227,41 @@ def test_scales_that_spread_the_channels_are_taken_back() -> None:
     ]
     spreads = [float((r / weight.abs().amax(dim=0)).log2().std()) for r in ranges]
     assert spreads[1] < spreads[0]
+
+
+def with_loud_inputs(model: LanguageModel) -> LanguageModel:
+    """One channel of each `out_proj`'s inputs is louder: its `D` is a hundred times as large."""
+    modules = {c.name: model.component(c.name) for c in find_components(model)}
+    for component in find_components(model):
+        if component.kind == "D":
+            (parameter,) = component.parameters
+            value = held_by(modules[component.name], parameter.leaf).tensor().clone()
+            value[0] *= 100
+            modules[component.name] = component.form.module({parameter.leaf: FloatTensor(value)}, None)
+    return assemble(model.config, modules)
+
+
+def test_inputs_are_scaled_within_bounds_where_enough_tokens_were_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = with_loud_inputs(fp32_of("mamba")), windows_of("mamba", 48)
+    few = prepare(model, windows, ("fp16", "int8"), Scheme("static"))
+    assert not few.inputs
+    monkeypatch.setattr("ssm_mp.conversion.prepare.FEWEST_ALONE", windows.ids.numel())
+    found = prepare(model, windows, ("fp16", "int8"), Scheme("static"))
+    assert found.inputs
+    for exponent in found.inputs.values():
+        assert int(exponent.abs().max()) <= 2
+        assert int(exponent[0]) == int(exponent.max()) > 0
+    assert not prepare(model, windows, ("fp16", "nf4"), Scheme("static")).inputs  # no integers to scale
+
+
+def test_tokens_that_are_kept_come_from_all_windows() -> None:
+    windows, length, k = 4096, 8, 3
+    seen = _Seen(windows)
+    for i in range(windows):
+        seen.see(torch.full((1, length, k), float(i + 1)), held_out=i % 4 == 3)
+    for held_out, kept in seen.kept.items():
+        tokens = torch.cat(kept)[:, 0]
+        assert len(tokens) <= (2048 if held_out else 3 * 2048)
+        assert float(tokens.max()) > 0.95 * windows
+        assert float(tokens.min()) < 0.05 * windows
+    assert float(seen.magnitudes()[0][0]) == windows - 1
