@@ -1,18 +1,22 @@
-"""What the certificate's benchmarks share: a study that is looked at several times, with one ledger of tries."""
+"""What the certificate's benchmarks share: a study that is looked at several times, with one ledger."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy import stats
 
 from benchmarks.synthetic import Floats, Ints
+from search.base.certifiable import Certifying
+from search.base.clustered import clustered
 from search.base.front import Point, pareto_front
-from search.results.certify import certify
-from search.results.ledger import Try
+from search.results.certify import Held, certify
+from search.results.ledger import Entry, error_share, tries_in
+from search.results.plans import plans
 from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 
 BUDGET_PERCENT = 5.0
@@ -29,12 +33,19 @@ class Look:
     windows: int
 
 
-def points_of(sizes: Ints, log_increases: Floats) -> list[Point]:
-    """Trials in the given order, from their bytes and the log-increases `[m]` measured on the search windows."""
+def points_of(sizes: Ints, log_increases: Floats, stderr: Floats | float, windows: int) -> list[Point]:
+    """Trials in the given order, from their bytes and the log-increases `[m]` measured on the search windows.
+
+    stderr: standard errors of these, `[m]` or of all; windows: how many search windows there are.
+    """
+    spread = np.broadcast_to(np.asarray(stderr, dtype=np.float64), log_increases.shape)
     return [
-        Point(trial, 1 / size, int(size), math.exp(rise), 100 * math.expm1(rise), 0.0, {}, "")
-        for trial, (size, rise) in enumerate(zip(sizes, log_increases, strict=True))
-    ]
+        Point(
+            trial, 1 / size, int(size), math.exp(rise), 100 * math.expm1(rise), 100 * math.exp(rise) * own, {}, "",
+            windows,
+        )
+        for trial, (size, rise, own) in enumerate(zip(sizes, log_increases, spread, strict=True))
+    ]  # fmt: skip
 
 
 def increase_of(differences: Floats) -> Increase:
@@ -42,34 +53,62 @@ def increase_of(differences: Floats) -> Increase:
     return paired_increase(Evaluation(differences, 1), Evaluation(np.zeros_like(differences), 1))
 
 
-def certified_winners(
-    points: Sequence[Point], measure: Callable[[Point, int], Increase], looks: Sequence[Look]
-) -> tuple[list[int], int]:
-    """Trials that the looks certified, in order, and the number of tries in the ledger at the end.
+def held_of(differences: Floats, sources: Ints | None) -> Held:
+    """What the project makes of paired differences `[w]` from windows of `sources [w]`, where these are known."""
+    return Held(increase_of(differences), None if sources is None else clustered(differences, sources))
 
-    measure: a point's increase on the first so many certify windows; looks at one number of windows use the same.
-    """
-    ledger: list[Try] = []
+
+Rule = Literal["sequence", "per map"]
+"""How maps are tested: in sequences, as the project does; or each for a share of its own, as version 0.5 did."""
+
+Measure = Callable[[Point, int], Held]
+"""A point on the first so many certify windows; looks at one number of windows use the same."""
+
+
+Asked = Callable[[int], Certifying]
+"""How a study is certified on the first so many certify windows."""
+
+
+def certifying(
+    windows: int, searched: Ints | None = None, certified: Ints | None = None, alike: float = 0.0
+) -> Certifying:
+    """At `CONFIDENCE`, from the sources of search windows and of these certify windows where they are known."""
+    return Certifying(windows, error_share(1, 1 - CONFIDENCE), searched, certified, alike)
+
+
+def certified_winners(
+    points: Sequence[Point],
+    measure: Measure,
+    looks: Sequence[Look],
+    rule: Rule = "sequence",
+    asked: Asked = certifying,
+) -> tuple[list[int], int]:
+    """Trials that the looks certified, in order, and the number of tests in the ledger at the end."""
+    ledger: list[Entry] = []
     winners = []
     for look in looks:
 
-        def measured(point: Point, count: int = look.windows) -> Increase:
+        def measured(point: Point, count: int = look.windows) -> Held:
             return measure(point, count)
 
+        front = pareto_front(points[: look.trials], BUDGET_PERCENT)
+        if rule == "sequence":
+            planned = plans(front, BUDGET_PERCENT, asked(look.windows))
+        else:
+            planned = [[point] for point in front]
         found = certify(
-            pareto_front(points[: look.trials], BUDGET_PERCENT),
+            front,
             measured,
+            plans=planned,
             budget_percent=BUDGET_PERCENT,
             confidence=CONFIDENCE,
             windows_digest=str(look.windows),
             former=tuple(ledger),
+            note=ledger.append,
         )
-        if found is None:
-            continue
-        ledger += [tried for tried in found.tries if tried not in ledger]
-        if found.winner is not None:
+        if found is not None and found.winner is not None:
             winners.append(found.winner)
-    return winners, len(ledger)
+    return winners, len(tries_in(ledger))
 
 
 @dataclass(frozen=True)
@@ -93,12 +132,14 @@ class Outcome:
 def judge_study(
     points: Sequence[Point],
     truth: Floats,
-    measure: Callable[[Point, int], Increase],
+    measure: Measure,
     looks: Sequence[Look],
     smallest: int | None = None,
+    rule: Rule = "sequence",
+    asked: Asked = certifying,
 ) -> Outcome:
     """Run all looks. truth `[m]`: true log-increases; smallest: bytes of the smallest of all maps within the budget."""
-    winners, tries = certified_winners(points, measure, looks)
+    winners, tries = certified_winners(points, measure, looks, rule, asked)
     within = [point.bytes for point in points if truth[point.trial] <= BUDGET]
     front = pareto_front(points, BUDGET_PERCENT)
 

@@ -32,11 +32,15 @@ class Noise:
 
     sd: standard deviation, nats a token. skewness: of the gamma part. tails: windows differ in the size of their
     noise by a lognormal factor of this log-standard deviation t; kurtosis is (3 + 1.5 skewness²) · exp(4 t²).
+    documents: how many documents, of sizes that are lognormal, each split of windows comes from, None where windows
+    are independent; alike: the correlation of two windows of one document.
     """
 
     sd: float = 0.04
     skewness: float = 0.6
     tails: float = 0.3
+    documents: int | None = None
+    alike: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +103,15 @@ class Windows:
         spread = np.exp(noise.tails * rng.standard_normal(count) - noise.tails**2)
         self._scale = spread * noise.sd / math.sqrt(shape)
         self._drawn: dict[int, Floats] = {}
+        self._alike = noise.alike
+        self.sources: Ints | None = None
+        if noise.documents is not None:
+            sizes = rng.lognormal(size=noise.documents)
+            self.sources = rng.choice(noise.documents, size=count, p=sizes / sizes.sum())
 
     def means(self) -> Floats:
         """Measured effects `[c, p]` of all components, on draws of their own: ask for them or for single maps."""
-        noise = self._rng.standard_gamma(self._steps, size=(self._scale.size, *self._steps.shape)) - self._steps
+        noise = self._noise(self._steps)
         measured: Floats = self._effects + np.tensordot(self._scale, noise, axes=1).cumsum(axis=1) / self._scale.size
         return measured
 
@@ -113,11 +122,20 @@ class Windows:
             found += self._component(int(index))[:count, chosen[index]]
         return found
 
+    def _noise(self, steps: Floats) -> Floats:
+        """Centred gamma variables of shapes `steps [...]` for each window, `[w, ...]`, in part of its document."""
+        own: Floats = self._rng.standard_gamma(steps, size=(self._scale.size, *steps.shape)) - steps
+        if self.sources is None:
+            return own
+        shared = self._rng.standard_gamma(steps, size=(int(self.sources.max()) + 1, *steps.shape)) - steps
+        mixed: Floats = math.sqrt(1 - self._alike) * own + math.sqrt(self._alike) * shared[self.sources]
+        return mixed
+
     def _component(self, index: int) -> Floats:
         """Differences `[w, p]` of one component, each precision adding to the one before it."""
         if index not in self._drawn:
             steps = self._steps[index]
-            noise = (self._rng.standard_gamma(steps, size=(self._scale.size, steps.size)) - steps).cumsum(axis=1)
+            noise = self._noise(steps).cumsum(axis=1)
             self._drawn[index] = self._effects[index] + noise * self._scale[:, None]
         return self._drawn[index]
 

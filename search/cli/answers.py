@@ -141,9 +141,10 @@ def fronted(answer: Mapping[str, Any]) -> str:
         lines += [] if answer["fastest"] is None else [f"fastest: trial {answer['fastest']}"]
     certificate = answer["certificate"]
     if certificate is not None:
+        of = f" of {certificate['clusters']} documents" if certificate.get("basis") == "documents" else ""
         lines.append(
             f"{certificate['verdict']}: {_figure(certificate[metric.key('increase')], digits)} {metric.unit} "
-            f"on {certificate['windows']} unseen windows, at most "
+            f"on {certificate['windows']} unseen windows{of}, at most "
             f"{_figure(certificate[metric.key('upper')], digits)} {metric.unit}"
         )
         lines += answer.get("outlook", [])

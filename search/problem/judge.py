@@ -32,6 +32,11 @@ class Judge:
         self._model, self._windows, self._metric = model, windows, metric
         self._expected: Expected | None = None
 
+    @property
+    def windows(self) -> Windows:
+        """What models are evaluated on."""
+        return self._windows
+
     def expected(self, before_layer: Before = None, at: np.ndarray | None = None) -> Expected | None:
         """FP32 on the windows with numbers `at` (None: all); None where the metric does not ask for it."""
         if self._metric == "perplexity":
@@ -40,10 +45,13 @@ class Judge:
             self._expected = expect(self._model, self._windows, before_layer)
         return self._expected if at is None else self._expected.at(at)
 
-    def layer_calls(self, model: LanguageModel) -> int:
-        """How often evaluating a model on all windows calls `before_layer`, FP32 with it where it was not yet."""
-        calls = layer_calls(model, self._windows)
-        return calls if self._metric == "perplexity" or self._expected is not None else 2 * calls
+    def layer_calls(self, model: LanguageModel, at: np.ndarray | None = None) -> int:
+        """How often evaluating a model on the windows with numbers `at` (None: all) calls `before_layer`; FP32 on all
+        of them with it where it was not yet."""
+        calls = layer_calls(model, self._part(at))
+        if self._metric == "perplexity" or self._expected is not None:
+            return calls
+        return calls + layer_calls(self._model, self._windows)
 
     def __call__(
         self,

@@ -20,12 +20,12 @@ from ssm_mp.data import (
     bos_id,
     cut,
     draw,
+    encode,
     find_tokenizer,
     load_tokenizer,
     overlap,
-    read_tokens,
+    read_documents,
     synthetic_windows,
-    tokenize,
 )
 from ssm_mp.data.corpus import Part, stdlib_documents
 
@@ -74,7 +74,8 @@ def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
     def part(name: Part) -> Pool:
         documents = stdlib_documents(name)
         documents = documents[::_CALIBRATION_STRIDE] if name == "train" else documents
-        return cut(tokenize(documents, tokenizer), length, f"the library's {name} part", bos)
+        encoded = encode(documents, tokenizer)
+        return cut(encoded.ids, length, f"the library's {name} part", bos, encoded.starts)
 
     search_pool = part("search")
     search = draw(search_pool, [data.search_windows], data.seed)[0]
@@ -97,8 +98,8 @@ def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) 
         named = tokenizer_path(spec)
         folder = named if named.is_dir() else named.parent
     bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
-    ids = read_tokens(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
-    pool = cut(ids, window_length(spec, config), str(path), bos)
+    text = read_documents(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
+    pool = cut(text.ids, window_length(spec, config), str(path), bos, text.starts)
     # calibration windows first: a larger certify split then leaves the other two as they are
     own = 0 if data.calibration == "synthetic" else data.calibration_count
     calibration, search, certify = draw(pool, [own, data.search_windows, data.certify_windows], data.seed)

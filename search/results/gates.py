@@ -76,9 +76,10 @@ def judge(
 
 
 def _quality(certificate: Certificate, metric: Metric) -> Gate:
+    of = f" of {certificate.clusters} documents" if certificate.basis == "documents" else ""
     figures = (
         f"{certificate.verdict}: {metric.said(certificate.increase_percent, 2)} on {certificate.windows} certify "
-        f"windows, upper bound {metric.said(certificate.upper_percent, 2)}, "
+        f"windows{of}, upper bound {metric.said(certificate.upper_percent, 2)}, "
         f"budget {metric.budget(certificate.budget_percent)}"
     )
     shown, budget = (metric.shown(each) for each in (certificate.increase_percent, certificate.budget_percent))

@@ -9,7 +9,7 @@ from search.results.certify import Certificate
 from search.results.ledger import Try, error_share
 
 _NEARLY_SPENT = 2.0
-"""How many times as far as a study's first try a bound must reach before it is said that hardly any error is left."""
+"""How many times as far as a study's first bounds the next must reach before hardly any error is said to be left."""
 
 
 def outlook(certificate: Certificate | None) -> list[str]:
@@ -18,14 +18,14 @@ def outlook(certificate: Certificate | None) -> list[str]:
 
 
 def spending(certificate: Certificate) -> str:
-    """How much of the error is spent and left, and what the next try may spend; empty for one of version 0.4."""
+    """How much of the error is spent and left, and what the next sequence may spend; empty for one of version 0.4."""
     left, following = certificate.error_left, certificate.next_error
     if left is None or following is None:
         return ""
     allowed = 1 - certificate.confidence
     return (
-        f"All tries of this study, whatever their windows, share an error of {_percent(allowed)}: "
-        f"{_percent(allowed - left)} is spent, {_percent(left)} left. The next try may spend {_percent(following)}: "
+        f"All sequences of maps that this study tests, whatever their windows, share an error of {_percent(allowed)}: "
+        f"{_percent(allowed - left)} is spent, {_percent(left)} left. The next may spend {_percent(following)}: "
         f"its bounds reach {reach(following, 0.0, certificate.windows):.2f} standard errors, the first's reached "
         f"{_first(certificate):.2f}."
     )
@@ -40,25 +40,30 @@ def advice(certificate: Certificate) -> str:
     more = (
         f"More windows are needed: raise `[data] certify_windows`{to} and run the search again; no trial is repeated."
     )
+    if certificate.basis == "documents":
+        more += (
+            f" The bound is over {certificate.clusters} documents, and windows of the same ones resemble each other: "
+            "a text of more documents narrows it more."
+        )
     following = certificate.next_error
     if following is None or reach(following, 0.0, certificate.windows) <= _NEARLY_SPENT * _first(certificate):
         return more
     return (
         f"{more} Hardly any error is left, and other windows do not renew it. Where the text holds no more windows, "
-        "begin anew on another: give `[data] text` a text that no try has seen, and `--run-dir` a new directory. On "
-        "this text a new directory would only hide the tries that were made, and its confidence would not be true."
+        "begin anew on another: give `[data] text` a text that no map was tested on, and `--run-dir` a new directory. "
+        "On this text a new directory would only hide the tests that were made, and its confidence would not be true."
     )
 
 
 def _first(certificate: Certificate) -> float:
-    """How many standard errors the bounds of a study's first try reach."""
+    """How many standard errors the bounds of a study's first sequence reach."""
     return reach(error_share(1, 1 - certificate.confidence), 0.0, certificate.windows)
 
 
 def _wanted(certificate: Certificate) -> int | None:
     """How many windows would put the upper bound below the budget, if nothing else changes; None where none would."""
-    decisive = next(tried for tried in certificate.tries if tried.verdict == certificate.verdict)
-    if not -100 < decisive.increase_percent < certificate.budget_percent or decisive.spent == 0:
+    decisive = next(tried for tried in reversed(certificate.tries) if tried.verdict == certificate.verdict)
+    if not -100 < decisive.increase_percent < certificate.budget_percent or decisive.level == 0:
         return None
     room = math.log1p(certificate.budget_percent / 100) - math.log1p(decisive.increase_percent / 100)
     spread = math.log1p(decisive.upper_percent / 100) - math.log1p(decisive.increase_percent / 100)
@@ -75,7 +80,7 @@ def _widening(certificate: Certificate, decisive: Try) -> float:
     following = certificate.next_error
     if following is None:
         return 1.0
-    return reach(following, 0.0, decisive.windows) / reach(decisive.spent, 0.0, decisive.windows)
+    return reach(following, 0.0, decisive.windows) / reach(decisive.level, 0.0, decisive.windows)
 
 
 def _percent(error: float) -> str:

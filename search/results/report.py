@@ -17,6 +17,7 @@ from search.problem.spec import StudySpec
 from search.results.certify import Certificate
 from search.results.gates import Gate, overall
 from search.results.outlook import outlook
+from search.results.tested import basis, head_of, order, rows_of
 from search.sampling.surrogate import Surrogate
 from search.trials.read_back import Counts
 from ssm_mp.components import Component
@@ -235,27 +236,12 @@ def _certificate(result: Result) -> str:
     certificate = result.certificate
     if certificate is None:
         return "Nothing to certify: no map is within the budget on the search windows."
-    metric = result.metric
-
-    def shown(percent: float) -> str:
-        return f"{metric.shown(percent):+.{3 + metric.digits}f}"
-
-    rows = [
-        (
-            str(tried.trial), tried.verdict, f"{100 * tried.spent:.3g} %", shown(tried.increase_percent),
-            shown(tried.lower_percent), shown(tried.upper_percent),
-        )
-        for tried in certificate.tries
-    ]  # fmt: skip
     said = "".join(f"\n\n{line}" for line in outlook(certificate))
+    table = _table(head_of(result.metric), rows_of(certificate, result.metric), left=2)
     return (
-        f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all tries, on {certificate.windows} "
-        f"windows that the search never saw, paired against the FP32 checkpoint.{said}\n\n"
-        + _table(
-            ("trial", "verdict", "error spent", metric.head, f"lower {metric.unit}", f"upper {metric.unit}"),
-            rows,
-            left=2,
-        )
+        f"**{certificate.verdict}** at {100 * certificate.confidence:g} % over all that the study tests, on "
+        f"{certificate.windows} windows that the search never saw, paired against the FP32 checkpoint. "
+        f"{basis(certificate)}{said}\n\n{order(certificate)}\n\n{table}"
     )
 
 

@@ -26,7 +26,7 @@ def measured_fidelity(workspace: Workspace, run: RunDirectory, winner: Point, fp
     expected = expect(workspace.model, windows, progress.step)
     found = depart(model, windows, expected, progress.step)
     progress.close()
-    kept = fidelity_of(found, fp32)
+    kept = fidelity_of(found, fp32, windows.sources)
     by_window = {"nll": found.nll.tolist(), "kl": found.kl.tolist(), "changed": found.changed.tolist()}
     content = {"mark": mark, "trial": winner.trial, "fidelity": kept.to_json(), "predicted": found.predicted}
     run.write_json(FIDELITY, {**content, "windows": by_window})

@@ -6,53 +6,44 @@ import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from optuna.study import Study
 
 from search.base.front import Point, front_by_size, pareto_front
 from search.base.metric import PERPLEXITY, Metric
-from search.base.progress import slow
 from search.measure.objective import require_knowing
 from search.measure.probe import Probe
 from search.problem.groups import NO_GROUPS, Groups
-from search.problem.judge import Judge
 from search.problem.run_directory import (
     CERTIFICATE,
-    CERTIFY_BASELINE,
     FRONT,
     REPORT,
-    TRIES,
     WINNER,
     RunDirectory,
-    mark_of,
 )
 from search.problem.source import source_of
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace
-from search.results.certify import Certificate, certify
+from search.results.certify import Certificate
 from search.results.export import export, provenance_of, timing_seconds
 from search.results.gates import Gate, judge
 from search.results.known import known_of, seconds_spent
-from search.results.ledger import tries_of
 from search.results.outlook import outlook
 from search.results.plots.components import plot_allocation, plot_sensitivities
 from search.results.plots.files import save
 from search.results.plots.front import plot_front
 from search.results.report import Result, front_json, render
 from search.results.transferred import transfer_map
+from search.run.certifying import certify_baseline, certify_front
 from search.run.fidelity import measured_fidelity
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
-from search.trials.read_back import counts, points
+from search.trials.read_back import counts, finished_differences, points
 from ssm_mp.artifact_folder import remove_artifact
 from ssm_mp.components import Component
 from ssm_mp.errors import ArtifactError, DataError, ExportError
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
-from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.runtimes.format import Format
 from ssm_mp.runtimes.placing import remove
@@ -66,12 +57,13 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     spec = workspace.spec
     found = points(study, workspace.space.choices)
     front = pareto_front(found, spec.search.budget_percent)
-    certificate = certify_front(workspace, run, front_by_size(front), say)
+    differences = [held for _, held in finished_differences(study)]
+    certificate = certify_front(workspace, run, front_by_size(front), differences, say)
     exported, failure = None, ""
     winner = next((p for p in front if certificate is not None and p.trial == certificate.winner), None)
     fidelity = None
     if winner is not None:
-        fidelity = measured_fidelity(workspace, run, winner, _certify_baseline(workspace, run))
+        fidelity = measured_fidelity(workspace, run, winner, certify_baseline(workspace, run))
         say(f"exporting trial {winner.trial} and reading it back")
         try:
             exported = export(
@@ -177,55 +169,6 @@ def clear_winner(folder: Path, say: Say) -> None:
     say(f"note: the former winner was removed; the other files in {folder} are now in {kept}")
 
 
-def certify_front(workspace: Workspace, run: RunDirectory, front: list[Point], say: Say) -> Certificate | None:
-    """Hold the front against the budget on the certify windows, and note each new try in the run directory."""
-    spec, windows = workspace.spec, workspace.splits.certify
-    if not front:
-        return None
-    say(f"certifying on {len(windows)} windows")
-    reference = cache(lambda: _certify_baseline(workspace, run))  # only where a map is tried that was not yet
-    certifier = Judge(workspace.model, windows, spec.search.metric)
-
-    def measure(point: Point) -> Increase:
-        model = workspace.converter.convert(workspace.space.map(point.map))
-        return paired_increase(_certified(certifier, model, f"certifying trial {point.trial}"), reference())
-
-    with run.lock("certify").held():  # two exports at once must not spend the same share
-        former = tries_of(run.read_lines(TRIES), str(run / TRIES))
-        certificate = certify(
-            front,
-            measure,
-            budget_percent=spec.search.budget_percent,
-            confidence=spec.search.confidence,
-            windows_digest=windows.digest,
-            former=former,
-        )
-        new = [tried for tried in certificate.tries if tried not in former] if certificate else []
-        run.append_lines(TRIES, [tried.to_json() for tried in new])
-    return certificate
-
-
-def _certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:
-    """The FP32 checkpoint on the certify windows, evaluated once by a study."""
-    windows = workspace.splits.certify
-    depends = {name: workspace.fingerprint()[name] for name in ("checkpoint", "compute")}
-    mark = mark_of({**depends, "certify windows": windows.digest})
-    stored = run.read_json(CERTIFY_BASELINE)
-    if isinstance(stored, dict) and stored.get("mark") == mark:
-        return Evaluation(np.array(stored["nll"], dtype=np.float64), stored["predicted"])
-    plain = Judge(workspace.model, windows, "perplexity")
-    found = _certified(plain, workspace.model, "certifying: FP32")
-    run.write_json(CERTIFY_BASELINE, {"mark": mark, "predicted": found.predicted, "nll": found.nll.tolist()})
-    return found
-
-
-def _certified(certifier: Judge, model: LanguageModel, what: str) -> Evaluation:
-    progress = slow(what, certifier.layer_calls(model))
-    found = certifier(model, None, progress.step)
-    progress.close()
-    return found
-
-
 def draw(
     run: RunDirectory,
     spec: StudySpec,
@@ -258,7 +201,8 @@ def describe(certificate: Certificate | None, any_within: bool, metric: Metric =
     if certificate is None:
         return "Not certified yet." if any_within else "No map is within the budget on the search windows."
     return (
-        f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows: "
+        f"{certificate.verdict.capitalize()} on {certificate.windows} unseen windows"
+        f"{'' if certificate.basis == 'windows' else f' of {certificate.clusters} documents'}: "
         f"{metric.said(certificate.increase_percent, 2)}, at most {metric.said(certificate.upper_percent, 2)} "
         f"({100 * certificate.confidence:g} % confidence), budget +{metric.budget(certificate.budget_percent)}"
     )

@@ -18,9 +18,9 @@ from search.problem.workspace import Workspace, open_workspace
 from search.results.certify import Certificate
 from search.results.export import Exported, export, timing_seconds
 from search.results.known import known_of, seconds_spent
+from search.run.certifying import certify_alone
 from search.run.ends import known_baseline
 from search.run.fidelity import stored_fidelity
-from search.run.finish import certify_front
 from search.run.grouping import grouped_as_stored
 from search.run.stored import stored_certificate
 from search.trials.read_back import points
@@ -90,7 +90,7 @@ def picked(spec: StudySpec, run: RunDirectory, study: Study, pick: str, say: Cal
     workspace = grouped_as_stored(opened, run) or opened
     run.check_fingerprint(workspace.fingerprint())
     if point.trial != winner:
-        certificate = certify_front(workspace, run, [point], say)
+        certificate = certify_alone(workspace, run, point, say)
     return Picked(workspace, point, certificate)
 
 

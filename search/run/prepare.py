@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from search.base.certifiable import Certifying
 from search.base.file_lock import FileLock
 from search.base.progress import Progress
 from search.base.stop import Stop
@@ -33,6 +34,7 @@ from search.problem.run_directory import PROBES, RunDirectory
 from search.problem.space import Space
 from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
+from search.results.ledger import error_share
 from search.run.claim import Seed
 from search.run.ends import Ends, measured_ends
 from search.run.gradients import measured_gradients
@@ -236,7 +238,14 @@ def _knowledge(
             held, offset = ends[probe.end]
             measured.append(({**space.chosen(held), probe.component: probe.precision}, offset + probe.log_increase))
     catalogue = catalogue_of(space, workspace.spec.precision.activations, latency)
-    return before_any_trial(catalogue, surrogate.effects, measured)
+    return replace(before_any_trial(catalogue, surrogate.effects, measured), certifying=certifying_of(workspace))
+
+
+def certifying_of(workspace: Workspace) -> Certifying:
+    """How the study will be certified, as far as that is known before any trial."""
+    splits = workspace.splits
+    error = error_share(1, 1 - workspace.spec.search.confidence)
+    return Certifying(len(splits.certify), error, splits.search.sources, splits.certify.sources)
 
 
 def seeds(prepared: Prepared) -> list[Seed]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from search.base.certifiable import alike_near, certifiable_percent, expected
 from search.sampling.knowledge import Knowledge
 from search.sampling.posterior import Posterior, Spreads
 from search.sampling.proposal import Evaluated, propose, random_map
 from search.sampling.sampler import Asked, Proposal
-from search.trials.attributes import FINISHED, MEASURED, log_increase
+from search.trials.attributes import DIFFERENCES, FINISHED, MEASURED, log_increase, unpacked
 from search.trials.maps import map_of
 
 _REFIT_EVERY = 8
@@ -74,12 +76,24 @@ class FrontSampler(BaseSampler):
         # what was stopped early or failed is not on the front: never again, but no part of the staircase
         found = propose(
             catalogue, self.posterior(finished), evaluated, list(taken.values()), self._budget, self._rng,
-            excluded=list(self._choices(off)),
+            excluded=list(self._choices(off)), certifiable_percent=self._certifiable(full),
         )  # fmt: skip
         if found is None:
             return None
         self._proposed.add(found.tobytes())
         return catalogue.decode(found)
+
+    def _certifiable(self, full: Sequence[FrozenTrial]) -> float | None:
+        """The increase up to which maps are likely to be certified, from the spread of those near the budget."""
+        measured = [trial.user_attrs[MEASURED] for trial in full if MEASURED in trial.user_attrs]
+        certifying = self._knowledge.certifying
+        if certifying is None or not measured:
+            return None
+        nearest = min(measured, key=lambda held: abs(held["increase_percent"] - self._budget))
+        own = nearest["stderr_percent"] / (100 + nearest["increase_percent"])
+        differences = [unpacked(trial.user_attrs[DIFFERENCES]) for trial in full if DIFFERENCES in trial.user_attrs]
+        known = replace(certifying, alike=alike_near(differences, certifying.searched, self._budget))
+        return certifiable_percent(self._budget, expected(own, nearest["windows"], known).above)
 
     def posterior(self, finished: Sequence[FrozenTrial]) -> Posterior:
         """The surrogate after finished trials."""

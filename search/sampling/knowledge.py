@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from search.base.certifiable import Certifying
 from search.sampling.catalogue import Catalogue, Choices
 from search.sampling.posterior import Observations, Posterior, Prior, Spreads, fit_posterior
 
@@ -18,13 +19,15 @@ from search.sampling.posterior import Observations, Posterior, Prior, Spreads, f
 class Knowledge:
     """A prior over effects, and maps that were measured before any trial: choices `[t, n]`, log-increase `[t]`.
 
-    The measured maps are both ends and the probes from them; none of them need be a trial.
+    The measured maps are both ends and the probes from them; none of them need be a trial. certifying: how the winner
+    will be certified, None where it will not.
     """
 
     catalogue: Catalogue
     prior: Prior
     choices: Choices
     log_increase: np.ndarray
+    certifying: Certifying | None = None
 
     def posterior(
         self, choices: Choices, log_increase: np.ndarray, variance: np.ndarray, spreads: Spreads | None = None

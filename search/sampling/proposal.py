@@ -61,11 +61,14 @@ def propose(
     budget_percent: float,
     rng: np.random.Generator,
     excluded: Sequence[np.ndarray] = (),
+    certifiable_percent: float | None = None,
 ) -> np.ndarray | None:
     """Choices `[n]` of the next map; None where every map is evaluated, taken or excluded.
 
     taken: maps that are queued or being evaluated; they count as if they came out as predicted. excluded: maps that
-    were stopped early, known to be off the front.
+    were stopped early, known to be off the front. certifiable_percent: the increase up to which maps are likely to be
+    certified: every other proposal for the winner looks for a smaller map within that, since none of those between it
+    and the budget will win.
     """
     seen = {row.tobytes() for row in [*evaluated.choices, *taken, *excluded]}
     if len(seen) >= catalogue.maps:
@@ -76,9 +79,12 @@ def propose(
         found = _unseen(_neighbours(catalogue, random_map(catalogue, rng)), seen)
     for_winner, rest = divmod(len(seen), _WINNER_EVERY)
     if rest == 0:  # with latency in turn for the fastest
-        axis = catalogue if catalogue.latencies is None or for_winner % 2 == 0 else catalogue.by_latency
-        smallest = _smallest(axis, evaluated, budget_percent)
-        smaller = None if smallest is None else _winner(axis, posterior, found, seen, smallest, budget_percent)
+        axes = [catalogue] if catalogue.latencies is None else [catalogue, catalogue.by_latency]
+        turn, at = divmod(for_winner, len(axes))
+        axis = axes[at]
+        within = budget_percent if certifiable_percent is None or turn % 2 == 0 else certifiable_percent
+        smallest = _smallest(axis, evaluated, within)
+        smaller = None if smallest is None else _winner(axis, posterior, found, seen, smallest, within)
         if smaller is not None:
             return smaller
     return _improved(catalogue, posterior, found, seen, gain)

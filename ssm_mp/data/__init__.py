@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ssm_mp.data.encoding import END_OF_TEXT, tokenize
+from ssm_mp.data.encoding import END_OF_TEXT, Encoded, encode, tokenize
 from ssm_mp.data.overlap import Overlap, overlap
 from ssm_mp.data.special_tokens import bos_id
 from ssm_mp.data.splits import Splits
-from ssm_mp.data.token_files import read_tokens
+from ssm_mp.data.token_files import read_documents, read_tokens
 from ssm_mp.data.tokenizer_files import BYTES, find_tokenizer, load_tokenizer, prompt_ids
 from ssm_mp.data.unigram import unigram_perplexity
 from ssm_mp.data.windows import Pool, TokenIds, Windows, cut, draw, synthetic_windows
@@ -14,6 +14,7 @@ from ssm_mp.data.windows import Pool, TokenIds, Windows, cut, draw, synthetic_wi
 __all__ = [
     "BYTES",
     "END_OF_TEXT",
+    "Encoded",
     "Overlap",
     "Pool",
     "Splits",
@@ -22,10 +23,12 @@ __all__ = [
     "bos_id",
     "cut",
     "draw",
+    "encode",
     "find_tokenizer",
     "load_tokenizer",
     "overlap",
     "prompt_ids",
+    "read_documents",
     "read_tokens",
     "synthetic_windows",
     "tokenize",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tokenizers import Tokenizer
 
 from ssm_mp.data.seams import checked_cuts, word_pattern
 from ssm_mp.data.texts import Document
-from ssm_mp.data.windows import TokenIds
+from ssm_mp.data.windows import Ints, TokenIds
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -32,7 +33,20 @@ _COMPARED = 1 << 16
 """Characters on which words are compared with the text as a whole before they are believed."""
 
 
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """Documents one after another: token `ids [tokens]`, and where each document begins, `starts [documents]` int64."""
+
+    ids: TokenIds
+    starts: Ints
+
+
 def tokenize(docs: Iterable[Document | str], tokenizer: Tokenizer, ends: Sequence[str] = (END_OF_TEXT,)) -> TokenIds:
+    """The ids of `encode`."""
+    return encode(docs, tokenizer, ends).ids
+
+
+def encode(docs: Iterable[Document | str], tokenizer: Tokenizer, ends: Sequence[str] = (END_OF_TEXT,)) -> Encoded:
     """Token ids of all documents, each followed by the end of text where the tokenizer has one.
 
     ends: names of that token, the first that the tokenizer knows counts. A single document has no end. Ids have the
@@ -42,21 +56,31 @@ def tokenize(docs: Iterable[Document | str], tokenizer: Tokenizer, ends: Sequenc
     kind = np.uint16 if _largest_id(tokenizer) <= np.iinfo(np.uint16).max else np.uint32
     encoder = _Encoder(tokenizer, end)
     parts: list[np.ndarray[Any, np.dtype[Any]]] = []
-    documents = 0
+    ends_at: list[Ints] = []
+    tokens, documents = 0, 0
     batch: list[_Piece] = []
     size = 0
+
+    def close() -> None:
+        nonlocal tokens
+        found, lengths = encoder.ids(batch)
+        parts.append(found.astype(kind))
+        ends_at.append(tokens + lengths.cumsum()[[piece is _END for piece in batch]])
+        tokens += found.size
+
     for document in docs:
         documents += 1
         for piece in encoder.pieces([document] if isinstance(document, str) else document):
             batch.append(piece)
             size += len(piece[0])
             if size >= _BATCH:
-                parts.append(encoder.ids(batch).astype(kind))
+                close()
                 batch, size = [], 0
         batch.append(_END)
-    parts.append(encoder.ids(batch).astype(kind))
+    close()
     ids = np.concatenate(parts)
-    return ids[:-1] if documents == 1 and end is not None else ids
+    starts: Ints = np.concatenate([np.zeros(1, dtype=np.int64), *ends_at])[:documents]
+    return Encoded(ids[:-1] if documents == 1 and end is not None else ids, starts)
 
 
 def _largest_id(tokenizer: Tokenizer) -> int:
@@ -108,8 +132,8 @@ class _Encoder:
         cuts = checked_cuts(text, _PIECE, self._encode_whole, self._encode_onward)
         return [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
-    def ids(self, pieces: Sequence[_Piece]) -> TokenIds:
-        """Ids of pieces one after another."""
+    def ids(self, pieces: Sequence[_Piece]) -> tuple[TokenIds, Ints]:
+        """Ids of pieces one after another, and how many each piece has."""
         if self._words is not None and self._believed(pieces):
             return self._by_words(pieces)
         found: list[TokenIds] = [self._end] * len(pieces)
@@ -117,18 +141,19 @@ class _Encoder:
             numbers = [i for i, piece in enumerate(pieces) if piece is not _END and piece[1] is onward]
             for number, ids in zip(numbers, encode([pieces[i][0] for i in numbers]), strict=True):
                 found[number] = np.array(ids, dtype=np.int64)
-        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64)
+        lengths = np.array([part.size for part in found], dtype=np.int64)
+        return np.concatenate(found) if found else np.zeros(0, dtype=np.int64), lengths
 
     def _believed(self, pieces: Sequence[_Piece]) -> bool:
         """Whether encoding by words gives the ids of the whole: looked at once, on the first text that there is."""
         sample = next((piece[0][:_COMPARED] for piece in pieces if piece[0]), "")
         if not self._trusted and sample:
-            self._trusted = np.array_equal(self._by_words([(sample, False)]), self._encode_whole([sample])[0])
+            self._trusted = np.array_equal(self._by_words([(sample, False)])[0], self._encode_whole([sample])[0])
             if not self._trusted:
                 self._words = None
         return self._trusted
 
-    def _by_words(self, pieces: Sequence[_Piece]) -> TokenIds:
+    def _by_words(self, pieces: Sequence[_Piece]) -> tuple[TokenIds, Ints]:
         """Each different word is encoded once."""
         assert self._words is not None
         if len(self._known) > _MOST_WORDS or not self._known:
@@ -136,15 +161,17 @@ class _Encoder:
             self._flat, self._starts = self._end, np.zeros(1, dtype=np.int64)
             self._lengths = np.array([self._end.size])
         words: list[str] = []
+        until = [0]  # words before each piece and after the last
         for piece in pieces:
             words += [""] if piece is _END else self._words.split(piece[0])
+            until.append(len(words))
         new = [word for word in dict.fromkeys(words) if word not in self._known]
         self._learn(new)
         numbers = np.fromiter(map(self._known.__getitem__, words), dtype=np.int64, count=len(words))
         lengths = self._lengths[numbers]
-        first = np.cumsum(lengths) - lengths
-        at: TokenIds = np.repeat(self._starts[numbers] - first, lengths) + np.arange(lengths.sum())
-        return self._flat[at]
+        before = np.concatenate([np.zeros(1, dtype=np.int64), lengths.cumsum()])
+        at: TokenIds = np.repeat(self._starts[numbers] - before[:-1], lengths) + np.arange(before[-1])
+        return self._flat[at], np.diff(before[until])
 
     def _learn(self, words: Sequence[str]) -> None:
         encoded = self._encode_whole(words)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
@@ -12,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, __version__
 
-from ssm_mp.data.encoding import END_OF_TEXT, tokenize
+from ssm_mp.data.encoding import END_OF_TEXT, Encoded, encode
 from ssm_mp.data.texts import READ, documents, is_json_lines
-from ssm_mp.data.windows import TokenIds
+from ssm_mp.data.windows import Ints, TokenIds
 from ssm_mp.errors import DataError
 
 Say = Callable[[str], None]
@@ -24,6 +25,9 @@ ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<EOS>", "[EOS]
 
 KEPT_FROM = 1 << 20
 """Bytes of a text from which on its ids are kept: less is encoded in a moment."""
+
+ONE_DOCUMENT: Ints = np.zeros(1, dtype=np.int64)
+"""Where the only document of a text begins."""
 
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -37,7 +41,20 @@ def read_tokens(
     cache: Path | None = None,
     say: Say = lambda line: None,
 ) -> TokenIds:
-    """Token ids of a `.npy` file, or of a text or JSON lines through the tokenizer.
+    """The ids of `read_documents`."""
+    return read_documents(path, tokenizer, vocabulary, field, cache=cache, say=say).ids
+
+
+def read_documents(
+    path: str | Path,
+    tokenizer: Tokenizer | None,
+    vocabulary: int,
+    field: str = "text",
+    *,
+    cache: Path | None = None,
+    say: Say = lambda line: None,
+) -> Encoded:
+    """Token ids of a `.npy` file, or of a text or JSON lines through the tokenizer; and where documents begin.
 
     field: which field of JSON lines is the text. cache: folder in which the ids of a long text are kept, and found
     again by whoever reads the same text with the same tokenizer; they are mapped then.
@@ -50,27 +67,33 @@ def read_tokens(
     if not path.is_file():
         raise DataError(f"no text or token file at {path}")
     if path.suffix == ".npy":
-        return within_vocabulary(_read_ids(path), vocabulary, str(path))
+        return Encoded(within_vocabulary(_read_ids(path), vocabulary, str(path)), ONE_DOCUMENT)
     if tokenizer is None:
         raise DataError(
             f'{path}: a text needs a tokenizer ([data] tokenizer = "…/tokenizer.json"), or give token ids as .npy'
         )
     ends = ENDS_OF_TEXT if is_json_lines(path) else ()
 
-    def encoded() -> TokenIds:
+    @functools.cache
+    def encoded() -> Encoded:
         return encode_documents(path, tokenizer, field, ends)
 
     if cache is None or path.stat().st_size < KEPT_FROM:
-        ids = encoded()
+        found = encoded()
     else:
-        ids = kept(cache / f"tokens-{_key(path, tokenizer, field, ends)[:16]}.npy", encoded, say)
-    return within_vocabulary(ids, vocabulary, str(path), tokenizer)
+        kept_at = cache / f"tokens-{_key(path, tokenizer, field, ends)[:16]}.npy"
+        ids = kept(kept_at, lambda: encoded().ids, say)
+        starts = ONE_DOCUMENT
+        if is_json_lines(path):
+            starts = kept(kept_at.with_name(f"documents-{kept_at.name}"), lambda: encoded().starts, say)
+        found = Encoded(ids, starts)
+    return Encoded(within_vocabulary(found.ids, vocabulary, str(path), tokenizer), found.starts)
 
 
-def encode_documents(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> TokenIds:
-    """Ids of a file's documents. Raises DataError where the tokenizer has none for a word."""
+def encode_documents(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> Encoded:
+    """A file's documents. Raises DataError where the tokenizer has none for a word."""
     try:
-        return tokenize(documents(path, field), tokenizer, ends)
+        return encode(documents(path, field), tokenizer, ends)
     except Exception as error:
         if type(error) is not Exception:  # a bare one is the library's, for words without an id
             raise

@@ -19,6 +19,11 @@ from ssm_mp.errors import DataError
 TokenIds = np.ndarray[tuple[int], np.dtype[Any]]
 """Token ids `[tokens]`, of any integer type, perhaps mapped from a file."""
 
+Ints = np.ndarray[tuple[int], np.dtype[np.int64]]
+
+STRETCH = 32
+"""Windows in a row that are one source where a text is a single document: about as many as a file of code has."""
+
 _COUNTED_AT_ONCE = 1 << 22
 """Tokens that are counted at a time: what is mapped from a file is never in memory as a whole."""
 
@@ -27,10 +32,12 @@ _COUNTED_AT_ONCE = 1 << 22
 class Windows:
     """Fixed-length token sequences `ids [w, L]`, int64: the unit of evaluation and of statistics.
 
-    Each window predicts its tokens 1 … L−1 from those before them.
+    Each window predicts its tokens 1 … L−1 from those before them. sources `[w]`, int64: which document of the text,
+    or which stretch of it, each window comes from; None where nobody knows. Windows of one source resemble each other.
     """
 
     ids: Tensor
+    sources: Ints | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -44,9 +51,14 @@ class Windows:
         """Predicted tokens of one window."""
         return self.length - 1
 
+    def part(self, numbers: Ints) -> Windows:
+        """Windows by their numbers `[n]`, with their sources."""
+        chosen = None if self.sources is None else self.sources[numbers]
+        return Windows(self.ids[torch.from_numpy(numbers)], chosen)
+
     @property
     def digest(self) -> str:
-        """SHA-256 of the token ids and their arrangement."""
+        """SHA-256 of the token ids and their arrangement; sources are no part of it: they change no evaluation."""
         return hashlib.sha256(str(tuple(self.ids.shape)).encode() + self.ids.numpy().tobytes()).hexdigest()
 
 
@@ -56,7 +68,7 @@ class Pool:
 
     rows `[n, t]`: the text's tokens of each window; free `[n]`: whether a window may be drawn. bos: the id that
     every window begins with, before its t = L − 1 tokens of text; without it t = L. repeated, elsewhere: how many
-    windows may not be drawn, since an earlier one, or one of another split, is equal.
+    windows may not be drawn, since an earlier one, or one of another split, is equal. sources `[n]`: see `Windows`.
     """
 
     rows: np.ndarray[tuple[int, int], np.dtype[Any]]
@@ -65,6 +77,7 @@ class Pool:
     bos: int | None = None
     repeated: int = 0
     elsewhere: int = 0
+    sources: Ints | None = None
 
     def __len__(self) -> int:
         """How many different windows may be drawn."""
@@ -76,10 +89,12 @@ class Pool:
 
     def windows(self, numbers: Sequence[int] | Tensor) -> Windows:
         """Windows by their numbers."""
-        text = torch.from_numpy(self.rows[np.asarray(numbers, dtype=np.int64)].astype(np.int64))
+        chosen = np.asarray(numbers, dtype=np.int64)
+        text = torch.from_numpy(self.rows[chosen].astype(np.int64))
+        sources = None if self.sources is None else self.sources[chosen]
         if self.bos is None:
-            return Windows(text)
-        return Windows(torch.cat([torch.full((text.shape[0], 1), self.bos), text], dim=1))
+            return Windows(text, sources)
+        return Windows(torch.cat([torch.full((text.shape[0], 1), self.bos), text], dim=1), sources)
 
     def without(self, taken: Iterable[Windows]) -> Pool:
         """The pool less the windows that are equal to one of `taken`."""
@@ -108,8 +123,13 @@ class Pool:
         return (*([again] if self.repeated else []), *([seen] if self.elsewhere else []))
 
 
-def cut(tokens: TokenIds, length: int, what: str = "the text", bos: int | None = None) -> Pool:
-    """Consecutive windows of `length` tokens, BOS included; what is left over is dropped."""
+def cut(
+    tokens: TokenIds, length: int, what: str = "the text", bos: int | None = None, starts: Ints | None = None
+) -> Pool:
+    """Consecutive windows of `length` tokens, BOS included; what is left over is dropped.
+
+    starts: where each document begins among the tokens, rising from 0; None where there is but one.
+    """
     taken = length - (bos is not None)
     rows = tokens[: tokens.size // taken * taken].reshape(-1, taken)
     seen: set[bytes] = set()
@@ -117,7 +137,20 @@ def cut(tokens: TokenIds, length: int, what: str = "the text", bos: int | None =
     for number, key in enumerate(_keys(rows)):
         free[number] = key not in seen
         seen.add(key)
-    return Pool(rows, free, what, bos, repeated=len(rows) - len(seen))
+    sources = sources_of(len(rows), taken, starts)
+    return Pool(rows, free, what, bos, repeated=len(rows) - len(seen), sources=sources)
+
+
+def sources_of(count: int, taken: int, starts: Ints | None) -> Ints:
+    """The source of each of `count` consecutive windows of `taken` tokens, `[count]`.
+
+    It is the document in which a window begins; a text of one document is divided into stretches of `STRETCH` windows.
+    """
+    numbers = np.arange(count, dtype=np.int64)
+    if starts is None or starts.size < 2:
+        return numbers // STRETCH
+    found: Ints = np.searchsorted(starts, numbers * taken, side="right").astype(np.int64) - 1
+    return found
 
 
 def draw(pool: Pool, counts: Sequence[int], seed: int) -> list[Windows]:

@@ -34,7 +34,7 @@ def test_at_most_5_percent_of_searches_certify_a_map_that_breaks_the_budget(name
 
 
 @pytest.mark.slow
-def test_without_dividing_the_error_among_tries_the_same_simulation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_dividing_the_error_among_sequences_the_same_simulation_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "error_share", lambda number, error: error)
     assert simulate(scenario(HARDEST[2]), 300).broken_percent > 8
 

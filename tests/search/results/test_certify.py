@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from search.base.confidence import reach
+from search.base.front import Point
 from search.cli.answers import fronted
-from search.results.certify import Certificate, bounds, certificate_from_json, certify
+from search.results.certify import Certificate, Held, bounds, certificate_from_json, certify
 from search.results.gates import Facts, judge, overall
-from search.results.ledger import Try, error_share
+from search.results.ledger import Entry, error_share
 from search.results.outlook import outlook
 from search.results.report import front_json
 from search.run.finish import describe
@@ -22,11 +23,14 @@ from tests.search.base.test_front import point
 FRONT = [point(i, 100 + i, 4.0 - i) for i in range(6)]
 
 
-def held(log_means: list[float], stderr: float, budget: float = 5.0, windows: int = 100) -> Certificate:
-    def measure(chosen: object) -> Increase:
-        return Increase(log_means[FRONT.index(chosen)], stderr, windows)  # type: ignore[arg-type]
+SAFEST_FIRST = FRONT[::-1]
 
-    found = certify(FRONT, measure, budget_percent=budget, confidence=0.95, windows_digest="x")
+
+def held(log_means: list[float], stderr: float, budget: float = 5.0, windows: int = 100) -> Certificate:
+    def measure(chosen: Point) -> Held:
+        return Held(Increase(log_means[FRONT.index(chosen)], stderr, windows))
+
+    found = certify(FRONT, measure, plans=[SAFEST_FIRST], budget_percent=budget, confidence=0.95, windows_digest="x")
     assert found is not None
     return found
 
@@ -95,43 +99,20 @@ def test_the_skewness_of_differences_is_scipys() -> None:
     assert increase_of(np.array([1.0, 2.0])).skewness == increase_of(np.ones(9)).skewness == 0
 
 
-def test_the_smallest_that_holds_is_certified() -> None:
-    found = held([0.08, 0.06, 0.01, 0.0, 0.0, 0.0], 0.001)
-    assert (found.verdict, found.winner) == ("certified", 2)
-    assert [tried.verdict for tried in found.tries] == ["not certified", "not certified", "certified"]
-    assert found.tries[1].confidence > found.tries[0].confidence > 0.95
+def test_the_last_before_the_first_that_fails_is_certified() -> None:
+    found = held([0.0, 0.08, 0.01, 0.0, 0.0, 0.0], 0.001)
+    assert (found.verdict, found.winner) == ("certified", 2)  # trial 0 would have passed, but 1 stands before it
+    assert [(tried.trial, tried.verdict) for tried in found.tries] == [
+        (1, "not certified"), (2, "certified"), (3, "certified"), (4, "certified"), (5, "certified"),
+    ]  # fmt: skip
     assert found.upper_percent < 5
+    assert found.planned == (5, 4, 3, 2, 1, 0)
 
 
-def test_the_whole_front_is_tried() -> None:
-    found = held([0.2, 0.2, 0.2, 0.2, 0.2, 0.01], 0.001)
-    assert (found.verdict, found.winner) == ("certified", 5)
-
-
-def test_a_try_is_not_repeated_and_others_must_reach_more() -> None:
-    first = held([0.08, 0.01, 0.0, 0.0, 0.0, 0.0], 0.001)
-
-    def never(chosen: object) -> Increase:
-        raise AssertionError(f"{chosen} was tried before")
-
-    again = certify(FRONT, never, budget_percent=5, confidence=0.95, windows_digest="x", former=first.tries)
-    assert again == first
-    surer = certify(
-        FRONT, lambda _: Increase(0.0, 0.001, 100), budget_percent=5, confidence=0.999, windows_digest="x",
-        former=first.tries,
-    )  # fmt: skip
-    assert surer is not None
-    assert surer.tries[0].error == pytest.approx(error_share(3, 0.001))
-    more = certify(
-        FRONT,
-        lambda _: Increase(0.0, 0.001, 200),
-        budget_percent=5,
-        confidence=0.95,
-        windows_digest="y",
-        former=first.tries,
-    )
-    assert more is not None
-    assert more.tries[0].error == pytest.approx(error_share(3, 0.05))
+def test_all_maps_of_a_sequence_are_tested_at_one_share_of_the_error() -> None:
+    found = held([0.0] * 6, 0.001)
+    assert (found.verdict, found.winner) == ("certified", 0)
+    assert [tried.error for tried in found.tries] == [error_share(1, 1 - 0.95)] * 6
 
 
 def test_too_few_windows_are_inconclusive() -> None:
@@ -145,7 +126,8 @@ def test_maps_that_all_break_the_budget_are_not_certified() -> None:
 
 
 def test_an_empty_front_has_no_certificate() -> None:
-    assert certify([], lambda _: Increase(0, 0, 2), budget_percent=5, confidence=0.95, windows_digest="") is None
+    asked = {"plans": [], "budget_percent": 5, "confidence": 0.95, "windows_digest": ""}
+    assert certify([], lambda _: Held(Increase(0, 0, 2)), **asked) is None  # type: ignore[arg-type]
 
 
 def test_a_certificate_survives_json() -> None:
@@ -157,7 +139,8 @@ def test_a_certificate_survives_json() -> None:
 def two_windows(log_means: list[float], spread: float) -> Certificate:
     found = certify(
         FRONT,
-        lambda chosen: Increase(log_means[FRONT.index(chosen)], spread, 2),
+        lambda chosen: Held(Increase(log_means[FRONT.index(chosen)], spread, 2)),
+        plans=[[point] for point in FRONT],
         budget_percent=5,
         confidence=0.95,
         windows_digest="x",
@@ -190,28 +173,27 @@ def test_an_infinite_bound_is_shown_as_such() -> None:
     assert "raise `[data] certify_windows` and run" in outlook(found)[1]
 
 
-@pytest.mark.parametrize("tries", [1, 4])
-def test_maps_on_the_edge_of_the_budget_are_rarely_certified(tries: int) -> None:
+@pytest.mark.parametrize("maps", [1, 4])
+def test_maps_on_the_edge_of_the_budget_are_rarely_certified(maps: int) -> None:
     """All candidates truly at the budget: certifying any is an error, allowed in at most 5 % of searches.
 
     Each search looks twice, the second time on as many windows again, as the report advises.
     """
-    rng = np.random.default_rng(tries)
+    rng = np.random.default_rng(maps)
     edge, wrong, searches = np.log1p(0.05), 0, 1000
     for _ in range(searches):
-        draws = rng.normal(edge, 0.1, size=(tries, 100))
-        former: tuple[Try, ...] = ()
+        draws = rng.normal(edge, 0.1, size=(maps, 100))
+        ledger: list[Entry] = []
         for windows in (50, 100):
 
-            def measure(chosen: object, draws: np.ndarray = draws[:, :windows]) -> Increase:
-                differences = draws[FRONT.index(chosen)]  # type: ignore[arg-type]
-                return paired_increase(Evaluation(differences, 1), Evaluation(np.zeros(differences.size), 1))
+            def measure(chosen: Point, draws: np.ndarray = draws[:, :windows]) -> Held:
+                return Held(increase_of(draws[FRONT.index(chosen)]))
 
             found = certify(
-                FRONT[:tries], measure, budget_percent=5, confidence=0.95, windows_digest=str(windows), former=former
-            )
+                FRONT[:maps], measure, plans=[FRONT[:maps][::-1]], budget_percent=5, confidence=0.95,
+                windows_digest=str(windows), former=tuple(ledger), note=ledger.append,
+            )  # fmt: skip
             assert found is not None
-            former += found.tries
             if found.verdict == "certified":
                 wrong += 1
                 break

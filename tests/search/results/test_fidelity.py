@@ -58,3 +58,24 @@ def test_one_window_has_no_error_and_goes_through_json() -> None:
     assert found.kl_stderr_nats == math.inf
     text = json.dumps(found.to_json(), allow_nan=False)
     assert fidelity_from_json(json.loads(text)) == found
+
+
+def test_documents_that_differ_widen_both_intervals_and_are_told() -> None:
+    rng, sources = np.random.default_rng(0), np.arange(60) // 5
+    alike = np.repeat(rng.gamma(2, 0.01, 12), 5)
+    departure = of(alike, alike, np.round(100 * alike))
+    by_windows, by_documents = fidelity_of(*departure), fidelity_of(*departure, sources)
+    assert by_documents.documents == 12
+    assert "60 windows of 12 documents" in by_documents.lines()[0]
+    means = alike[::5]
+    of_means = means.std(ddof=1) / math.sqrt(12)  # windows of a document say the same: there are twelve values
+    assert by_documents.kl_reach_documents_nats == pytest.approx(2.201 * of_means, rel=1e-3)  # t, 11 degrees of freedom
+    (low, high), (lower, higher) = by_windows.changed_interval, by_documents.changed_interval
+    assert lower < low < high < higher
+    assert fidelity_from_json(json.loads(json.dumps(by_documents.to_json()))) == by_documents
+
+
+def test_too_few_documents_say_nothing_of_others() -> None:
+    some = np.random.default_rng(0).gamma(2, 0.01, 55)
+    departure = of(some, some, np.round(100 * some))
+    assert fidelity_of(*departure, np.arange(55) // 5) == fidelity_of(*departure)

@@ -16,8 +16,18 @@ from hypothesis import strategies as st
 from search.base.confidence import reach
 from search.base.errors import StudyError
 from search.problem.run_directory import TRIES, RunDirectory
-from search.results.certify import Certificate, certificate_from_json, certify
-from search.results.ledger import Try, allowed_error, error_left, error_share, still_good, tries_of
+from search.results.certify import Certificate, Held, Note, certificate_from_json, certify
+from search.results.ledger import (
+    Entry,
+    Planned,
+    Try,
+    allowed_error,
+    entries_of,
+    error_left,
+    error_share,
+    shares,
+    still_good,
+)
 from search.results.outlook import outlook
 from ssm_mp.evaluation.evaluate import Increase
 from tests.search.base.test_front import point
@@ -33,15 +43,29 @@ def of_0_4(number: int, confidence: float = 0.95) -> Try:
     return Try(number, "inconclusive", held, 0.1, -1.0, upper, 5.0, WINDOWS, "old")
 
 
-def of_now(former: Sequence[Try], confidence: float) -> Try:
+def of_now(former: Sequence[Entry], confidence: float) -> Try:
+    """A try of version 0.5, which spent a share by itself."""
     error = allowed_error(former, 1 - confidence)
     return Try(len(former), "inconclusive", 1 - error, 0.1, -1.0, 9.0, 5.0, WINDOWS, "new", error)
 
 
-def certified(former: Sequence[Try], log_mean: float = 0.001, measured: Increase | None = None) -> Certificate:
+def planned_now(former: Sequence[Entry], confidence: float) -> Planned:
+    error = allowed_error(former, 1 - confidence)
+    return Planned(1 + shares(former), (len(former), 7), error, 5.0, "new")
+
+
+def certified(
+    former: Sequence[Entry],
+    log_mean: float = 0.001,
+    measured: Increase | None = None,
+    note: Note = lambda entry: None,
+) -> Certificate:
+    chosen = [point(0, 100, 4.0)]
     found = certify(
-        [point(0, 100, 4.0)],
-        lambda _: measured or Increase(log_mean, 0.001, WINDOWS),
+        chosen,
+        lambda _: Held(measured or Increase(log_mean, 0.001, WINDOWS)),
+        plans=[chosen],
+        note=note,
         budget_percent=5,
         confidence=0.95,
         windows_digest="now",
@@ -61,27 +85,27 @@ def test_all_shares_together_stay_within_the_error_and_none_vanishes(tries: int,
 
 
 @settings(deadline=None)
-@given(st.lists(CONFIDENCES, max_size=70), st.lists(CONFIDENCES, max_size=40))
-def test_a_ledger_of_two_versions_and_any_confidences_never_spends_more_than_it_may(
-    old: list[float], new: list[float]
+@given(st.lists(CONFIDENCES, max_size=70), st.lists(st.tuples(CONFIDENCES, st.booleans()), max_size=40))
+def test_a_ledger_of_all_versions_and_any_confidences_never_spends_more_than_it_may(
+    old: list[float], new: list[tuple[float, bool]]
 ) -> None:
-    ledger = [of_0_4(number, confidence) for number, confidence in enumerate(old, 1)]
-    for confidence in new:
-        ledger.append(of_now(ledger, confidence))
-        assert (ledger[-1].error or 0) > 0
-    largest = max([1 - confidence for confidence in (*old, *new)], default=0.0)
+    ledger: list[Entry] = [of_0_4(number, confidence) for number, confidence in enumerate(old, 1)]
+    for confidence, alone in new:
+        ledger.append(of_now(ledger, confidence) if alone else planned_now(ledger, confidence))
+        assert ledger[-1].spent > 0
+    largest = max([1 - confidence for confidence in (*old, *(held for held, _ in new))], default=0.0)
     # a confidence of version 0.4 is rounded to the numbers next to 1, half of 2^-53 off at most
     assert sum(Fraction(tried.spent) for tried in ledger) <= Fraction(largest) + len(old) * Fraction(1, 2**54)
 
 
 @settings(deadline=None)
-@given(st.lists(CONFIDENCES, max_size=30), st.lists(CONFIDENCES, max_size=30), CONFIDENCES)
-def test_tries_that_still_count_have_spent_no_more_than_is_allowed_now(
-    old: list[float], new: list[float], now: float
+@given(st.lists(CONFIDENCES, max_size=30), st.lists(st.tuples(CONFIDENCES, st.booleans()), max_size=30), CONFIDENCES)
+def test_what_still_counts_has_spent_no_more_than_is_allowed_now(
+    old: list[float], new: list[tuple[float, bool]], now: float
 ) -> None:
-    ledger = [of_0_4(number, confidence) for number, confidence in enumerate(old, 1)]
-    for confidence in new:
-        ledger.append(of_now(ledger, confidence))
+    ledger: list[Entry] = [of_0_4(number, confidence) for number, confidence in enumerate(old, 1)]
+    for confidence, alone in new:
+        ledger.append(of_now(ledger, confidence) if alone else planned_now(ledger, confidence))
     left = allowed_error(ledger, 1 - now)
     together = sum(Fraction(tried.spent) for tried in still_good(ledger, 1 - now)) + Fraction(left)
     assert together <= Fraction(1 - now) + len(old) * Fraction(1, 2**54)
@@ -131,17 +155,19 @@ def test_what_is_spent_and_left_adds_up() -> None:
 
 
 def test_the_outlook_says_what_is_left_and_how_many_windows_would_do() -> None:
-    found = certified([], log_mean=0.048)
+    ledger: list[Entry] = []
+    found = certified([], log_mean=0.048, note=ledger.append)
     assert found.verdict == "inconclusive"
     spent, advice = outlook(found)
     assert "share an error of 5 %: 3.04 % is spent, 1.96 % left" in spent
     assert "may spend 0.76 %: its bounds reach 2.44 standard errors, the first's reached 1.88" in spent
     wanted = int(advice.partition("to about ")[2].partition(" ")[0].replace(",", ""))
     assert WINDOWS < wanted < 20 * WINDOWS
+    chosen = [point(0, 100, 4.0)]
     scaled = certify(
-        [point(0, 100, 4.0)],
-        lambda _: Increase(0.048, 0.001 * math.sqrt(WINDOWS / wanted), wanted),
-        budget_percent=5, confidence=0.95, windows_digest="more", former=found.tries,
+        chosen,
+        lambda _: Held(Increase(0.048, 0.001 * math.sqrt(WINDOWS / wanted), wanted)),
+        plans=[chosen], budget_percent=5, confidence=0.95, windows_digest="more", former=ledger,
     )  # fmt: skip
     assert scaled is not None
     assert scaled.verdict == "certified"
@@ -170,7 +196,7 @@ def test_where_hardly_any_error_is_left_the_outlook_says_what_renews_it() -> Non
     assert many.verdict == "inconclusive"
     said = outlook(many)[1]
     assert "Hardly any error is left, and other windows do not renew it" in said
-    assert "a text that no try has seen" in said
+    assert "a text that no map was tested on" in said
 
 
 def test_a_certificate_of_version_0_4_has_an_outlook_without_figures_of_the_error() -> None:
@@ -187,14 +213,24 @@ def test_tries_are_written_as_strict_json_and_read_back(tmp_path: Path) -> None:
     tries = [of_0_4(3), replace(of_now([], 0.95), upper_percent=math.inf, error=3e-303)]
     run.append_lines(TRIES, [tried.to_json() for tried in tries])
     assert "Infinity" not in (tmp_path / TRIES).read_text(encoding="utf-8")
-    assert tries_of(run.read_lines(TRIES), "x") == tries
+    assert entries_of(run.read_lines(TRIES), "x") == tries
     old = '{"trial": 1, "verdict": "inconclusive", "confidence": 1.0, "increase_percent": 0.1, "lower_percent": '
     old += '-100.0, "upper_percent": Infinity, "budget_percent": 5.0, "windows": 2, "windows_digest": "d"}'
-    (read,) = tries_of([json.loads(old)], "x")  # as version 0.4 wrote it
+    (read,) = entries_of([json.loads(old)], "x")  # as version 0.4 wrote it
+    assert isinstance(read, Try)
     assert (read.upper_percent, read.spent, read.error) == (math.inf, 0, None)
 
 
-@pytest.mark.parametrize("line", [{"trial": 1}, {"unknown": 1}, 7, None])
+def test_a_sequence_and_its_tries_are_read_back(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    ledger: list[Entry] = []
+    certified([], note=ledger.append)
+    run.append_lines(TRIES, [entry.to_json() for entry in ledger])
+    assert [type(entry) for entry in ledger] == [Planned, Try]
+    assert entries_of(run.read_lines(TRIES), "x") == ledger
+
+
+@pytest.mark.parametrize("line", [{"plan": [1]}, {"plan": 1}, {"trial": 1}, {"unknown": 1}, 7, None])
 def test_a_damaged_try_is_named_with_its_file(line: object) -> None:
     with pytest.raises(StudyError, match=r"run/tries\.jsonl"):
-        tries_of([line], "run/tries.jsonl")
+        entries_of([line], "run/tries.jsonl")

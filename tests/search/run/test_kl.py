@@ -129,7 +129,7 @@ def test_report_tables_and_artifact_speak_in_nats(searched: Searched) -> None:
     report, answer = (searched.run / REPORT).read_text(encoding="utf-8"), searched.front
     assert "budget 0.5 nats" in report
     assert "KL, nats (95 %)" in report
-    assert "lower nats | upper nats" in report
+    assert "| KL, nats | over windows ≤ nats | over documents ≤ nats |" in report
     assert "another most probable next token" in report
     assert "KL, nats" in fronted(answer)
     assert "budget 0.5 nats" in fronted(answer)
@@ -222,3 +222,7 @@ def test_an_evaluation_calls_as_often_as_its_progress_is_told(tmp_path: Path, me
         told = judge.layer_calls(model)
         judge(model, None, lambda: calls.append(None))  # noqa: B023, called at once
         assert len(calls) == told > 0
+    parts: list[None] = []
+    at = np.array([2, 0])
+    judge(model, at, lambda: parts.append(None))
+    assert len(parts) == judge.layer_calls(model, at) > 0

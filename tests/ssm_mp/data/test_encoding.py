@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ssm_mp.data import encoding, tokenize
+from ssm_mp.data import encode, encoding, tokenize
 from ssm_mp.data.corpus import stdlib_documents
 from ssm_mp.data.seams import word_pattern
 
@@ -197,3 +197,13 @@ def test_ids_are_held_in_the_smallest_type() -> None:
 def test_documents_are_parted_by_the_end_of_text() -> None:
     tokenizer = word_tokenizer(["<|endoftext|>", "a", "b"])
     assert tokenize(["a b", "b"], tokenizer).tolist() == [1, 2, 0, 2, 0]
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_where_documents_begin_is_where_their_own_ids_do(tokenizer: Tokenizer, count: int) -> None:
+    texts = [" ".join(random.Random(seed).choices(["a", "word", "12", "\n"], k=300 * seed)) for seed in range(count)]
+    found = encode([in_parts(text, 0) for text in texts], tokenizer)
+    assert found.ids.tolist() == tokenize([in_parts(text, 0) for text in texts], tokenizer).tolist()
+    lengths = [tokenize([text, ""], tokenizer).size - tokenize(["", ""], tokenizer).size // 2 for text in texts]
+    assert found.starts.tolist() == [sum(lengths[:number]) for number in range(count)]

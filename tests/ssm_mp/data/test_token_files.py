@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from ssm_mp.data import TokenIds, load_tokenizer, read_tokens
+from ssm_mp.data import TokenIds, load_tokenizer, read_documents, read_tokens
 from ssm_mp.data.token_files import KEPT_FROM, kept
 from ssm_mp.errors import DataError
 
@@ -162,3 +162,19 @@ def test_a_long_text_is_encoded_once_for_all_who_share_a_folder(tmp_path: Path, 
     found = read_tokens(tmp_path / "a.txt", words, 64, cache=tmp_path / "blocked", say=said.append)
     assert found[:3].tolist() == [1, 1, 1]
     assert "cannot be kept" in said[-1]
+
+
+def test_where_documents_begin_is_kept_with_the_ids_of_a_long_text(tmp_path: Path, words: Tokenizer) -> None:
+    line = json.dumps({"text": "a b " * 5000}) + "\n"
+    (tmp_path / "a.jsonl").write_text(line * (KEPT_FROM // len(line) + 1))
+    cache = tmp_path / "run"
+    first = read_documents(tmp_path / "a.jsonl", words, 64, cache=cache)
+    again = read_documents(tmp_path / "a.jsonl", words, 64, cache=cache)
+    without = read_documents(tmp_path / "a.jsonl", words, 64)
+    assert first.starts.tolist() == again.starts.tolist() == without.starts.tolist()
+    assert np.unique(np.diff(first.starts)).size == 1
+    assert first.starts.size > 20
+    for kept_file in cache.iterdir():
+        if kept_file.name.startswith("documents-"):
+            kept_file.unlink()  # as a former version left it
+    assert read_documents(tmp_path / "a.jsonl", words, 64, cache=cache).starts.tolist() == first.starts.tolist()

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ssm_mp.data import Windows, cut, draw, synthetic_windows
 from ssm_mp.data.corpus import part_of, stdlib_documents, stdlib_files
+from ssm_mp.data.windows import STRETCH
 from ssm_mp.errors import DataError, MachineError
 
 
@@ -116,3 +117,36 @@ def test_the_library_is_split_into_disjoint_parts_without_tests() -> None:
 def test_a_library_without_files_is_the_machines_fault(tmp_path: Path) -> None:
     with pytest.raises(MachineError, match="give the study a text of its own"):
         stdlib_documents("train", tmp_path)
+
+
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=12), st.integers(2, 9), st.booleans(), st.integers(0, 9))
+def test_a_window_comes_from_the_document_in_which_it_begins(
+    sizes: list[int], length: int, bos: bool, seed: int
+) -> None:
+    document = np.repeat(np.arange(len(sizes)), sizes)
+    tokens = np.arange(document.size)  # each its own place
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    pool = cut(tokens, length, bos=9999 if bos else None, starts=starts)
+    if not len(pool):
+        return
+    (drawn,) = draw(pool, [max(1, len(pool) // 2)], seed)
+    assert drawn.sources is not None
+    firsts = drawn.ids[:, int(bos)].numpy()
+    assert drawn.sources.tolist() == document[firsts].tolist()
+
+
+def test_a_text_of_one_document_has_stretches_for_sources() -> None:
+    pool = cut(np.arange(2 * 100), 2)
+    assert pool.sources is not None
+    assert pool.sources.tolist() == [number // STRETCH for number in range(100)]
+    assert pool.windows([0, STRETCH - 1, STRETCH]).sources == pytest.approx([0, 0, 1])
+
+
+def test_sources_are_no_part_of_a_digest_and_stay_with_a_part() -> None:
+    ids = torch.arange(12).reshape(4, 3)
+    with_sources = Windows(ids, np.array([0, 0, 1, 2]))
+    assert with_sources.digest == Windows(ids).digest
+    part = with_sources.part(np.array([3, 1]))
+    assert part.sources is not None
+    assert (part.ids.tolist(), part.sources.tolist()) == ([[9, 10, 11], [3, 4, 5]], [2, 0])
+    assert Windows(ids).part(np.array([1])).sources is None
