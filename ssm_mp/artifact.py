@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from dataclasses import replace as replaced
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ __all__ = [
 ]
 
 FORMAT = "ssm-mp/1"
+EXPONENT = "weight.exponent"
+"""Suffix of a component's array that says that its inputs are scaled each for itself; see `Component.scaled`."""
 _LOOKS = 5
 """How often an artifact is read that is replaced meanwhile, before that is an error."""
 
@@ -279,7 +282,9 @@ def _restore(
     arrays: Mapping[str, Tensor],
     after_layer: AfterLayer | None,
 ) -> tuple[LanguageModel, PrecisionMap]:
-    components = find_components(_Skeleton(config))
+    components = tuple(
+        replaced(one, scaled=f"{one.name}.{EXPONENT}" in arrays) for one in find_components(_Skeleton(config))
+    )
     if {component.name for component in components} != precisions.keys():
         raise PrecisionMapError("the map and the config name different components")
     precision_map = PrecisionMap(tuple((component.name, precisions[component.name]) for component in components))
@@ -307,11 +312,15 @@ def _restored(
     precision = get_precision(name)
     tensors = {}
     for parameter in component.parameters:
-        suffixes = precision.arrays(parameter.shape, parameter.role)
+        suffixes = component.arrays(parameter, name, scheme.activations)
         held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
-        tensors[parameter.leaf] = precision.restore(held, parameter.shape, parameter.role)
+        if parameter.role == "weight" and component.scales_columns(name, scheme.activations):
+            tensors[parameter.leaf] = precision.restore_scaled(held)
+        else:
+            tensors[parameter.leaf] = precision.restore(held, parameter.shape, parameter.role)
     how = component.input_scheme(name, scheme.activations)
-    static = StaticInput(arrays[f"{component.name}.input_scale"]) if how == "static" else None
+    exponent = arrays.get(f"{component.name}.{EXPONENT}") if component.scaled else None
+    static = StaticInput(arrays[f"{component.name}.input_scale"], exponent) if how == "static" else None
     return component.form.module(tensors, static or input_quantizer(how, name))
 
 
@@ -319,9 +328,8 @@ def _expected(components: tuple[Component, ...], precisions: Mapping[str, str], 
     """Every array that a map implies, by its name in the file."""
     expected: dict[str, ArraySpec] = {}
     for component in components:
-        precision = get_precision(precisions[component.name])
         for parameter in component.parameters:
-            for suffix, spec in precision.arrays(parameter.shape, parameter.role).items():
+            for suffix, spec in component.arrays(parameter, precisions[component.name], scheme.activations).items():
                 expected[_joined(parameter.name, suffix)] = spec
         if component.input_scheme(precisions[component.name], scheme.activations) == "static":
             expected[f"{component.name}.input_scale"] = ArraySpec((1,), torch.float16)

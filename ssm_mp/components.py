@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 from ssm_mp.config import Config
 from ssm_mp.modules.parameter import Form, Parameter
 from ssm_mp.precisions.registry import get_precision
+from ssm_mp.precisions.stored import ArraySpec
 from ssm_mp.scheme import ActivationScheme
 
 ALWAYS_PINNED = frozenset({"A_log", "D"})
@@ -33,7 +34,8 @@ class Component:
     """One part of a model that gets one precision: a projection with its bias, a norm, `A_log`, …
 
     `stage` is where in the forward pass it first acts: 0 the embedding, i + 1 layer i, then the head.
-    A tied head belongs to the embedding. `sizes`: bytes by precision in the file of another runtime, where a search is
+    A tied head belongs to the embedding. `scaled`: whether, where its inputs are static, each is divided by a power of
+    two of its own first, at a byte each. `sizes`: bytes by precision in the file of another runtime, where a search is
     for one; empty where it is for our own.
     """
 
@@ -43,6 +45,7 @@ class Component:
     stage: int
     parameters: tuple[Parameter, ...]
     sizes: tuple[tuple[str, int], ...] = ()
+    scaled: bool = False
 
     @property
     def form(self) -> Form:
@@ -77,12 +80,24 @@ class Component:
         takes_part = self.multiplies_inputs and get_precision(precision).quantizes_inputs
         return scheme if takes_part else "none"
 
+    def scales_columns(self, precision: str, scheme: ActivationScheme) -> bool:
+        """Whether the columns of its weight are stored scaled at a precision, as its inputs are."""
+        static = self.scaled and self.input_scheme(precision, scheme) == "static"
+        return static and get_precision(precision).scales_columns
+
+    def arrays(self, parameter: Parameter, precision: str, scheme: ActivationScheme) -> dict[str, ArraySpec]:
+        """What is stored of one of its tensors at a precision: suffix → array."""
+        held = get_precision(precision)
+        if parameter.role == "weight" and self.scales_columns(precision, scheme):
+            return held.scaled_arrays(parameter.shape)
+        return held.arrays(parameter.shape, parameter.role)
+
     def bytes(self, precision: str, scheme: ActivationScheme) -> int:
         """Stored bytes at a precision, weight scales and the static input scale (2 bytes) included."""
         if self.sizes:
             return dict(self.sizes)[precision]
-        held = get_precision(precision)
-        tensors = sum(held.bytes(parameter.shape, parameter.role) for parameter in self.parameters)
+        every = (self.arrays(parameter, precision, scheme).values() for parameter in self.parameters)
+        tensors = sum(array.bytes for arrays in every for array in arrays)
         return tensors + (2 if self.input_scheme(precision, scheme) == "static" else 0)
 
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ import numpy as np
 import torch
 
 from search.base.progress import slow
+from search.problem.preparation import digest_of
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.spec import StudySpec
 from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.conversion.calibrate import InputStatistics, Statistics, calibrate
+from ssm_mp.conversion.prepare import Prepared
 from ssm_mp.conversion.regroup import grouping_of
 from ssm_mp.data import Windows
 from ssm_mp.model import LanguageModel
@@ -45,15 +48,17 @@ def statistics_of(
     compute: str,
     say: Say,
     folder: Path | None,
+    prepared: Prepared | None = None,
 ) -> Statistics:
     """Those of a model's inputs on the calibration windows, from an earlier process where it kept them in a folder.
 
-    compute: what results depend on of the machine.
+    compute: what results depend on of the machine. prepared: what was folded into the model before.
     """
+    exponents = {} if prepared is None else prepared.inputs
 
     def measure() -> Statistics:
         say(f"calibrating on {len(windows)} windows ({spec.data.calibration})")
-        return calibrate(model, windows, lambda stage, total: slow(stage, total).step)
+        return calibrate(model, windows, lambda stage, total: slow(stage, total).step, exponents)
 
     depends = {
         "checkpoint": checkpoint.digest,
@@ -61,8 +66,10 @@ def statistics_of(
         "blocks": blocks_digest(model) if spec.precision.embedding_blocks else None,
         GROUPING: grouping_of(checkpoint.config),
         "compute": compute,
+        **({} if prepared is None else {"prepared": digest_of(prepared)}),
     }
-    return kept_statistics(folder, depends, measure, say)
+    found = kept_statistics(folder, depends, measure, say)
+    return {name: replace(one, exponent=exponents.get(name)) for name, one in found.items()}
 
 
 def blocks_digest(model: LanguageModel) -> str:

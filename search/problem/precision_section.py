@@ -16,6 +16,7 @@ class PrecisionSection(Section):
 
     rounding: how weights below 8 bits are; where it is left out, compensated if calibration is from text.
     group: a rule, or `groups` patterns of components; `auto` makes at most `max_groups` of gradient probes.
+    prepare: whether scales are moved between neighbouring tensors before anything is rounded.
     """
 
     choices: tuple[str, ...] = ("fp16", "int8")
@@ -32,6 +33,7 @@ class PrecisionSection(Section):
     group: Literal["none", "layer", "kind", "auto"] = "none"
     groups: tuple[Annotated[str, Field(min_length=1, max_length=256)], ...] = ()
     max_groups: int = Field(default=32, ge=2, le=4096)
+    prepare: Literal["none", "scales"] = "none"
 
     @field_validator("choices", "pin", "unpin", "embedding_blocks", "split", "groups", mode="before")
     @classmethod

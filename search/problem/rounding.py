@@ -19,10 +19,12 @@ from search.base.errors import StudyError
 from search.base.progress import slow
 from search.problem.calibration import blocks_digest
 from search.problem.memory import MemoryPlan
+from search.problem.preparation import digest_of
 from search.problem.run_directory import GROUPING, RunDirectory, mark_of
 from search.problem.spec import StudySpec
 from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.components import Component
+from ssm_mp.conversion.prepare import Prepared
 from ssm_mp.conversion.regroup import grouping_of
 from ssm_mp.conversion.rounding import Key, Rounded, Say, compensable, moment_bytes, rounded
 from ssm_mp.data import Windows
@@ -94,6 +96,7 @@ def rounded_weights(
     compute: str,
     say: Say,
     folder: Path | None,
+    prepared: Prepared | None = None,
 ) -> dict[Key, Stored]:
     """The weights of `components` at the study's precisions below 8 bits, from a folder where they are kept in one.
 
@@ -115,6 +118,7 @@ def rounded_weights(
             "blocks": blocks_digest(model) if spec.precision.embedding_blocks else None,
             GROUPING: grouping_of(checkpoint.config),
             "compute": compute,
+            **({} if prepared is None else {"prepared": digest_of(prepared)}),
             "components": [component.name for component in components],
             "precisions": precisions,
         }

@@ -18,6 +18,7 @@ from search.problem.grouping import grouped_by_rule, require_patterns, rule_of, 
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.judge import Judge
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
+from search.problem.preparation import digest_of, preparation_of
 from search.problem.rounding import compensates, recorded_rounding, rounded_weights
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
@@ -30,6 +31,7 @@ from ssm_mp.conversion.calibrate import hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
+from ssm_mp.conversion.prepare import Prepared, prepared_model
 from ssm_mp.conversion.regroup import grouping_of, regrouped
 from ssm_mp.data import Splits
 from ssm_mp.errors import CheckpointError
@@ -59,6 +61,7 @@ class Workspace:
     space: Space
     memory: MemoryPlan
     compensates: bool = False
+    prepared: Prepared | None = None
 
     def fingerprint(self) -> dict[str, Any]:
         """What a study's results depend on; resuming with another is refused.
@@ -89,6 +92,7 @@ class Workspace:
             **latency,
             **({GROUPING: grouping} if grouping else {}),
             **({GROUPS: recorded(rule, self._groups)} if rule else {}),
+            **({} if self.prepared is None else {"prepared": digest_of(self.prepared)}),
         }
 
     @property
@@ -146,16 +150,19 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
     require_patterns(spec.precision.groups, components, pins)
     scheme = spec.precision.scheme
-    statistics = None
+    statistics, compute = None, _compute_type(spec.search.device)
+    prepared = preparation_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
+    if prepared is not None:
+        model = prepared_model(model, prepared)
     if scheme.activations == "static":
-        compute = _compute_type(spec.search.device)
-        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
+        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache, prepared)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
-    weights = _rounded(spec, checkpoint, model, splits, pins, plan, say, cache)
+    weights = _rounded(spec, checkpoint, model, splits, pins, plan, say, cache, prepared)
     forms = Forms(plan.forms, plan.scratch)
-    largest = {} if spec.precision.embedding_blocks else checkpoint.reading.largest
+    # the magnitudes in the file are not those of tensors that are cut up, or scaled
+    largest = {} if spec.precision.embedding_blocks or prepared is not None else checkpoint.reading.largest
     config = checkpoint.config
     own = None if target is None else sized(target, components, config)
     converter = Converter(model, scheme, statistics, own, forms, _steps, largest, weights)
@@ -169,7 +176,7 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
         say(f"note: {line}")
     if space.groups:
         say(told(space))
-    return Workspace(spec, checkpoint, model, splits, converter, space, plan, weights is not None)
+    return Workspace(spec, checkpoint, model, splits, converter, space, plan, weights is not None, prepared)
 
 
 def _rounded(
@@ -181,6 +188,7 @@ def _rounded(
     plan: MemoryPlan,
     say: Say,
     cache: Path | None,
+    prepared: Prepared | None,
 ) -> Mapping[tuple[str, str], Stored] | None:
     """Weights whose rounding is compensated, of the components that are not pinned; None where all are rounded to the
     nearest."""
@@ -188,7 +196,7 @@ def _rounded(
     if not compensates(spec, free, plan, say):
         return None
     compute = _compute_type(spec.search.device)
-    return rounded_weights(spec, checkpoint, model, splits.calibration, free, compute, say, cache)
+    return rounded_weights(spec, checkpoint, model, splits.calibration, free, compute, say, cache, prepared)
 
 
 def _steps(stage: str, total: int) -> Callable[[], None]:

@@ -103,7 +103,8 @@ def export(  # noqa: PLR0913, what is known of the map, each in its place
     expected = Expected(known, None) if known is not None else _measured(workspace, baseline, precision_map)
     measured, model = expected.measured, workspace.converter.convert(precision_map)
     speed = _timed(workspace, model, seconds, say)
-    scheme, components = workspace.spec.precision.scheme, find_components(workspace.model)
+    scheme = workspace.spec.precision.scheme
+    components = tuple(dataclasses.replace(one, sizes=()) for one in workspace.converter.components)
     predicted = precision_map.bytes(components, scheme.activations)  # of our own file, whatever the study's target
     metrics = {
         **_measured_metrics(workspace, baseline, measured, predicted),

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding
 from ssm_mp.blocks.rotary import Rotary, turned
 from ssm_mp.modules.norm import NormForm
 from ssm_mp.modules.parameter import Parameter
@@ -56,6 +57,16 @@ class Attention(Block):
 
     def module(self, parts: Parts, scan: Scan | None = None) -> AttentionMixing:
         return AttentionMixing(self, parts, scan or attention)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        return ("q_proj", "k_proj", "v_proj")
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        values = self.rows(at, "v_proj", with_bias=self.qkv_bias)
+        outward = (f"{self.component(at, 'o_proj')}.weight",)
+        shared = self.n_heads // self.n_kv_heads
+        yield Folding(values, outward, self.n_kv_heads * self.head_dim, self.n_kv_heads, shared)
 
     @property
     def token_floats(self) -> int:

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ssm_mp.blocks.folding import Folding, Rows
 from ssm_mp.modules.convolution import ConvolutionForm
 from ssm_mp.modules.linear import LinearForm
 from ssm_mp.modules.norm import NormForm
@@ -109,6 +110,27 @@ class Block(ABC):
     @abstractmethod
     def token_floats(self) -> int:
         """Upper bound of the float32 numbers of activations that one token takes at the block's widest point."""
+
+    @property
+    @abstractmethod
+    def entrances(self) -> tuple[str, ...]:
+        """The block's own names of the components that multiply its inputs; nothing else sees them."""
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        """Where scales can be moved within the block, from what makes the inputs of a product to its weight."""
+        yield from ()
+
+    @property
+    def unfoldable(self) -> tuple[str, ...]:
+        """The block's own names of the components whose inputs come out of its mixing, and through no place that scales
+        could be folded into: at static int8 their inputs are scaled as they are rounded."""
+        return ()
+
+    def rows(self, at: str, leaf: str, start: int = 0, *, with_bias: bool = False) -> tuple[Rows, ...]:
+        """Rows of a component's weight, and of its bias."""
+        name = self.component(at, leaf)
+        weights = Rows(f"{name}.weight", start)
+        return (weights, Rows(f"{name}.bias", start)) if with_bias else (weights,)
 
     def component(self, at: str, leaf: str) -> str:
         """A component's name in the whole model."""

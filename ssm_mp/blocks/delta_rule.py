@@ -15,6 +15,7 @@ import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding
 from ssm_mp.kernels.delta import delta_rule, delta_rule_chunked
 from ssm_mp.modules.norm import NormForm
 from ssm_mp.modules.parameter import Parameter
@@ -55,6 +56,17 @@ class DeltaRule(Block):
 
     def module(self, parts: Parts, scan: Scan | None = None) -> DeltaRuleMixing:
         return DeltaRuleMixing(self, parts, scan or delta_rule)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        if self.fused:
+            return ("in_proj_qkvz", "in_proj_ba")
+        return ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        # the heads share one norm
+        outward = (f"{self.component(at, 'out_proj')}.weight",)
+        yield Folding(self.rows(at, "norm"), outward, self.value_dim, times=self.value_heads)
 
     @property
     def token_floats(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding
 from ssm_mp.blocks.hidden import Activation, Hidden
 from ssm_mp.blocks.routing import Routing
 from ssm_mp.modules.experts import EachExpert, ExpertsForm
@@ -65,6 +66,23 @@ class Experts(Block):
                     yield from self.linear(at, layer, f"experts.{e}.{leaf}", outputs, inputs)
         if self.latent is not None:
             yield from self.linear(at, layer, "latent_out", d, width, with_bias=self.latent_bias)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        if self.latent is not None:
+            return ("router", "latent_in")
+        inward = [leaf for leaf, _ in self.hidden.inward]
+        if self.together:
+            return ("router", *(f"experts.{leaf}" for leaf in inward))
+        return ("router", *(f"experts.{e}.{leaf}" for e in range(self.experts) for leaf in inward))
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        linear = self.hidden.linear
+        if linear is None or self.together:  # together, each expert would have its own rows and columns
+            return
+        for e in range(self.experts):
+            outward = (f"{self.component(at, f'experts.{e}.{self.hidden.outward}')}.weight",)
+            yield Folding(self.rows(at, f"experts.{e}.{linear[0]}", linear[1]), outward, self.d_hidden)
 
     @property
     def width(self) -> int:

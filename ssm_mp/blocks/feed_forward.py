@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding
 from ssm_mp.blocks.hidden import Activation, Hidden
 from ssm_mp.modules.parameter import Parameter
 
@@ -51,6 +52,17 @@ class FeedForward(Block):
 
     def module(self, parts: Parts, scan: Scan | None = None) -> FeedForwardMixing:
         return FeedForwardMixing(self, parts)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        return (*(leaf for leaf, _ in self.hidden.inward), *(("token_gate",) if self.token_gate else ()))
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        linear = self.hidden.linear
+        if linear is not None:
+            leaf, start = linear
+            outward = (f"{self.component(at, self.hidden.outward)}.weight",)
+            yield Folding(self.rows(at, leaf, start, with_bias=self.projection_bias), outward, self.d_hidden)
 
     @property
     def token_floats(self) -> int:

@@ -53,6 +53,13 @@ class Hidden:
         return (("gate_proj", self.size), ("up_proj", self.size)) if self.gated else (("up_proj", self.size),)
 
     @property
+    def linear(self) -> tuple[str, int] | None:
+        """The projection, and its first row, that hidden values are proportional to one to one; None: none is."""
+        if self.fused:
+            return "input_linear", self.size
+        return ("up_proj", 0) if self.gated else None
+
+    @property
     def outward(self) -> str:
         """The name of the projection of what is hidden."""
         return "output_linear" if self.fused else "down_proj"

@@ -67,6 +67,15 @@ class Mamba1(Block):
         return Mamba1Mixing(self, parts, scan or selective_scan)
 
     @property
+    def entrances(self) -> tuple[str, ...]:
+        return ("in_proj",)
+
+    @property
+    def unfoldable(self) -> tuple[str, ...]:
+        # channels pass two activations and share B and C
+        return ("out_proj",)
+
+    @property
     def token_floats(self) -> int:
         return 4 * self.d_model + 14 * self.d_inner + self.dt_rank + 6 * self.d_state
 

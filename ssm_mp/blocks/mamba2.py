@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding
 from ssm_mp.kernels.gated_norm import gated_norm
 from ssm_mp.kernels.ssd import CHUNK, Limits, ssd_scan, ssd_scan_chunked
 from ssm_mp.modules.norm import Norm, NormForm
@@ -90,6 +91,18 @@ class Mamba2(Block):
 
     def module(self, parts: Parts, scan: Scan | None = None) -> Mamba2Mixing:
         return Mamba2Mixing(self, parts, scan or ssd_scan)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        return tuple(f"in_proj.{piece}" for piece in PIECES) if self.split else ("in_proj",)
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        if self.gate != "no_norm":
+            yield Folding(self.rows(at, "norm"), (f"{self.component(at, 'out_proj')}.weight",), self.d_inner)
+
+    @property
+    def unfoldable(self) -> tuple[str, ...]:
+        return ("out_proj",) if self.gate == "no_norm" else ()
 
     @property
     def token_floats(self) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding, Rows
 from ssm_mp.kernels.scan import shared_step_scan, shared_step_scan_reference
 from ssm_mp.modules.parameter import Parameter
 
@@ -40,6 +41,14 @@ class SharedStep(Block):
 
     def module(self, parts: Parts, scan: Scan | None = None) -> SharedStepMixing:
         return SharedStepMixing(parts, scan or shared_step_scan)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        return ("in_proj",)
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        states = (Rows(self.component(at, "C")), Rows(self.component(at, "D")))
+        yield Folding(states, (f"{self.component(at, 'out_proj')}.weight",), self.d_inner)
 
     @property
     def token_floats(self) -> int:

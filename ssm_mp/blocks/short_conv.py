@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.blocks.folding import Folding
 from ssm_mp.modules.parameter import Parameter
 
 
@@ -34,6 +35,14 @@ class ShortConv(Block):
 
     def module(self, parts: Parts, scan: Scan | None = None) -> ShortConvMixing:
         return ShortConvMixing(parts)
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        return ("in_proj",)
+
+    def foldings(self, at: str) -> Iterator[Folding]:
+        convolution = self.rows(at, "conv", with_bias=self.with_bias)
+        yield Folding(convolution, (f"{self.component(at, 'out_proj')}.weight",), self.d_model)
 
     @property
     def token_floats(self) -> int:

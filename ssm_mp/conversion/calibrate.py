@@ -22,7 +22,7 @@ from ssm_mp.kernels import calls
 from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.experts import ExpertsForm
 from ssm_mp.parallel import in_parallel
-from ssm_mp.precisions.quantize import histogram_scale
+from ssm_mp.precisions.quantize import histogram_scale, powers_of_two
 from ssm_mp.scheme import ScaleRule
 from ssm_mp.shards import shards
 
@@ -38,11 +38,13 @@ class InputStatistics:
     """Magnitudes of the inputs of one component: the largest, and a histogram over `[0, largest]` (float64).
 
     tokens: how many reached it; of experts that are one component, how many reached each.
+    exponent: of the powers of two that inputs were divided by before they were counted, int8 `[k]`; None: none was.
     """
 
     largest: float
     counts: Tensor
     tokens: tuple[int, ...] = ()
+    exponent: Tensor | None = None
 
     def scale(self, rule: ScaleRule) -> Tensor:
         """Static input scale, float16 `[1]`. Raises InfeasibleError where nothing ever reached the component."""
@@ -101,8 +103,10 @@ class _Magnitudes:
     are the same in whatever order inputs come.
     """
 
-    def __init__(self, component: Component) -> None:
+    def __init__(self, component: Component, exponent: Tensor | None = None) -> None:
         self._name = component.name
+        self._of_inputs = exponent
+        self._factors = None if exponent is None else powers_of_two(-exponent)
         self._lock = Lock()
         self._exponent = _LEAST_EXPONENT
         self._counts = torch.zeros(_FINE_BINS, dtype=torch.int64)
@@ -113,7 +117,8 @@ class _Magnitudes:
         """A `Watcher`. Raises EvaluationError where an input is not finite."""
         if not x.numel():
             return x
-        low, high = x.aminmax()
+        scaled = x if self._factors is None else x * self._factors.to(x.device)
+        low, high = scaled.aminmax()
         largest = float(torch.maximum(-low, high))
         if not math.isfinite(largest):
             raise EvaluationError(
@@ -123,7 +128,7 @@ class _Magnitudes:
             self._tokens[expert] += x.numel() // x.shape[-1]
             self._largest = max(self._largest, largest)
             self._widen(math.frexp(largest)[1] if largest else _LEAST_EXPONENT)
-            count_magnitudes(x, _FINE_BINS * 2.0**-self._exponent, self._counts)
+            count_magnitudes(scaled, _FINE_BINS * 2.0**-self._exponent, self._counts)
         return x
 
     def _widen(self, exponent: int) -> None:
@@ -140,7 +145,7 @@ class _Magnitudes:
         if self._largest == 0:
             counts = torch.zeros(_BINS, dtype=torch.float64)
             counts[0] = self._counts.sum()
-            return InputStatistics(0.0, counts, tuple(self._tokens))
+            return InputStatistics(0.0, counts, tuple(self._tokens), self._of_inputs)
         edges = np.arange(_FINE_BINS + 1) * (2.0**self._exponent / _FINE_BINS)
         used = int(np.searchsorted(edges, self._largest)) + 1
         below = np.concatenate([[0], self._counts.numpy().cumsum()])
@@ -148,7 +153,7 @@ class _Magnitudes:
         at = np.interp(np.linspace(0.0, self._largest, _BINS + 1), ours, below[:used])
         # a value in the last bin of all lies below the largest
         at[-1] = below[-1]
-        return InputStatistics(self._largest, torch.from_numpy(np.diff(at)), tuple(self._tokens))
+        return InputStatistics(self._largest, torch.from_numpy(np.diff(at)), tuple(self._tokens), self._of_inputs)
 
 
 def count_magnitudes(x: Tensor, factor: float, counts: Tensor) -> None:
@@ -165,15 +170,21 @@ def count_magnitudes_reference(x: Tensor, factor: float, bins: int) -> Tensor:
     return torch.bincount(found.flatten(), minlength=bins).cpu()
 
 
-def calibrate(model: LanguageModel, windows: Windows, steps: Steps | None = None) -> dict[str, InputStatistics]:
+def calibrate(
+    model: LanguageModel,
+    windows: Windows,
+    steps: Steps | None = None,
+    exponents: Mapping[str, Tensor] | None = None,
+) -> dict[str, InputStatistics]:
     """Statistics of the inputs of every product of `model` on `windows`, in one pass in which no logit is computed.
 
     steps: told what there is to do. The model is left as it is; the pass runs on one that shares its
     modules, layer by layer where the model asks for it (`after_layer`). Raises EvaluationError where an input is not
-    finite.
+    finite. exponents: by component, of the powers of two that its inputs are divided by first, int8 `[k]`.
     """
     components = [component for component in find_components(model) if component.multiplies_inputs]
-    seen = {component.name: _Magnitudes(component) for component in components}
+    scaled = dict(exponents or {})
+    seen = {component.name: _Magnitudes(component, scaled.get(component.name)) for component in components}
     heads = [c.name for c in components if c.kind == "embedding" or c.name == "lm_head"]
     watchers: dict[str, Watcher] = {name: one.see for name, one in seen.items() if name not in heads}
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ssm_mp.components import Component, find_components
 from ssm_mp.conversion.calibrate import Statistics, Steps
@@ -52,8 +53,10 @@ class Converter:
             )
         self.model = model
         self.scheme = scheme
-        self.components = find_components(model) if components is None else components
         self._statistics = statistics or {}
+        scaled = {name for name, one in self._statistics.items() if one.exponent is not None}
+        every = find_components(model) if components is None else components
+        self.components = tuple(replace(c, scaled=True) if c.name in scaled else c for c in every)
         self._forms = Forms() if forms is None else forms
         self._steps = steps
         self._largest = dict(largest or {})
@@ -110,7 +113,6 @@ class Converter:
         return self._largest[parameter.name]
 
     def _make(self, component: Component, name: str) -> nn.Module:
-        precision = get_precision(name)
         source = self.model.component(component.name)
         tensors: dict[str, Stored] = {}
         for parameter in component.parameters:
@@ -124,12 +126,24 @@ class Converter:
             if not isinstance(held, FloatTensor) or not _is_source(held):
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
             try:
-                tensors[parameter.leaf] = precision.store(held.value.data, parameter.role, self.scheme.weight_scales)
+                tensors[parameter.leaf] = self._stored(component, parameter, name, held.value.data)
             except InfeasibleError as error:
                 raise InfeasibleError(f"{parameter.name} cannot be {name}: {error}") from None
         if self.model.after_layer is not None:
             self.model.after_layer(source)
         return component.form.module(tensors, self._inputs(component, name))
+
+    def _stored(self, component: Component, parameter: Parameter, name: str, tensor: Tensor) -> Stored:
+        """One tensor at a precision."""
+        precision, rule = get_precision(name), self.scheme.weight_scales
+        if parameter.role == "weight" and component.scales_columns(name, self.scheme.activations):
+            return precision.store_scaled(tensor, self._exponent(component), rule)
+        return precision.store(tensor, parameter.role, rule)
+
+    def _exponent(self, component: Component) -> Tensor:
+        exponent = self._statistics[component.name].exponent
+        assert exponent is not None
+        return exponent.to(self.model.device)
 
     def _inputs(self, component: Component, name: str) -> InputQuantizer | None:
         """The input quantiser that the scheme asks for."""
@@ -137,9 +151,10 @@ class Converter:
         if scheme == "static":
             try:
                 scale = self._statistics[component.name].scale(self.scheme.input_scales)
-                return StaticInput(scale.to(self.model.device))
             except InfeasibleError as error:
                 raise InfeasibleError(f"inputs of {component.name} cannot be {name}: {error}") from None
+            scaled = component.scales_columns(name, scheme)
+            return StaticInput(scale.to(self.model.device), self._exponent(component) if scaled else None)
         return input_quantizer(scheme, name)
 
 

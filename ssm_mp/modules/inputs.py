@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.precisions.matrix import SMALLEST_SCALE
-from ssm_mp.precisions.quantize import INT8_LIMIT, quantize_tensor
+from ssm_mp.precisions.quantize import INT8_LIMIT, powers_of_two, quantize_tensor
 from ssm_mp.scheme import ActivationScheme
 
 BLOCK = 32
@@ -21,16 +21,23 @@ BLOCK = 32
 
 
 class StaticInput(nn.Module):
-    """Quantises the inputs of a linear layer with one scale, calibrated beforehand."""
+    """Quantises the inputs of a linear layer with one scale, calibrated beforehand.
+
+    exponent: of the powers of two that each input is divided by first, int8 `[k]`, those that the weight's columns are
+    multiplied with; None: none is.
+    """
 
     scale: Tensor
+    exponent: Tensor | None
 
-    def __init__(self, scale: Tensor) -> None:
+    def __init__(self, scale: Tensor, exponent: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("scale", scale)  # float16 [1]
+        self.register_buffer("exponent", exponent)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x [m, k]` → int8 `[m, k]` and its float32 scale, once for each row, `[m, 1]`."""
+        x = x if self.exponent is None else x * powers_of_two(-self.exponent)
         if calls.usable(x):
             return calls.quantize_static(x, self.scale.item())
         if cuda.usable(x):
@@ -109,4 +116,5 @@ def rounded(quantizer: InputQuantizer, x: Tensor) -> Tensor:
         return found
     integers, scale = quantizer(x)
     product: Tensor = integers.float() * scale
-    return product
+    scaled = quantizer.exponent if isinstance(quantizer, StaticInput) else None
+    return product if scaled is None else product * powers_of_two(scaled)

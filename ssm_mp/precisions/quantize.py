@@ -142,6 +142,11 @@ def histogram_scale(counts: Tensor, largest: float, rule: ScaleRule, limit: int 
     return stored_scales((clip / limit).float().reshape(1))
 
 
+def powers_of_two(exponent: Tensor) -> Tensor:
+    """Two to the power of small integers `[n]`: float32 `[n]`, exact, as float32 is made of its bits."""
+    return ((exponent.int() + 127) << 23).view(torch.float32)
+
+
 def quantize_tensor(values: Tensor, scale: Tensor) -> Tensor:
     """Activations of any shape with one float32 scale (a scalar, or one a token `[…, 1]`): int8."""
     return (values / scale).round_().clamp_(-INT8_LIMIT, INT8_LIMIT).to(torch.int8)

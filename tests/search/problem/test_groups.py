@@ -17,7 +17,7 @@ from search.problem.grouping import by_patterns, grouped_by_rule
 from search.problem.groups import GROUPS, expanded, groups_in, moving
 from search.problem.run_directory import require_same
 from search.problem.space import Space
-from search.problem.spec import PrecisionSection, load_spec
+from search.problem.precision_section import PrecisionSection, load_spec
 from search.problem.workspace import Workspace, open_workspace
 from search.sampling.catalogue import catalogue_of
 from ssm_mp.errors import InfeasibleError
