@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from search.base.errors import StudyError
 from search.problem.grouping import by_patterns, grouped_by_rule
 from search.problem.groups import GROUPS, expanded, groups_in, moving
+from search.problem.precision_section import PrecisionSection
 from search.problem.run_directory import require_same
 from search.problem.space import Space
-from search.problem.precision_section import PrecisionSection, load_spec
+from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from search.sampling.catalogue import catalogue_of
 from ssm_mp.errors import InfeasibleError
