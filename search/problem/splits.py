@@ -20,6 +20,7 @@ from ssm_mp.data import (
     bos_id,
     cut,
     draw,
+    draw_evenly,
     encode,
     find_tokenizer,
     load_tokenizer,
@@ -84,7 +85,7 @@ def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
     counts = text.counts(config.vocabulary, repeats=True)
     drawn = _calibration(spec, calibration, counts)
     certify_pool = part("certify").without([search, drawn])
-    certify = draw(certify_pool, [data.certify_windows], data.seed)[0]
+    certify = draw_evenly(certify_pool, data.certify_windows, data.seed)
     dropped = [line for pool in (calibration, search_pool, certify_pool) for line in pool.dropped()]
     return Splits(drawn, search, certify, counts, bos, tuple(dropped))
 
@@ -109,6 +110,8 @@ def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) 
     else:
         counts = pool.without([search, certify]).counts(config.vocabulary)
         calibration = _calibration(spec, pool, counts)
+    drawn = [search] if data.calibration == "synthetic" else [calibration, search]
+    certify = draw_evenly(pool.without(drawn), data.certify_windows, data.seed)
     return Splits(calibration, search, certify, counts, bos, pool.dropped())
 
 

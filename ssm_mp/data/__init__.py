@@ -9,7 +9,7 @@ from ssm_mp.data.splits import Splits
 from ssm_mp.data.token_files import read_documents, read_tokens
 from ssm_mp.data.tokenizer_files import BYTES, find_tokenizer, load_tokenizer, prompt_ids
 from ssm_mp.data.unigram import unigram_perplexity
-from ssm_mp.data.windows import Pool, TokenIds, Windows, cut, draw, synthetic_windows
+from ssm_mp.data.windows import Pool, TokenIds, Windows, cut, draw, draw_evenly, synthetic_windows
 
 __all__ = [
     "BYTES",
@@ -23,6 +23,7 @@ __all__ = [
     "bos_id",
     "cut",
     "draw",
+    "draw_evenly",
     "encode",
     "find_tokenizer",
     "load_tokenizer",

@@ -161,17 +161,47 @@ def draw(pool: Pool, counts: Sequence[int], seed: int) -> list[Windows]:
     are passed over: the draw is a fair one of the different windows, and changes only where a repeated one would
     have been drawn. Raises DataError where there are too few.
     """
-    needed = sum(counts)
-    if len(pool) < needed:
-        different = " different" if len(pool) < len(pool.rows) else ""
-        reasons = f" ({'; '.join(pool.dropped())})" if different else ""
-        raise DataError(
-            f"{pool.what} gives {len(pool)}{different} windows of {pool.length} tokens{reasons}, {needed} are asked "
-            f"for ({' + '.join(map(str, counts))}); give a longer text or ask for fewer windows"
-        )
-    order = torch.randperm(len(pool.rows), generator=torch.Generator().manual_seed(seed))
-    order = order[torch.from_numpy(pool.free)[order]][:needed]
+    _require(pool, counts)
+    order = _shuffled(pool, seed)[: sum(counts)]
     return [pool.windows(part.sort().values) for part in order.split(list(counts))]
+
+
+def draw_evenly(pool: Pool, count: int, seed: int) -> Windows:
+    """Random windows, all different, from as many documents as there are: each gives one before any gives a second.
+
+    So that a few long documents do not decide what is said of others like these. More windows are those of fewer and
+    some others. Raises DataError where there are too few.
+    """
+    _require(pool, [count])
+    order = _shuffled(pool, seed)
+    if pool.sources is None:
+        return pool.windows(order[:count].sort().values)
+    of = torch.from_numpy(pool.sources)[order]
+    by_document = of.argsort(stable=True)
+    first = torch.cat([torch.ones(1, dtype=torch.bool), of[by_document].diff() != 0])
+    began = torch.where(first, torch.arange(len(of)), 0).cummax(dim=0).values
+    place = torch.empty_like(began)  # of each window among those of its document, in the order drawn
+    place[by_document] = torch.arange(len(of)) - began
+    return pool.windows(order[place.argsort(stable=True)][:count].sort().values)
+
+
+def _shuffled(pool: Pool, seed: int) -> Tensor:
+    """The numbers of the windows that may be drawn, in a random order that leaves the others out."""
+    order = torch.randperm(len(pool.rows), generator=torch.Generator().manual_seed(seed))
+    return order[torch.from_numpy(pool.free)[order]]
+
+
+def _require(pool: Pool, counts: Sequence[int]) -> None:
+    """Raise DataError where a pool has fewer windows than all counts together."""
+    needed = sum(counts)
+    if len(pool) >= needed:
+        return
+    different = " different" if len(pool) < len(pool.rows) else ""
+    reasons = f" ({'; '.join(pool.dropped())})" if different else ""
+    raise DataError(
+        f"{pool.what} gives {len(pool)}{different} windows of {pool.length} tokens{reasons}, {needed} are asked "
+        f"for ({' + '.join(map(str, counts))}); give a longer text or ask for fewer windows"
+    )
 
 
 def synthetic_windows(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_mp.data import Windows, cut, draw, synthetic_windows
+from ssm_mp.data import Windows, cut, draw, draw_evenly, synthetic_windows
 from ssm_mp.data.corpus import part_of, stdlib_documents, stdlib_files
 from ssm_mp.data.windows import STRETCH
 from ssm_mp.errors import DataError, MachineError
@@ -150,3 +150,27 @@ def test_sources_are_no_part_of_a_digest_and_stay_with_a_part() -> None:
     assert part.sources is not None
     assert (part.ids.tolist(), part.sources.tolist()) == ([[9, 10, 11], [3, 4, 5]], [2, 0])
     assert Windows(ids).part(np.array([1])).sources is None
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 99), st.data())
+def test_an_even_draw_takes_a_window_of_each_document_before_another_of_any(
+    sizes: list[int], seed: int, data: st.DataObject
+) -> None:
+    starts = np.cumsum([0, *sizes[:-1]]) * 4
+    pool = cut(np.arange(4 * sum(sizes)), 4, starts=starts)
+    count = data.draw(st.integers(1, sum(sizes)))
+    drawn = draw_evenly(pool, count, seed)
+    assert drawn.sources is not None
+    assert len(np.unique(drawn.ids[:, 0])) == count
+    taken = np.bincount(drawn.sources - pool.sources.min(), minlength=len(sizes))
+    most = taken.max()
+    assert all(n >= min(size, most - 1) for n, size in zip(taken, sizes, strict=True))
+    more = draw_evenly(pool, sum(sizes), seed)
+    assert set(drawn.ids[:, 0].tolist()) <= set(more.ids[:, 0].tolist())
+
+
+def test_an_even_draw_of_more_windows_has_those_of_fewer() -> None:
+    pool = cut(np.arange(400), 4, starts=np.array([0, 40, 240]))
+    few, many = (set(draw_evenly(pool, count, 3).ids[:, 0].tolist()) for count in (20, 60))
+    assert few < many
+    assert few != set(draw_evenly(pool, 20, 4).ids[:, 0].tolist())
