@@ -72,6 +72,8 @@ def rounded(
     do. Raises EvaluationError where an input is not finite.
     """
     chosen = [name for name in precisions if compensable(name)]
+    if not chosen:
+        return
     wanted = {component.name: component for component in components if _has_moment(component)}
     parts = in_parts(windows.ids.to(model.device))
     told = (steps or (lambda what, count: lambda: None))("compensating rounding", len(model.layers) + 1)

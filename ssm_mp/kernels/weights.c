@@ -54,10 +54,20 @@ INLINE float largest_magnitude(const float *x, int64_t n) {
     return top;
 }
 
+/* Of a group of zeros: 0, or the smallest float16 where the book has no zero, a level of which is then as good as one. */
+INLINE float range_of_zeros(const Book *book) {
+    for (int64_t i = 0; i < book->count; i++)
+        if (book->levels[i] == 0) return 0;
+    return 0x1p-24f;
+}
+
 /* The scale with which the farther end of the book is the value of largest magnitude of x [k], the negative one where
  * both signs have it; where both ends are as far, the positive scale. */
 INLINE float range_of_group(const float *x, int64_t k, const Book *book) {
-    if (book->reach == 0) return largest_magnitude(x, k) / book->limit;
+    if (book->reach == 0) {
+        const float range = largest_magnitude(x, k) / book->limit;
+        return range == 0 ? range_of_zeros(book) : range;
+    }
     Register least = {0}, most = {0}; /* where all have one sign, zero is not the larger magnitude */
     for (int64_t c = 0; c < k; c += WIDTH) {
         least = smaller(get(x + c), least);
@@ -68,7 +78,8 @@ INLINE float range_of_group(const float *x, int64_t k, const Book *book) {
         low = least[i] < low ? least[i] : low;
         high = most[i] > high ? most[i] : high;
     }
-    return (-low >= high ? low : high) / book->reach;
+    const float range = (-low >= high ? low : high) / book->reach;
+    return range == 0 ? range_of_zeros(book) : range;
 }
 
 /* (the nearest integer to x / scale in [lowest, highest]) · scale − x. A quotient in the middle between two integers may

@@ -137,7 +137,7 @@ def damped(second: Tensor, damping: float) -> Tensor | None:
     then 1; None where it is zero, or not finite. An input that never differs from zero counts as the mean one."""
     wide = second.double()
     mean = float(wide.diagonal().mean())
-    if not 0 < mean < float("inf"):
+    if not mean > 0 or not bool(wide.isfinite().all()):
         return None
     wide = wide / mean
     unseen = wide.diagonal() <= 0
@@ -237,7 +237,8 @@ def fed_back(weight: Tensor, curve: Curve, scale: Tensor, levels: Tensor) -> Ten
 def _descend(rounded: Tensor, gradient: Tensor, curvature: Tensor, scale: Tensor, levels: Tensor) -> None:
     """Improve each value of `rounded [n, k]` in place while all others stay, block after block."""
     for block in _blocks(rounded.shape[1]):
-        own, slope = rounded[:, block].contiguous(), gradient[:, block].contiguous()
+        # copies, though a block may be all there is: the gradient follows for all columns at once
+        own, slope = (one[:, block].clone(memory_format=torch.contiguous_format) for one in (rounded, gradient))
         before = own.clone()
         step = compensate.descend_columns if calls.usable(own) else descend_columns_reference
         step(own, slope, curvature[block, block].contiguous(), scale[:, block].contiguous(), levels)

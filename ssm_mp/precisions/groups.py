@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
-from ssm_mp.precisions.quantize import clippings, least_square_scales, stored_scales
+from ssm_mp.precisions.quantize import FLOAT16_SMALLEST, clippings, least_square_scales, stored_scales
 from ssm_mp.scheme import ScaleRule
 
 GROUP = 64
@@ -121,11 +121,15 @@ def group_scales(groups: Tensor, rule: ScaleRule, book: CodeBook, weight: Tensor
 
 def group_ranges(groups: Tensor, book: CodeBook) -> Tensor:
     """The scale with which the farther end of the book is the value of largest magnitude of each group, the negative
-    one where both signs have it; where both ends are as far, the positive scale: float32 `[g]`."""
+    one where both signs have it; where both ends are as far, the positive scale: float32 `[g]`. Of zeros, where the
+    book has none, the smallest of float16: they are then as good as zeros."""
     least, most = torch.aminmax(groups, dim=1)
     if min(book.values) == -max(book.values):
-        return torch.maximum(-least, most) / book.limit
-    return torch.where(-least >= most, least, most) / book.reach
+        ranges = torch.maximum(-least, most) / book.limit
+    else:
+        ranges = torch.where(-least >= most, least, most) / book.reach
+    # a scale of 1 would turn zeros into the least level
+    return ranges if 0.0 in book.values else torch.where(ranges == 0, FLOAT16_SMALLEST, ranges)
 
 
 def best_group_scales(groups: Tensor, full: Tensor, book: CodeBook, weight: Tensor | None = None) -> Tensor:

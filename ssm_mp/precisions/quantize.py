@@ -20,6 +20,7 @@ from ssm_mp.errors import InfeasibleError
 from ssm_mp.scheme import ScaleRule
 
 FLOAT16_LARGEST = 65504.0
+FLOAT16_SMALLEST = 2.0**-24
 
 INT8_LIMIT = 127
 """Largest magnitude of a symmetric int8 value; −128 is not used."""
