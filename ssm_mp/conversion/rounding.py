@@ -7,7 +7,7 @@ Dimensions: `k` values in a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,19 +74,34 @@ def rounded(
     chosen = [name for name in precisions if compensable(name)]
     if not chosen:
         return
-    wanted = {component.name: component for component in components if _has_moment(component)}
+    narrowest = get_precision(chosen[-1])
+    assert isinstance(narrowest, Grouped)
+    for name, gathered in gathered_moments(model, windows, components, say, steps):
+        weight = weight_of(model, name)
+        damping = damping_of(weight, narrowest, gathered)
+        found = {precision: _rounded(weight, precision, gathered, damping) for precision in chosen}
+        yield Rounded(name, {precision: stored for precision, stored in found.items() if stored is not None})
+
+
+def gathered_moments(
+    model: LanguageModel,
+    windows: Windows,
+    components: Sequence[Component],
+    say: Say = lambda line: None,
+    steps: Steps | None = None,
+) -> Iterator[tuple[str, Gathered]]:
+    """The moments to round each of `components` by that has some, layer after layer; arguments as of `rounded`."""
+    wanted = {component.name for component in components if _has_moment(component)}
     parts = in_parts(windows.ids.to(model.device))
     told = (steps or (lambda what, count: lambda: None))("compensating rounding", len(model.layers) + 1)
     with torch.no_grad():
         states = [model.embed(ids) for ids in parts]
     _passed(model, model.embedding)
     for i, layer in enumerate(model.layers):
-        moments = layer_moments(model, i, states)
-        yield from _each(model, {n: wanted[n] for n in moments if n in wanted}, chosen, moments, say)
+        yield from _each(model, layer_moments(model, i, states), wanted, say)
         _passed(model, layer)
         told()
-    moments = end_moments(model, states)
-    yield from _each(model, {n: wanted[n] for n in moments if n in wanted}, chosen, moments, say)
+    yield from _each(model, end_moments(model, states), wanted, say)
     told()
 
 
@@ -100,29 +115,25 @@ def _has_moment(component: Component) -> bool:
 
 
 def _each(
-    model: LanguageModel,
-    components: Mapping[str, Component],
-    precisions: Sequence[str],
-    moments: Mapping[str, Gathered],
-    say: Say,
-) -> Iterator[Rounded]:
-    """Some components, each at every precision."""
-    for name in components:
-        held = held_by(model.component(name), "weight")
-        assert isinstance(held, FloatTensor)
-        weight = held.value.data
-        gathered, note = _usable(name, moments[name], weight.shape[-1])
+    model: LanguageModel, moments: Mapping[str, Gathered], wanted: Container[str], say: Say
+) -> Iterator[tuple[str, Gathered]]:
+    """Moments of some components as they are used."""
+    for name in filter(wanted.__contains__, moments):
+        gathered, note = _usable(name, moments[name], weight_of(model, name).shape[-1])
         if note:
             say(f"note: {note}")
-        damping = _damping(weight, precisions[-1], gathered)
-        found = {precision: _rounded(weight, precision, gathered, damping) for precision in precisions}
-        yield Rounded(name, {precision: stored for precision, stored in found.items() if stored is not None})
+        yield name, gathered
 
 
-def _damping(weight: Tensor, precision: str, gathered: Gathered) -> float:
-    """How much moments are damped, by what is lost at the narrowest precision; the most where they say little."""
-    grouped = get_precision(precision)
-    assert isinstance(grouped, Grouped)
+def weight_of(model: LanguageModel, component: str) -> Tensor:
+    """The weight of a component of an FP32 model, of any float type."""
+    held = held_by(model.component(component), "weight")
+    assert isinstance(held, FloatTensor)
+    return held.value.data
+
+
+def damping_of(weight: Tensor, grouped: Grouped, gathered: Gathered) -> float:
+    """How much moments are damped, by what is lost at a precision; the most where they say little."""
     if max(gathered.tokens) < weight.shape[-1]:
         return DAMPINGS[-1]
     try:

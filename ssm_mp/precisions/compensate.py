@@ -36,7 +36,7 @@ from ssm_mp.scheme import ScaleRule
 _LEAST = ScaleRule("mse")
 _BLOCK = 128
 """Columns that are rounded before the errors of all of them go into the others; a multiple of every group."""
-_ROUNDS = 3
+ROUNDS = 3
 """Times at most that codes and scales are improved in turn."""
 _SETTLED = 1e-3
 """Part of the codes below which so few change that the next round is left out."""
@@ -61,19 +61,20 @@ class Moment:
 
 
 def compensated(
-    weight: Tensor, moment: Moment, book: CodeBook, group: int, damping: float = LEAST_DAMPING
+    weight: Tensor, moment: Moment, book: CodeBook, group: int, damping: float = LEAST_DAMPING, rounds: int = ROUNDS
 ) -> tuple[Tensor, Tensor]:
     """`weight [n, k]`, of any float type, as packed codes, uint8 `[g, group·bits/8]`, and their float16 scales `[g]`.
 
-    damping: what is added to the diagonal of moments, in parts of its mean. Rows whose moment is zero are rounded to
-    the nearest. Raises InfeasibleError where float16 cannot hold a scale.
+    damping: what is added to the diagonal of moments, in parts of its mean; rounds: how often codes and scales are
+    improved. Rows whose moment is zero are rounded to the nearest. Raises InfeasibleError where float16 cannot hold a
+    scale.
     """
     n, k = weight.shape
     count = group_count(n * k, group)
     packed = torch.empty(count, group * book.bits // 8, dtype=torch.uint8, device=weight.device)
     scales = torch.empty(count, dtype=torch.float16, device=weight.device)
     for rows, curves in _slices(weight, [Curve.of(second, damping) for second in moment.second], group):
-        codes, own = _of_rows(weight[rows].float(), curves, book, group)
+        codes, own = _of_rows(weight[rows].float(), curves, book, group, rounds)
         first = rows.start * k // group
         packed[first : first + len(own)], scales[first : first + len(own)] = pack(codes, book.bits), own
     return packed, scales
@@ -168,7 +169,7 @@ def _slices(weight: Tensor, curves: Sequence[Curve | None], group: int) -> Itera
         yield slice(first, last), inside
 
 
-def _of_rows(weight: Tensor, curves: Curves, book: CodeBook, group: int) -> tuple[Tensor, Tensor]:
+def _of_rows(weight: Tensor, curves: Curves, book: CodeBook, group: int, rounds: int) -> tuple[Tensor, Tensor]:
     """Rows `[n, k]` that begin with a group: codes, int32 `[g, group]`, and scales, float16 `[g]`."""
     scales = _first_scales(weight, curves, book, group)
     spread, rounded = _spread(scales, weight, group), torch.empty_like(weight)  # [n, k]
@@ -176,7 +177,7 @@ def _of_rows(weight: Tensor, curves: Curves, book: CodeBook, group: int) -> tupl
         if curve is None:
             rounded[rows] = _nearest_level(weight[rows], spread[rows], _rising(book, weight.device))
         else:
-            rounded[rows], spread[rows] = _improved(weight[rows], curve, spread[rows], book, group)
+            rounded[rows], spread[rows] = _improved(weight[rows], curve, spread[rows], book, group, rounds)
     if weight.shape[1] % group == 0:
         scales = spread.reshape(-1, group)[:, 0].half()
     return nearest_codes(to_groups(rounded, group), scales, book), scales
@@ -206,11 +207,13 @@ def _spread(scales: Tensor, weight: Tensor, group: int) -> Tensor:
     return scales.float().repeat_interleave(group)[: weight.numel()].reshape(weight.shape)
 
 
-def _improved(weight: Tensor, curve: Curve, scale: Tensor, book: CodeBook, group: int) -> tuple[Tensor, Tensor]:
+def _improved(
+    weight: Tensor, curve: Curve, scale: Tensor, book: CodeBook, group: int, rounds: int
+) -> tuple[Tensor, Tensor]:
     """Rows `[n, k]` of one form rounded, and the scales of their values `[n, k]`."""
     levels = _rising(book, weight.device)
     rounded = fed_back(weight, curve, scale, levels)
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         gradient = (rounded - weight) @ curve.second
         before = rounded.clone()
         _descend(rounded, gradient, curve.second, scale, levels)
