@@ -20,11 +20,17 @@ from ssm_mp.components import Component
 from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.kernels.scan import Scan, selective_scan_reference
 from ssm_mp.precision_map import PINNED_TO, PrecisionMap
+from ssm_mp.precisions.registry import get_precision, precisions_of
 
 BATCH = 8
 """Windows in a batch that a tool is given."""
 
 _LOGIT_TOLERANCE = 1e-3
+
+
+def _row_bytes(precision: str) -> int:
+    """What a row of 128 values takes, a whole number of every size of group."""
+    return get_precision(precision).bytes((1, 128), "weight")
 
 
 @dataclass(frozen=True)
@@ -92,16 +98,27 @@ class Problem:
         return frozenset(self._module(c) for c in self._components if c.name not in self.workspace.space.pins)
 
     def map(self, decision: Decision, decides: Iterable[str], undecided: str) -> PrecisionMap:
-        """A decision as a total map of the study; components that the tool cannot decide about get `undecided`."""
+        """A decision as a total map of the study; components that the tool cannot decide about get `undecided`.
+
+        A tool's integers of some bits become the best that the study has in as many bytes, such as nf4 for int4.
+        """
         within, pins = frozenset(decides), self.workspace.space.pins
 
         def precision(component: Component) -> str:
             if component.name in pins:
                 return PINNED_TO
             module = self._module(component)
-            return decision.precisions.get(module, PINNED_TO) if module in within else undecided
+            chosen = decision.precisions.get(module, PINNED_TO) if module in within else undecided
+            return self._chosen(chosen)
 
         return PrecisionMap(tuple((component.name, precision(component)) for component in self._components))
+
+    def _chosen(self, precision: str) -> str:
+        """The study's choice that takes the bytes of a precision, the best of several; itself where there is none."""
+        choices = self.workspace.spec.precision.choices
+        alike = (name for name in precisions_of(get_precision(precision).bits) if name in choices)
+        width = _row_bytes(precision)
+        return next((name for name in alike if _row_bytes(name) == width), precision)
 
     @property
     def _components(self) -> tuple[Component, ...]:

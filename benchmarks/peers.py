@@ -4,8 +4,10 @@
     python -m benchmarks.peers --run runs/reference-cumulative [--json]
 
 Each tool searches the plain PyTorch build of the study's checkpoint, on the study's search windows, with formats that
-store what ours store. What it chooses becomes precision maps, which are converted, measured and sized as our own
-trials are. A tool that is not installed is left out; one that fails is reported with its error.
+store what ours store. What it chooses becomes precision maps of the study's own choices (a tool's int4 is nf4 where the
+study has that), which are converted, measured and sized as our own trials are, calibration and compensated rounding
+included: what is compared is how the tools choose, not how they round. A tool that is not installed is left out; one
+that fails is reported with its error.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What rounding below 8 bits costs, to nearest and compensated, book by book, and what each part of it brings.
 
-    python -m benchmarks.rounding [--study studies/hybrid.toml] [--only nf3,int3] [--json]
+    python -m benchmarks.rounding [--study studies/hybrid.toml] [--only nf3 int3] [--json]
 
 Perplexity increase ± 95 % over FP32 on the same search windows, in one run: weights only, what is not rounded at fp16.
 "Everything" is all free components, compensated where they multiply inputs or look tokens up. The rows below the
@@ -14,12 +14,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from search.problem.spec import StudySpec, load_spec
 from search.problem.workspace import open_workspace
@@ -31,21 +29,19 @@ from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import Evaluation, evaluate, paired_increase
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PINNED_TO, PrecisionMap
+from ssm_mp.precisions import grouped as g
 from ssm_mp.precisions.compensate import DAMPINGS, ROUNDS, compensated
 from ssm_mp.precisions.grouped import Grouped, GroupedTensor
 from ssm_mp.precisions.groups import CodeBook
-from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import Stored
 from ssm_mp.scheme import ScaleRule, Scheme
 
-BOOKS = ("nf4", "int4", "nf3", "int3", "nf2", "nf4g32", "nf4g128", "nf3g32", "nf3g128")
+BOOKS = {one.name: one for one in (g.NF4, g.INT4, g.NF3, g.INT3, g.NF2, g.NF4G32, g.NF4G128, g.NF3G32, g.NF3G128)}
 TRIED_ON = "nf3"
+_EIGHT = (-1.0, -0.5350227, -0.2469314, 0.0, 0.1833375, 0.3819939, 0.6229857, 1.0)
 QLORA = (
-    Grouped(
-        "8 levels as QLoRA builds them",
-        CodeBook(3, (-1, -0.5350227, -0.2469314, 0, 0.1833375, 0.3819939, 0.6229857, 1), either_sign=True),
-    ),
-    Grouped("4 levels as QLoRA builds them", CodeBook(2, (-1, 0, 0.4358182, 1), either_sign=True)),
+    Grouped("8 levels as QLoRA builds them", CodeBook(3, _EIGHT, either_sign=True)),
+    Grouped("4 levels as QLoRA builds them", CodeBook(2, (-1.0, 0.0, 0.4358182, 1.0), either_sign=True)),
 )
 COLUMNS = ("projections, nearest", "compensated", "embedding, nearest", "compensated", "everything")
 _HELD_AS = "nf3"
@@ -64,12 +60,8 @@ class Row:
     """Whether it is a part left out, whose rounding to nearest stands in another row."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Perplexity increase over FP32 and half of its 95 % interval, in percent."""
-
-    percent: float
-    margin: float
+Cell = tuple[float, float]
+"""Perplexity increase over FP32 and half of its 95 % interval, in percent."""
 
 
 @dataclass(frozen=True)
@@ -84,18 +76,12 @@ class Measured:
 
 def rows_of(only: Sequence[str] = ()) -> list[Row]:
     """All rows, or those of some books."""
-    rows = [Row(name, _grouped(name)) for name in BOOKS]
-    tried = _grouped(TRIED_ON)
+    rows = [Row(name, BOOKS[name]) for name in BOOKS]
+    tried = BOOKS[TRIED_ON]
     rows += [Row(f"{TRIED_ON}, damping {d:g}", tried, damping=d, is_tried=True) for d in DAMPINGS]
     rows.append(Row(f"{TRIED_ON}, not improved", tried, rounds=0, is_tried=True))
     rows += [Row(book.name, book) for book in QLORA]
     return [row for row in rows if not only or row.precision.name in only]
-
-
-def _grouped(name: str) -> Grouped:
-    found = get_precision(name)
-    assert isinstance(found, Grouped)
-    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,46 +102,47 @@ class Bench:
 
     def measure(self, row: Row) -> Measured:
         """Round every free component both ways, and evaluate the columns."""
-        began = time.monotonic()
-        nearest = {c.name: _nearest(weight_of(self.model, c.name), row) for c in self.free}
-        halfway = time.monotonic()
-        better = {name: _compensated(weight_of(self.model, name), row, one) for name, one in self.moments.items()}
-        ended = time.monotonic()
+        times = [time.monotonic()]
+        nearest = self.nearest(row)
+        times.append(time.monotonic())
+        better = self.compensated(row)
+        times.append(time.monotonic())
         embedding = {component.name for component in self.free if component.kind == "embedding"}
         projections = self.moments.keys() - embedding
-        columns = (
-            None if row.is_tried else _some(nearest, projections),
-            _some(better, projections),
-            None if row.is_tried else _some(nearest, embedding),
-            _some(better, embedding),
-            nearest | better,
-        )
-        cells = tuple(None if column is None else self._cell(column) for column in columns)
-        return Measured(row.name, cells, halfway - began, ended - halfway)
+        columns = (nearest, projections), (better, projections), (nearest, embedding), (better, embedding)
+        cells = [
+            None if row.is_tried and ways is nearest else self._cell({name: ways[name] for name in names})
+            for ways, names in columns
+        ]
+        cells.append(self._cell(nearest | better))
+        return Measured(row.name, tuple(cells), times[1] - times[0], times[2] - times[1])
 
-    def _cell(self, weights: Mapping[str, Stored]) -> Cell:
+    def nearest(self, row: Row) -> dict[str, Stored]:
+        """The weights of all free components."""
+        store, rule = row.precision.store, ScaleRule("mse")
+        return {c.name: store(weight_of(self.model, c.name), "weight", rule) for c in self.free}
+
+    def compensated(self, row: Row) -> dict[str, Stored]:
+        """The weights of those that have moments."""
+        book, group = row.precision.book, row.precision.group
+        found: dict[str, Stored] = {}
+        for name, gathered in self.moments.items():
+            weight = weight_of(self.model, name)
+            damping = damping_of(weight, row.precision, gathered) if row.damping is None else row.damping
+            packed, scales = compensated(weight, gathered.all, book, group, damping, row.rounds)
+            found[name] = GroupedTensor(packed, scales, tuple(weight.shape), book)
+        return found
+
+    def converted(self, weights: Mapping[str, Stored]) -> LanguageModel:
         """The model with some weights in place of its own, all else at fp16."""
         names = [component.name for component in find_components(self.model)]
         rounded = {(name, _HELD_AS): stored for name, stored in weights.items()}
         chosen = PrecisionMap(tuple((name, _HELD_AS if name in weights else PINNED_TO) for name in names))
-        converted = Converter(self.model, Scheme("none"), rounded=rounded).convert(chosen)
-        increase = paired_increase(evaluate(converted, self.windows), self.baseline)
-        return Cell(increase.percent, 1.96 * increase.stderr_percent)
+        return Converter(self.model, Scheme("none"), rounded=rounded).convert(chosen)
 
-
-def _some(weights: Mapping[str, Stored], names: Iterable[str]) -> dict[str, Stored]:
-    return {name: weights[name] for name in names}
-
-
-def _nearest(weight: Tensor, row: Row) -> Stored:
-    return row.precision.store(weight, "weight", ScaleRule("mse"))
-
-
-def _compensated(weight: Tensor, row: Row, gathered: Gathered) -> Stored:
-    precision = row.precision
-    damping = damping_of(weight, precision, gathered) if row.damping is None else row.damping
-    found = compensated(weight, gathered.all, precision.book, precision.group, damping, row.rounds)
-    return GroupedTensor(*found, tuple(weight.shape), precision.book)
+    def _cell(self, weights: Mapping[str, Stored]) -> Cell:
+        increase = paired_increase(evaluate(self.converted(weights), self.windows), self.baseline)
+        return increase.percent, 1.96 * increase.stderr_percent
 
 
 def weights_only(spec: StudySpec, search: int, calibration: int) -> StudySpec:
@@ -184,15 +171,13 @@ def measure(spec: StudySpec, rows: Sequence[Row], told: Callable[[Measured], Non
     }
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
-_HEAD = "".join(f"{text:>20}" for text in (*COLUMNS, "s, nearest and comp."))
-
-
-def _line(one: Measured) -> str:
-    cells = "".join(f"{'' if c is None else f'{c.percent:+.2f} ± {c.margin:.2f}':>20}" for c in one.cells)
+def line(one: Measured) -> str:
+    """A row for people."""
+    cells = "".join(f"{'' if c is None else f'{c[0]:+.2f} ± {c[1]:.2f}':>22}" for c in one.cells)
     return f"{one.name:30}{cells}{one.nearest_seconds:>14.2f}{one.compensated_seconds:>8.1f}"
 
 
@@ -202,16 +187,17 @@ def main() -> None:
     arguments.add_argument("--study", type=Path, default=Path("studies/reference.toml"))
     arguments.add_argument("--windows", type=int, default=256, help="search windows")
     arguments.add_argument("--calibration", type=int, default=512, help="calibration windows")
-    arguments.add_argument("--only", default="", help="books, with a comma between")
+    arguments.add_argument("--only", nargs="+", default=(), choices=[*BOOKS, *(book.name for book in QLORA)])
     arguments.add_argument("--json", action="store_true")
     given = arguments.parse_args()
     spec = weights_only(load_spec(given.study), given.windows, given.calibration)
-    rows = rows_of([name for name in given.only.split(",") if name])
+    rows = rows_of(given.only)
     if given.json:
-        print(json.dumps(measure(spec, rows, lambda one: _say(_line(one)))))
+        print(json.dumps(measure(spec, rows, lambda one: _say(line(one)))))
         return
-    print(f"{f'perplexity increase, %, {spec.path.stem}':30}{_HEAD}", flush=True)
-    found = measure(spec, rows, lambda one: print(_line(one), flush=True))
+    head = "".join(f"{text:>22}" for text in (*COLUMNS, "s, nearest and comp."))
+    print(f"{f'increase %, {spec.path.stem}':30}{head}", flush=True)
+    found = measure(spec, rows, lambda one: print(line(one), flush=True))
     print(f"moments and baseline, once: {found['moments_and_baseline_seconds']:.1f} s")
 
 
