@@ -66,7 +66,7 @@ Cell = tuple[float, float]
 
 @dataclass(frozen=True)
 class Measured:
-    """A row's cells, in the order of the columns, and the seconds that rounding all components took."""
+    """A row's cells, in the order of the columns, and the seconds that rounding took."""
 
     name: str
     cells: tuple[Cell | None, ...]
@@ -102,11 +102,9 @@ class Bench:
 
     def measure(self, row: Row) -> Measured:
         """Round every free component both ways, and evaluate the columns."""
-        times = [time.monotonic()]
-        nearest = self.nearest(row)
-        times.append(time.monotonic())
-        better = self.compensated(row)
-        times.append(time.monotonic())
+        began = time.monotonic()
+        nearest, halfway = self.nearest(row), time.monotonic()
+        better, ended = self.compensated(row), time.monotonic()
         embedding = {component.name for component in self.free if component.kind == "embedding"}
         projections = self.moments.keys() - embedding
         columns = (nearest, projections), (better, projections), (nearest, embedding), (better, embedding)
@@ -115,7 +113,7 @@ class Bench:
             for ways, names in columns
         ]
         cells.append(self._cell(nearest | better))
-        return Measured(row.name, tuple(cells), times[1] - times[0], times[2] - times[1])
+        return Measured(row.name, tuple(cells), halfway - began, ended - halfway)
 
     def nearest(self, row: Row) -> dict[str, Stored]:
         """The weights of all free components."""
