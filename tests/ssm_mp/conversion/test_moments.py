@@ -202,7 +202,7 @@ def expected_of_ends(model: LanguageModel, states: list[Tensor]) -> dict[str, tu
                     own = chances if len(names) == 1 else chances[model.embedding.block_of == b]  # type: ignore[operator]
                     opened[b] += torch.outer(h, h) * float((own * (1 - own)).sum())
     if model.lm_head is not None:
-        return {"lm_head": (heads[0], heads[1]), **{name: (even, zero) for name in names}}
+        return {"lm_head": (heads[0], heads[1]), **dict.fromkeys(names, (even, zero))}
     return {
         name: tuple((trace_one(head) + trace_one(own)) / 2 + even for head in heads)  # type: ignore[misc]
         for name, own in zip(names, opened, strict=True)

@@ -338,9 +338,7 @@ def test_the_damping_is_the_one_that_loses_the_least_by_the_moment_held_out() ->
         weight, k = normal(seed, 16, 64), 64
         # as few tokens as inputs say least of others
         basis = normal(seed + 500, k, k)
-        fit, held = (
-            Moment((x.T @ x)[None]) for x in (normal(seed + s, 20 + 40 * seed, k) @ basis for s in (100, 200))
-        )
+        fit, held = (Moment((x.T @ x)[None]) for x in (normal(seed + s, 20 + 40 * seed, k) @ basis for s in (100, 200)))
         errors = [loss(weight, compensated(weight, fit, NF3_BOOK, 64, d), held, NF3_BOOK) for d in DAMPINGS]
         found = chosen_damping(weight, fit, held, NF3_BOOK, 64)
         assert found == DAMPINGS[errors.index(min(errors))]
