@@ -16,7 +16,9 @@ from search.problem.spec import StudySpec, load_spec
 from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.artifact import load_artifact, save_artifact
 from ssm_mp.conversion.convert import Converter
+from ssm_mp.conversion.rounding import rounded
 from ssm_mp.errors import MachineError
+from ssm_mp.files.safetensors_file import write_safetensors
 from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap
 from tests.families.models import write_family_study
@@ -42,7 +44,6 @@ def no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
 def rounds(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Gets an entry each time that rounding is done from now on."""
     done: list[str] = []
-    rounded = rounding.rounded
 
     def counted(*given: Any) -> Iterable[Any]:
         done.append("rounded")
@@ -224,7 +225,7 @@ def test_a_disk_that_is_full_leaves_nothing_that_would_be_read(
     spec: StudySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    write, written = rounding.write_safetensors, list[Path]()
+    write, written = write_safetensors, list[Path]()
 
     def until_full(path: Path, *rest: Any) -> None:
         write(path, *rest)

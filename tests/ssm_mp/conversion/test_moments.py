@@ -1,4 +1,4 @@
-"""Second moments are those of the inputs that reach each product, found by hooks of torch in a run of the whole model."""
+"""Second moments are those of the inputs that reach each product, found by torch's hooks in a run of a whole model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def states_of(model: LanguageModel, ids: Tensor) -> list[Tensor]:
 
 def of_layers(model: LanguageModel, ids: Tensor) -> tuple[dict[str, Gathered], list[Tensor]]:
     """The moments of all layers, and the last hidden states."""
-    states, found = states_of(model, ids), {}
+    states, found = states_of(model, ids), dict[str, Gathered]()
     for i in range(len(model.layers)):
         found |= layer_moments(model, i, states)
     return found, states
@@ -199,7 +199,7 @@ def expected_of_ends(model: LanguageModel, states: list[Tensor]) -> dict[str, tu
                     h, chances = model.final(x).double(), model.head(x).double().softmax(-1)
                 heads[s % HELD == HELD - 1] += torch.outer(h, h)
                 for b in range(len(names)):
-                    own = chances if len(names) == 1 else chances[model.embedding.block_of == b]  # type: ignore[operator]
+                    own = chances if len(names) == 1 else chances[model.embedding.block_of == b]
                     opened[b] += torch.outer(h, h) * float((own * (1 - own)).sum())
     if model.lm_head is not None:
         return {"lm_head": (heads[0], heads[1]), **dict.fromkeys(names, (even, zero))}

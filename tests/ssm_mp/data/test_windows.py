@@ -161,6 +161,7 @@ def test_an_even_draw_takes_a_window_of_each_document_before_another_of_any(
     count = data.draw(st.integers(1, sum(sizes)))
     drawn = draw_evenly(pool, count, seed)
     assert drawn.sources is not None
+    assert pool.sources is not None
     assert len(np.unique(drawn.ids[:, 0])) == count
     taken = np.bincount(drawn.sources - pool.sources.min(), minlength=len(sizes))
     most = taken.max()

@@ -354,7 +354,8 @@ def test_where_nothing_is_held_out_the_least_damping_is_taken() -> None:
 def test_the_damping_of_experts_is_chosen_by_the_one_that_is_seen_most() -> None:
     weight, fit, held = normal(11, 32, 64), moment_of(11, 64, 2, count=30), moment_of(12, 64, 2, count=30)
     held = Moment(held.second * torch.tensor([1e-3, 1.0])[:, None, None])
-    alone = chosen_damping(weight[16:], *(Moment(one.second[1:]) for one in (fit, held)), NF2_BOOK, 64)
+    seen, left_out = Moment(fit.second[1:]), Moment(held.second[1:])
+    alone = chosen_damping(weight[16:], seen, left_out, NF2_BOOK, 64)
     assert chosen_damping(weight, fit, held, NF2_BOOK, 64) == alone
 
 
