@@ -6,6 +6,9 @@
 
 Each writes `benchmarks/oracles/NAME.npz`. Maps are walked as a tree in the order of the data flow, so that two
 maps share the activations before the first layer in which they differ. An interrupted run continues.
+
+They were measured before rounding was compensated, when `int3` had seven levels and scales had one sign, and still are:
+what a sampler is judged by is how effects add up, which that does not change.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,14 +30,25 @@ from search.measure.gradient import gradient_effects
 from search.problem.spec import load_spec
 from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.components import fp32_bytes
+from ssm_mp.conversion.calibrate import calibrate
+from ssm_mp.conversion.convert import Converter
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import Evaluation, Prefix, advance, evaluate, finish, paired_increase, start
+from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.precisions.grouped import NF4_BOOK, Grouped
+from ssm_mp.precisions.groups import CodeBook
 
 REFERENCE, HYBRID = Path("studies/reference-cumulative.toml"), Path("studies/hybrid-cumulative.toml")
 FOLDER = Path("benchmarks/oracles")
 GRADIENT_WINDOWS = 16
 """Calibration windows that the gradient probe makes its one pass over."""
+
+_FORMER = (
+    Grouped("nf4", CodeBook(4, NF4_BOOK.values)),
+    Grouped("int3", CodeBook(3, tuple(map(float, range(-3, 4))))),
+)
+"""The books of version 0.4."""
 
 _BLOCKS = tuple(f"embedding.blocks.{b}" for b in range(4))
 _IN = tuple(f"layers.{i}.ssm.in_proj" for i in range(4))
@@ -117,9 +131,27 @@ class _Task:
     base: PrecisionMap
 
 
+def former_workspace(name: str) -> Workspace:
+    """The workspace of a subspace, its components as version 0.4 stored them."""
+    subspace = SUBSPACES[name]
+    choices = json.dumps(["fp16", *subspace.precisions])
+    kept = [f"precision.choices={choices}", 'precision.rounding="nearest"', "data.calibration_windows=64"]
+    opened = open_workspace(load_spec(subspace.study, kept))
+    scheme, rule = opened.spec.precision.scheme, opened.spec.precision.scheme.weight_scales
+    former = {
+        (component.name, book.name): book.store(held_by(module, "weight").tensor(), "weight", rule)
+        for component in opened.space.free
+        if any(parameter.leaf == "weight" for parameter in component.parameters)
+        for module in [opened.model.component(component.name)]
+        for book in _FORMER
+    }
+    statistics = calibrate(opened.model, opened.splits.calibration)
+    return replace(opened, converter=Converter(opened.model, scheme, statistics, rounded=former))
+
+
 @cache
 def _task(name: str) -> _Task:
-    workspace = open_workspace(load_spec(SUBSPACES[name].study))
+    workspace = former_workspace(name)
     windows = Windows(workspace.splits.search.ids[: SUBSPACES[name].windows])
     space = workspace.space
     base = space.map({c.name: "int8" for c in space.free})

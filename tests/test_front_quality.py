@@ -10,10 +10,8 @@ import pytest
 
 from benchmarks.contenders import BUDGET, catalogue_of, contenders
 from benchmarks.front_quality import exact, run_one, summarise
-from benchmarks.oracle import SUBSPACES, load_oracle
+from benchmarks.oracle import SUBSPACES, former_workspace, load_oracle
 from search.base.front import Point, hypervolume
-from search.problem.spec import load_spec
-from search.problem.workspace import open_workspace
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import evaluate, paired_increase
 
@@ -24,7 +22,7 @@ NAMES = sorted(SUBSPACES)
 @pytest.mark.parametrize("name", NAMES)
 def test_stored_increases_and_bytes_are_those_of_real_maps(name: str) -> None:
     workspace, oracle, rng = (
-        open_workspace(load_spec(SUBSPACES[name].study)),
+        former_workspace(name),
         load_oracle(name),
         np.random.default_rng(0),
     )
