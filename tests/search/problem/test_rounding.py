@@ -225,10 +225,10 @@ def test_a_disk_that_is_full_leaves_nothing_that_would_be_read(
     spec: StudySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    write, written = write_safetensors, list[Path]()
+    written = list[Path]()
 
     def until_full(path: Path, *rest: Any) -> None:
-        write(path, *rest)
+        write_safetensors(path, *rest)
         written.append(path)
         if len(written) == 3:
             raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""Second moments are those of the inputs that reach each product, found by torch's hooks in a run of a whole model."""
+"""Second moments are those of the inputs that reach each product, found by torch's hooks in a whole run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def states_of(model: LanguageModel, ids: Tensor) -> list[Tensor]:
 
 def of_layers(model: LanguageModel, ids: Tensor) -> tuple[dict[str, Gathered], list[Tensor]]:
     """The moments of all layers, and the last hidden states."""
-    states, found = states_of(model, ids), dict[str, Gathered]()
+    states = states_of(model, ids)
+    found: dict[str, Gathered] = {}
     for i in range(len(model.layers)):
         found |= layer_moments(model, i, states)
     return found, states

@@ -42,7 +42,8 @@ def weight_of(model: LanguageModel, component: str) -> Tensor:
 
 
 def moments_of(model: LanguageModel, windows: Windows) -> dict[str, Gathered]:
-    parts, found = in_parts(windows.ids), dict[str, Gathered]()
+    parts = in_parts(windows.ids)
+    found: dict[str, Gathered] = {}
     with torch.no_grad():
         states = [model.embed(ids) for ids in parts]
     for i in range(len(model.layers)):
@@ -184,7 +185,7 @@ def test_a_model_that_is_run_layer_by_layer_gives_the_same_and_passes_every_part
     assert one.keys() == other.keys()
     for key in one:
         assert all(
-            torch.equal(a, b) for a, b in zip(one[key].arrays().values(), other[key].arrays().values(), strict=False)
+            torch.equal(a, b) for a, b in zip(one[key].arrays().values(), other[key].arrays().values(), strict=True)
         )
     assert passed == [large.embedding, *large.layers]
 

@@ -199,6 +199,19 @@ def test_no_step_of_improvement_raises_the_form(book: CodeBook, n: int, k: int, 
     assert torch.equal(scale, scale.half().float())
 
 
+@pytest.mark.parametrize("kernels_used", [True, False])
+def test_errors_go_from_block_to_block_as_within_one(kernels_used: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels_used:
+        monkeypatch.setattr(calls, "usable", lambda *_: False)
+    weight, scale, levels = normal(15, 40, 64), torch.full((40, 64), 0.5), rising(NF3_BOOK)
+    curve = Curve.of(moment_of(15, 64).second[0], 0.03)
+    assert curve is not None
+    whole = compensate.fed_back(weight, curve, scale, levels)
+    monkeypatch.setattr(compensate, "_BLOCK", 16)
+    same = (compensate.fed_back(weight, curve, scale, levels) == whole).all(dim=1)
+    assert float(same.float().mean()) > 0.9
+
+
 def test_improvement_in_rounds_loses_less_than_feeding_errors_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = normal(1, 32, 128), moment_of(1, 128, count=300)
     best = loss(weight, compensated(weight, moment, NF3_BOOK, 64), moment, NF3_BOOK)
@@ -354,8 +367,7 @@ def test_where_nothing_is_held_out_the_least_damping_is_taken() -> None:
 def test_the_damping_of_experts_is_chosen_by_the_one_that_is_seen_most() -> None:
     weight, fit, held = normal(11, 32, 64), moment_of(11, 64, 2, count=30), moment_of(12, 64, 2, count=30)
     held = Moment(held.second * torch.tensor([1e-3, 1.0])[:, None, None])
-    seen, left_out = Moment(fit.second[1:]), Moment(held.second[1:])
-    alone = chosen_damping(weight[16:], seen, left_out, NF2_BOOK, 64)
+    alone = chosen_damping(weight[16:], Moment(fit.second[1:]), Moment(held.second[1:]), NF2_BOOK, 64)
     assert chosen_damping(weight, fit, held, NF2_BOOK, 64) == alone
 
 
