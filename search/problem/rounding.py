@@ -62,14 +62,7 @@ def compensates(spec: StudySpec, components: Sequence[Component], plan: MemoryPl
     Raises StudyError where it says so and that cannot be done.
     """
     asked, precisions = spec.precision.rounding, below_8_bits(spec)
-    if asked == "nearest" or not precisions:
-        return False
-    if spec.data.calibration != "text":
-        if asked == "compensated":
-            raise StudyError(
-                f'{spec.path}: [precision] rounding = "compensated" takes the inputs that text makes, found [data] '
-                'calibration = "synthetic"; set it to "text", or rounding = "nearest"'
-            )
+    if asked == "nearest" or not precisions or spec.data.calibration != "text":
         return False
     needed, most = moment_bytes(components), plan.bound // _SHARE
     if needed <= most:

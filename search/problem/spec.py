@@ -219,7 +219,7 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
         raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
     try:
         found = StudySpec.model_validate({**content, "path": path})
-        return _with_its_groups(_for_its_target(_with_its_budget(found)))
+        return _with_its_rounding(_with_its_groups(_for_its_target(_with_its_budget(found))))
     except ValidationError as error:
         lines = [_explained(detail) for detail in error.errors()]
         raise StudyError(f"{path}: " + "; ".join(lines)) from None
@@ -279,6 +279,16 @@ def _with_its_budget(spec: StudySpec) -> StudySpec:
     objectives = (search.objectives[0], metric.word, *search.objectives[2:])
     changed = {"budget_percent": metric.held(search.budget_nats), "objectives": objectives}
     return spec.model_copy(update={"search": search.model_copy(update=changed)})
+
+
+def _with_its_rounding(spec: StudySpec) -> StudySpec:
+    """The study itself. Raises StudyError where its rounding and its calibration contradict one another."""
+    if spec.precision.rounding == "compensated" and spec.data.calibration != "text":
+        raise StudyError(
+            f'{spec.path}: [precision] rounding = "compensated" takes the inputs that text makes, found [data] '
+            f'calibration = "{spec.data.calibration}"; set it to "text", or rounding = "nearest"'
+        )
+    return spec
 
 
 def _with_its_groups(spec: StudySpec) -> StudySpec:
