@@ -20,7 +20,7 @@ from search.base.progress import slow
 from search.problem.calibration import blocks_digest
 from search.problem.memory import MemoryPlan
 from search.problem.preparation import digest_of
-from search.problem.run_directory import GROUPING, RunDirectory, mark_of
+from search.problem.run_directory import GROUPING, ROUNDING, RunDirectory, mark_of
 from search.problem.spec import StudySpec
 from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.components import Component
@@ -36,8 +36,6 @@ from ssm_mp.precisions.stored import Stored
 
 ROUNDED = "rounded"
 """Folder of the files."""
-ROUNDING = "rounding"
-"""Part of a fingerprint: how weights below 8 bits are rounded."""
 _VERSION = 1
 """Of the books of levels and of how rounding makes up for errors. Before the first, `int3` had seven levels."""
 _SHARE = 3

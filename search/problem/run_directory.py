@@ -40,6 +40,10 @@ LOCKS = "locks"
 """Folder of the locks; they mean nothing while no process works on the run."""
 GROUPING = "grouping"
 """Part of a fingerprint: how components are grouped, where that is not one a projection."""
+ROUNDING = "rounding"
+"""Part of a fingerprint: how weights below 8 bits are rounded, where a study has such choices."""
+_WIDE = frozenset({"fp16", "int8"})
+"""Precisions that are not below 8 bits."""
 _RESTORE = "restore it, or give --run-dir another directory"
 
 
@@ -192,8 +196,20 @@ def grown_in(stored: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
     before, now = stored.get("space"), current.get("space")
     if not isinstance(before, dict) or not isinstance(now, dict) or before == now:
         return False
-    others = _changed(stored, {**with_all(stored, current), "space": before})
+    others = _changed(stored, of_space(with_all(stored, current), before))
     return not others and before.keys() == now.keys() and all(set(held) <= set(now[c]) for c, held in before.items())
+
+
+def of_space(fingerprint: Mapping[str, Any], space: Mapping[str, Any]) -> dict[str, Any]:
+    """What a fingerprint is with a smaller space: it says nothing of rounding where nothing is below 8 bits."""
+    narrow = any(not _WIDE.issuperset(choices) for choices in space.values())
+    found = {**fingerprint, "space": space}
+    return found if narrow else {key: value for key, value in found.items() if key != ROUNDING}
+
+
+def grown(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored fingerprint with the larger space of the current one, and what that says of rounding."""
+    return {**stored, **{key: current[key] for key in ("space", ROUNDING) if key in current}}
 
 
 def with_all(stored: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,16 @@ from optuna.trial import FrozenTrial, TrialState
 from search.base.errors import StudyError
 from search.measure.probe import LOWEST, WIDEST
 from search.problem.groups import moving
-from search.problem.run_directory import FINGERPRINT, PROBES, RunDirectory, grown_in, mark_of, require_same
+from search.problem.run_directory import (
+    FINGERPRINT,
+    PROBES,
+    RunDirectory,
+    grown,
+    grown_in,
+    mark_of,
+    of_space,
+    require_same,
+)
 from search.problem.spec import StudySpec
 from search.run.claim import Choices, take_over
 from search.trials.attributes import FINISHED
@@ -51,10 +60,10 @@ def check_or_widen(spec: StudySpec, run: RunDirectory, fingerprint: dict[str, An
         moved = ""
         if exists(run):
             _require_without_latency(spec, run)
-            moved = _move_trials(spec, run, before, now, say)
+            moved = _move_trials(spec, run, fingerprint, say)
         probes = _keep_probes(run, fingerprint, before)
         with run.lock(FINGERPRINT).held():
-            run.write_json(FINGERPRINT, {**run.fingerprint(), "space": now})
+            run.write_json(FINGERPRINT, grown(run.fingerprint(), fingerprint))
     say(f"the space has grown ({_told(before, now)}): {moved}{probes} probes are taken over")
 
 
@@ -71,11 +80,11 @@ def _require_without_latency(spec: StudySpec, run: RunDirectory) -> None:
         )
 
 
-def _move_trials(spec: StudySpec, run: RunDirectory, before: Space, now: Space, say: Callable[[str], None]) -> str:
+def _move_trials(spec: StudySpec, run: RunDirectory, fingerprint: Mapping[str, Any], say: Callable[[str], None]) -> str:
     """Continue a run's study in the larger space; what to say of it."""
-    opened = opened_as_it_is(run, spec, say)
+    opened, now = opened_as_it_is(run, spec, say), json.loads(json.dumps(fingerprint))["space"]
     try:
-        study = opened.patiently(lambda: move_study(opened, run, before, now))
+        study = opened.patiently(lambda: move_study(opened, run, run.space(), now, fingerprint))
         trials = opened.patiently(lambda: study.get_trials(deepcopy=False))
     finally:
         opened.close()
@@ -83,11 +92,14 @@ def _move_trials(spec: StudySpec, run: RunDirectory, before: Space, now: Space, 
     return f"{finished} finished trials, which count as trials of this study, and "
 
 
-def move_study(opened: OpenStudy, run: RunDirectory, before: Space, now: Space) -> Study:
+def move_study(
+    opened: OpenStudy, run: RunDirectory, before: Space, now: Space, fingerprint: Mapping[str, Any] | None = None
+) -> Study:
     """Continue a study in a larger space, unless that is done; returns the study that goes on. May be repeated.
 
     before: what the run directory says, where the study was not signed yet. Raises StudyError where its space has
-    what the larger one lacks, or a worker is at work on it.
+    what the larger one lacks, or a worker is at work on it. fingerprint: of the study in the larger space, if it says
+    more than that.
     """
     study, where = opened.study, f"{run.path} ({opened.choice.kind})"
     held = _space_of(study, before)
@@ -110,7 +122,7 @@ def move_study(opened: OpenStudy, run: RunDirectory, before: Space, now: Space) 
                 f"{where}: the space of this study has grown, and others are still at work on it "
                 f"({', '.join(working[:3]) or 'a trial is running'}); wait for them, or stop them, then start again"
             )
-        return _continued(study, held, now)
+        return _continued(study, held, {**(fingerprint or {}), "space": now})
 
 
 def _space_of(study: Study, otherwise: Space) -> Space:
@@ -119,8 +131,9 @@ def _space_of(study: Study, otherwise: Space) -> Space:
     return space
 
 
-def _continued(study: Study, before: Space, now: Space) -> Study:
+def _continued(study: Study, before: Space, fingerprint: Mapping[str, Any]) -> Study:
     """The study of the larger space with all trials of the smaller one. Under the lock."""
+    now: Space = fingerprint["space"]
     name, storage = _next_name(study), storage_of(study)
     if name in optuna.get_all_study_names(storage):
         optuna.delete_study(study_name=name, storage=storage)  # of one that was killed before it was whole
@@ -135,7 +148,7 @@ def _continued(study: Study, before: Space, now: Space) -> Study:
             larger.set_user_attr(key, value)
     larger.set_user_attr(CONTINUES, study.study_name)
     if FINGERPRINT_ATTRIBUTE in study.user_attrs:
-        larger.set_user_attr(FINGERPRINT_ATTRIBUTE, {**study.user_attrs[FINGERPRINT_ATTRIBUTE], "space": now})
+        larger.set_user_attr(FINGERPRINT_ATTRIBUTE, grown(study.user_attrs[FINGERPRINT_ATTRIBUTE], fingerprint))
     added = sorted(larger.get_trials(deepcopy=False), key=lambda trial: trial.number)
     if [(trial.number, trial.state) for trial in added] != [(trial.number, trial.state) for trial in trials]:
         raise StudyError(f"{study.study_name}: trials changed while they were taken over; start again")
@@ -171,7 +184,7 @@ def _keep_probes(run: RunDirectory, fingerprint: Mapping[str, Any], before: Spac
         name for name, at in ((WIDEST, 0), (LOWEST, -1))
         if {c: held[at] for c, held in before.items()} == {c: held[at] for c, held in now.items()}
     }  # fmt: skip
-    mark, old = mark_of(fingerprint), mark_of({**fingerprint, "space": before})
+    mark, old = mark_of(fingerprint), mark_of(of_space(fingerprint, before))
     lines = run.read_lines(PROBES)
     measured = [line["probe"] for line in lines if line["fingerprint"] == old]
     marked = {_key(line["probe"]) for line in lines if line["fingerprint"] == mark}

@@ -34,6 +34,11 @@ _FACTORS = 48
 """Bytes for each value of a moment while its factors are found, in float64."""
 
 
+_JUDGE = "nf2g128"
+"""The narrowest precision, at which most is lost: by it damping is chosen, whatever precisions are asked for, so that a
+study that gets more choices keeps the weights that it has measured."""
+
+
 def compensable(precision: str) -> bool:
     """Whether rounding to a precision can be compensated: it has a book of levels."""
     return isinstance(get_precision(precision), Grouped)
@@ -74,11 +79,11 @@ def rounded(
     chosen = [name for name in precisions if compensable(name)]
     if not chosen:
         return
-    narrowest = get_precision(chosen[-1])
-    assert isinstance(narrowest, Grouped)
+    judge = get_precision(_JUDGE)
+    assert isinstance(judge, Grouped)
     for name, gathered in gathered_moments(model, windows, components, say, steps):
         weight = weight_of(model, name)
-        damping = damping_of(weight, narrowest, gathered)
+        damping = damping_of(weight, judge, gathered)
         found = {precision: _rounded(weight, precision, gathered, damping) for precision in chosen}
         yield Rounded(name, {precision: stored for precision, stored in found.items() if stored is not None})
 

@@ -11,7 +11,8 @@ import torch
 
 from search.base.errors import StudyError
 from search.problem import rounding
-from search.problem.rounding import ROUNDED, ROUNDING
+from search.problem.rounding import ROUNDED
+from search.problem.run_directory import ROUNDING
 from search.problem.spec import StudySpec, load_spec
 from search.problem.workspace import Workspace, open_workspace
 from ssm_mp.artifact import load_artifact, save_artifact

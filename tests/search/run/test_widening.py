@@ -429,6 +429,30 @@ def test_a_space_has_grown_only_where_every_component_keeps_what_it_had(
     assert not grown_in(fingerprint(before), fingerprint(now, scheme="other"))
 
 
+def test_a_space_without_choices_below_8_bits_may_get_them_and_another_rounding_may_not_come_with_them() -> None:
+    wide, narrow = {"a": ["fp16", "int8"]}, {"a": ["fp16", "int8", "nf4"]}
+    narrower = {"a": ["fp16", "int8", "nf4", "int3"]}
+    rules = [{"rounding": {"rule": rule, "version": 1}} for rule in ("nearest", "compensated")]
+    for rule in rules:
+        assert grown_in(fingerprint(wide), {**fingerprint(narrow), **rule})
+        assert grown_in({**fingerprint(narrow), **rule}, {**fingerprint(narrower), **rule})
+        assert not grown_in(fingerprint(narrow), {**fingerprint(narrower), **rule})  # of version 0.4
+    assert not grown_in({**fingerprint(narrow), **rules[0]}, {**fingerprint(narrower), **rules[1]})
+
+
+def test_a_study_that_gets_choices_below_8_bits_goes_on_with_its_trials(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+
+    def spec(choices: list[str]) -> StudySpec:
+        return load_spec(write_study(tmp_path, extra=f"[precision]\nchoices = {choices}\n"), ["search.trials=2"])
+
+    for choices in (["fp16", "int8"], ["fp16", "int8", "nf4"], ["fp16", "int8", "nf4", "int3"]):
+        for _ in range(2):
+            found = spec(choices)
+            open_prepared(found, run, prepare(found, run, quiet), quiet, many=False)
+        assert ("rounding" in run.fingerprint()) == (len(choices) > 2)
+
+
 def test_a_queued_map_of_an_older_version_is_completed(tmp_path: Path) -> None:
     place = Place(tmp_path, "sqlite")
     opened = place.open(BEFORE)
@@ -446,6 +470,7 @@ def probes_of(run: RunDirectory) -> list[tuple[str, str, str]]:
 @pytest.mark.parametrize(
     ("before", "now", "kept_ends"),
     [
+        (["fp16", "int8"], ["fp16", "int8", "nf4"], {"widest"}),
         (["fp16", "int8", "nf4"], ["fp16", "int8", "nf4", "int3"], {"widest"}),
         (["fp16", "int8", "int3"], ["fp16", "int8", "nf4", "int3"], {"widest", "lowest"}),
     ],

@@ -241,3 +241,11 @@ def test_moments_take_no_more_than_is_said(name: str, monkeypatch: pytest.Monkey
     components = find_components(model)
     widest = max(p.shape[-1] for c in components if c.multiplies_inputs for p in c.parameters if p.leaf == "weight")
     assert most + 48 * widest**2 <= moment_bytes(components) < 2 * most + 48 * widest**2 + 8 * widest**2
+
+
+def test_a_weight_does_not_depend_on_which_other_precisions_are_asked_for() -> None:
+    """A study that gets more choices keeps what it measured."""
+    model, windows = fp32_of("lfm2/plain"), windows_of("lfm2/plain", 16)
+    alone, beside = made(model, windows, ("nf4",)), made(model, windows, ("nf4", "int3", "nf2"))
+    for key, held in alone.items():
+        assert all(torch.equal(array, beside[key].arrays()[suffix]) for suffix, array in held.arrays().items())
