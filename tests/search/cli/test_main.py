@@ -308,7 +308,7 @@ def test_one_more_precision_continues_a_search_with_its_trials_and_its_certifica
 
 @pytest.mark.slow
 def test_an_inconclusive_certificate_is_answered_with_no_and_can_be_repeated(tmp_path: Path) -> None:
-    write_study(tmp_path, windows=(4, 8, 2), extra="[search]\nconfidence = 0.9999\nseeds = 0\ntrials = 3\n")
+    write_study(tmp_path, windows=(4, 8, 2), extra="[search]\nconfidence = 0.99999999\nseeds = 0\ntrials = 3\n")
     found = answer("search", "tiny.toml", cwd=tmp_path, code=1)
     assert found["winner"] is None
     assert found["certificate"]["verdict"] == "inconclusive"
