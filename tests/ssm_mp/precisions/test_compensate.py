@@ -212,22 +212,20 @@ def test_errors_go_from_block_to_block_as_within_one(kernels_used: bool, monkeyp
     assert float(same.float().mean()) > 0.9
 
 
-def test_improvement_in_rounds_loses_less_than_feeding_errors_on_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_improvement_in_rounds_loses_less_than_feeding_errors_on_alone() -> None:
     weight, moment = normal(1, 32, 128), moment_of(1, 128, count=300)
     best = loss(weight, compensated(weight, moment, NF3_BOOK, 64), moment, NF3_BOOK)
-    monkeypatch.setattr(compensate, "_ROUNDS", 0)
-    assert best < 0.95 * loss(weight, compensated(weight, moment, NF3_BOOK, 64), moment, NF3_BOOK)
+    alone = compensated(weight, moment, NF3_BOOK, 64, rounds=0)
+    assert best < 0.95 * loss(weight, alone, moment, NF3_BOOK)
 
 
 @pytest.mark.parametrize("k", [8, 64, 100])
 @pytest.mark.parametrize("book", BOOKS.values(), ids=BOOKS)
-def test_with_inputs_that_are_independent_the_values_are_the_nearest(
-    book: CodeBook, k: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_inputs_that_are_independent_the_values_are_the_nearest(book: CodeBook, k: int) -> None:
     weight, moment = normal(2, 32, k), Moment(torch.eye(k)[None])
     improved = loss(weight, compensated(weight, moment, book, 64), moment, book)
-    monkeypatch.setattr(compensate, "_ROUNDS", 0)  # the last scales are better ones for the codes before them
-    found = restored(*compensated(weight, moment, book, 64), book, (32, k))
+    # without rounds: the last scales are better ones for the codes before them
+    found = restored(*compensated(weight, moment, book, 64, rounds=0), book, (32, k))
     expected = nearest(weight, None, book, 64)
     assert torch.equal(found, expected)
     assert improved <= output_error(weight, expected, moment) * (1 + 1e-6)
