@@ -2,8 +2,9 @@
 
 `python -m benchmarks.preparation` prints, for the reference and a Mamba of 94 million parameters: seconds of one FP32
 evaluation of the calibration windows, of calibration on them in two passes and in one, and of quantising every
-component as a whole by torch and in slices by kernels; each the least of a few turns. Weights are random where there
-is no checkpoint, and windows are random tokens: the time depends on neither.
+component as a whole by torch and in slices by kernels; each the least of a few turns. Then, once, of what compensated
+rounding takes: second moments of all inputs, and rounding every component that has some at two precisions. Weights are
+random where there is no checkpoint, and windows are random tokens: the time depends on neither.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from benchmarks.shapes import LENGTH, checkpoint_of, initial_tensors, random_windows
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate, calibrate_reference
+from ssm_mp.conversion.rounding import damping_of, gathered_moments, weight_of
 from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import evaluate
 from ssm_mp.families.mamba import MambaConfig
@@ -32,6 +34,7 @@ from ssm_mp.scheme import ScaleRule
 LARGE = MambaConfig(4096, 768, 1536, 16, 48, 4, 24)
 """24 layers of 768: 94 million parameters with the reference's vocabulary."""
 PRECISION_NAMES = ("int8", "nf4", "int4")
+COMPENSATED = ("nf4", "nf3")
 _RULE = ScaleRule("mse")
 
 
@@ -105,6 +108,21 @@ def report(name: str, model: LanguageModel, windows: Windows, turns: int, slow: 
         )
 
 
+def report_compensated(model: LanguageModel, windows: Windows) -> None:
+    """Print what compensated rounding takes of one model."""
+    components = find_components(model)
+    began = time.perf_counter()
+    moments = list(gathered_moments(model, windows, components))
+    print(f"  second moments        {time.perf_counter() - began:8.2f} s", flush=True)
+    for precision in COMPENSATED:
+        grouped, began = PRECISIONS[precision], time.perf_counter()
+        assert isinstance(grouped, Grouped)
+        for name, gathered in moments:
+            weight = weight_of(model, name)
+            grouped.compensated(weight, gathered.all, damping_of(weight, gathered))
+        print(f"  compensating at {precision:6}{time.perf_counter() - began:8.2f} s", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -116,6 +134,7 @@ def main() -> None:
     for name, model in models():
         windows = random_windows(model.config.vocabulary, asked.windows, LENGTH)
         report(name, model, windows, asked.turns, not asked.new)
+        report_compensated(model, windows)
 
 
 if __name__ == "__main__":

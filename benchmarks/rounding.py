@@ -128,7 +128,7 @@ class Bench:
         found: dict[str, Stored] = {}
         for name, gathered in self.moments.items():
             weight = weight_of(self.model, name)
-            damping = damping_of(weight, row.precision, gathered) if row.damping is None else row.damping
+            damping = damping_of(weight, gathered) if row.damping is None else row.damping
             packed, scales = compensated(weight, gathered.all, book, group, damping, row.rounds)
             found[name] = GroupedTensor(packed, scales, tuple(weight.shape), book)
         return found

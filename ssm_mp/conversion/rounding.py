@@ -79,11 +79,9 @@ def rounded(
     chosen = [name for name in precisions if compensable(name)]
     if not chosen:
         return
-    judge = get_precision(_JUDGE)
-    assert isinstance(judge, Grouped)
     for name, gathered in gathered_moments(model, windows, components, say, steps):
         weight = weight_of(model, name)
-        damping = damping_of(weight, judge, gathered)
+        damping = damping_of(weight, gathered)
         found = {precision: _rounded(weight, precision, gathered, damping) for precision in chosen}
         yield Rounded(name, {precision: stored for precision, stored in found.items() if stored is not None})
 
@@ -137,12 +135,14 @@ def weight_of(model: LanguageModel, component: str) -> Tensor:
     return held.value.data
 
 
-def damping_of(weight: Tensor, grouped: Grouped, gathered: Gathered) -> float:
-    """How much moments are damped, by what is lost at a precision; the most where they say little."""
+def damping_of(weight: Tensor, gathered: Gathered) -> float:
+    """How much moments are damped, by what is lost at the narrowest precision; the most where they say little."""
+    judge = get_precision(_JUDGE)
+    assert isinstance(judge, Grouped)
     if max(gathered.tokens) < weight.shape[-1]:
         return DAMPINGS[-1]
     try:
-        return chosen_damping(weight, gathered.fit, gathered.held, grouped.book, grouped.group)
+        return chosen_damping(weight, gathered.fit, gathered.held, judge.book, judge.group)
     except InfeasibleError:
         return DAMPINGS[-1]
 
