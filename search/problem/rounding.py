@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from torch import Tensor
 
 from search.base.errors import StudyError
 from search.base.progress import slow
@@ -22,6 +23,7 @@ from search.problem.memory import MemoryPlan
 from search.problem.preparation import digest_of
 from search.problem.run_directory import GROUPING, ROUNDING, RunDirectory, mark_of
 from search.problem.spec import StudySpec
+from ssm_mp.artifact_folder import sha256
 from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.components import Component
 from ssm_mp.conversion.prepare import Prepared
@@ -119,8 +121,7 @@ def rounded_weights(
         kept = _read(folder / ROUNDED, mark, by_name, say)
         if kept is None:
             try:
-                names = [_write(folder / ROUNDED, mark, one) for one in made()]
-                _finish(folder / ROUNDED, mark, names)
+                _finish(folder / ROUNDED, mark, dict(_write(folder / ROUNDED, one) for one in made()))
             except OSError as error:
                 raise MachineError(
                     f"{folder / ROUNDED}: rounded weights cannot be kept there ({error.strerror or error}); free some "
@@ -132,17 +133,22 @@ def rounded_weights(
 
 
 _LIST = "components.json"
-"""Written last: which components there are files of, under the mark."""
+"""Written last: under a mark, the checksum of each component's file."""
+_SUFFIX = ".safetensors"
 
 
-def _finish(folder: Path, mark: str, names: Sequence[str]) -> None:
+def _finish(folder: Path, mark: str, checksums: Mapping[str, str]) -> None:
+    """Write the list, and remove what was left of other components, or by processes that were ended."""
     partial = folder / f".{_LIST}.{os.getpid()}.partial"
-    partial.write_text(json.dumps({"mark": mark, "components": names}), encoding="utf-8")
+    partial.write_text(json.dumps({"mark": mark, "checksums": checksums}), encoding="utf-8")
     partial.replace(folder / _LIST)
+    for path in (*folder.glob(f"*{_SUFFIX}"), *folder.glob(".*.partial")):
+        if path.name.removesuffix(_SUFFIX) not in checksums:
+            path.unlink()
 
 
-def _write(folder: Path, mark: str, one: Rounded) -> str:
-    """Write a component's file whole: under another name first, then renamed. Returns the component's name."""
+def _write(folder: Path, one: Rounded) -> tuple[str, str]:
+    """Write a component's file whole: under another name first, then renamed. Its name and the file's checksum."""
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {
         f"{precision}.{suffix}": array
@@ -151,13 +157,14 @@ def _write(folder: Path, mark: str, one: Rounded) -> str:
     }
     partial = folder / f".{one.component}.{os.getpid()}.partial"
     try:
-        write_safetensors(partial, arrays, {"mark": mark})
-        partial.replace(folder / f"{one.component}.safetensors")
+        write_safetensors(partial, arrays, {})
+        checksum = sha256(partial)
+        partial.replace(folder / f"{one.component}{_SUFFIX}")
     except OSError:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    return one.component
+    return one.component, checksum
 
 
 def _read(folder: Path, mark: str, components: Mapping[str, Component], say: Say) -> dict[Key, Stored] | None:
@@ -167,29 +174,28 @@ def _read(folder: Path, mark: str, components: Mapping[str, Component], say: Say
         if listed["mark"] != mark:
             return None
         found: dict[Key, Stored] = {}
-        for name in listed["components"]:
-            shape = next(p.shape for p in components[name].parameters if p.leaf == "weight")
-            found |= _of_file(folder / f"{name}.safetensors", mark, name, shape)
+        for name, checksum in listed["checksums"].items():
+            component, path = components[name], folder / f"{name}{_SUFFIX}"
+            if sha256(path) != checksum:
+                raise ValueError(f"{path.name} is not what was written")
+            found |= _of_file(path, component)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         say(f"note: {folder} is damaged ({error}); rounding again")
         return None
     return found
 
 
-def _of_file(path: Path, mark: str, component: str, shape: tuple[int, ...]) -> dict[Key, Stored]:
+def _of_file(path: Path, component: Component) -> dict[Key, Stored]:
+    """The weight of a component at every precision that its file holds."""
+    shape = next(p.shape for p in component.parameters if p.leaf == "weight")
+    held: dict[str, dict[str, Tensor]] = {}
     with safe_open(path, framework="pt") as file:
-        if (file.metadata() or {}).get("mark") != mark:
-            raise ValueError(f"{path.name} is of something else")
-        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-    found: dict[Key, Stored] = {}
-    for precision in dict.fromkeys(name.split(".")[0] for name in arrays):
-        held = {suffix: arrays[f"{precision}.{suffix}"] for suffix in ("q", "scale")}
-        expected = get_precision(precision).arrays(shape, "weight")
-        if {name: tuple(array.shape) for name, array in held.items()} != {
-            n: spec.shape for n, spec in expected.items()
-        }:
-            raise ValueError(f"{path.name} holds other shapes")
-        found[component, precision] = get_precision(precision).restore(held, shape, "weight")
-    return found
+        for name in file.keys():  # noqa: SIM118, not a dict
+            precision, suffix = name.split(".")
+            held.setdefault(precision, {})[suffix] = file.get_tensor(name)
+    return {
+        (component.name, precision): get_precision(precision).restore(arrays, shape, "weight")
+        for precision, arrays in held.items()
+    }

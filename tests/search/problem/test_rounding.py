@@ -154,7 +154,7 @@ def test_without_a_folder_the_weights_are_the_same(spec: StudySpec, tmp_path: Pa
     assert same(open_workspace(spec), open_workspace(spec, cache=tmp_path / "run"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "gone", "other mark", "list", "list of others"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign", "gone", "flipped", "list", "list of others"])
 def test_a_damaged_folder_is_said_and_made_again(
     spec: StudySpec, tmp_path: Path, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -165,12 +165,11 @@ def test_a_damaged_folder_is_said_and_made_again(
     if damage == "gone":
         path.unlink()
     elif damage.startswith("list"):
-        names.write_text(listed[:-9] if damage == "list" else listed.replace('["', '["another", "'))
+        names.write_text(listed[:-9] if damage == "list" else listed.replace('"embedding"', '"another"'))
     else:
-        at = content.index(b'"mark":"') + 8
-        other = content[:at] + b"0" * 4 + content[at + 4 :]
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
         path.unlink()  # the first workspace has it mapped
-        path.write_bytes({"cut": content[:-40], "empty": b"", "foreign": b"nothing" * 9, "other mark": other}[damage])
+        path.write_bytes({"cut": content[:-40], "empty": b"", "foreign": b"nothing" * 9, "flipped": flipped}[damage])
     done, said = rounds(monkeypatch), list[str]()
     assert same(open_workspace(spec, said.append, run), first)
     assert len(done) == 1
@@ -207,9 +206,19 @@ def test_what_is_not_rounded_by_windows_is_kept_over(
     spec: StudySpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    open_workspace(spec, cache=run)
+    first = open_workspace(spec, cache=run)
     no_rounding(monkeypatch)
-    open_workspace(changed(spec, "search.trials=7", "data.search_windows=6", 'precision.group="layer"'), cache=run)
+    overrides = ("search.trials=7", "data.search_windows=6", 'precision.group="layer"')
+    assert same(first, open_workspace(changed(spec, *overrides), cache=run))
+
+
+def test_what_others_left_in_the_folder_is_removed(spec: StudySpec, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    open_workspace(spec, cache=run)
+    before = {path.name for path in (run / ROUNDED).iterdir()}
+    (run / ROUNDED / ".embedding.1.partial").write_bytes(b"of a process that was killed")
+    open_workspace(changed(spec, 'precision.pin=["embedding"]'), cache=run)
+    assert {path.name for path in (run / ROUNDED).iterdir()} == before - {"embedding.safetensors"}
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_says_what_to_do(
