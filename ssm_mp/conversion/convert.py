@@ -121,7 +121,7 @@ class Converter:
                 tensors[parameter.leaf] = ByteTensor(held.value)
                 continue
             if parameter.leaf == "weight" and (component.name, name) in self._rounded:
-                tensors[parameter.leaf] = self._rounded[component.name, name]
+                tensors[parameter.leaf] = self._rounded[component.name, name].to(self.model.device)
                 continue
             if not isinstance(held, FloatTensor) or not _is_source(held):
                 raise PrecisionMapError(f"{parameter.name} is not float32: only the FP32 model can be converted")
