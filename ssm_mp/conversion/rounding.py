@@ -32,7 +32,9 @@ Say = Callable[[str], None]
 
 _FACTORS = 48
 """Bytes for each value of a moment while its factors are found, in float64."""
-
+_BESIDE = 20
+"""Bytes for each value of a component's moments while it is rounded: their sums, without those of experts that are
+hardly reached, and their factors."""
 
 _JUDGE = "nf2g128"
 """The narrowest precision, at which most is lost: by it damping is chosen, whatever precisions are asked for, so that a
@@ -45,14 +47,15 @@ def compensable(precision: str) -> bool:
 
 
 def moment_bytes(components: Sequence[Component]) -> int:
-    """Upper bound of what second moments of one layer's inputs take, and the factors of the largest of them."""
+    """Upper bound of what second moments of one layer's inputs take, and what rounding by the largest of them does."""
     layers: dict[int, int] = {}
     largest = 0
     for component in filter(_has_moment, components):
         k = next(p.shape[-1] for p in component.parameters if p.leaf == "weight")
-        layers[component.stage] = layers.get(component.stage, 0) + 8 * k * k * experts_of(component)
-        largest = max(largest, k)
-    return max(layers.values(), default=0) + _FACTORS * largest * largest
+        experts = experts_of(component)
+        layers[component.stage] = layers.get(component.stage, 0) + 8 * k * k * experts
+        largest = max(largest, (_FACTORS + _BESIDE * experts) * k * k)
+    return max(layers.values(), default=0) + largest
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +108,8 @@ def gathered_moments(
         _passed(model, layer)
         told()
     yield from _each(model, end_moments(model, states), wanted, say)
+    for part in filter(None, (model.embedding, model.lm_head)):
+        _passed(model, part)
     told()
 
 

@@ -68,6 +68,8 @@ def choose_scales(groups: Tensor, weight: Tensor, candidates: Tensor, levels: Te
     `weight [g, n]`, the first among equals: `[g]`. Groups are of `MOST` values at most."""
     g, n = groups.shape
     between, best = (levels[1:] + levels[:-1]) / 2, torch.empty_like(groups[:, 0])
+    if n > MOST:
+        raise ValueError(f"groups of {n} values: the kernel takes at most {MOST}")
     _require(g, n, groups, weight)
     _require(len(candidates), g, candidates)
     _kernels().choose_scales(

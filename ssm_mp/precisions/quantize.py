@@ -77,8 +77,8 @@ def least_square_scales(full: Tensor, error: Callable[[Tensor], Tensor], parts: 
 
 
 def clippings(steps: int, widest: float = 1.0) -> tuple[float, ...]:
-    """Parts of a range, the whole first, then `steps` − 1 from the widest, which may be more than the whole, down to
-    half of the whole."""
+    """Parts of a range, the whole first, then `steps` from the widest down to half of the whole; where the whole is the
+    widest it is one of them."""
     return (1.0, *(widest - (widest - 0.5) * i / (steps - 1) for i in range(0 if widest > 1 else 1, steps)))
 
 

@@ -138,6 +138,13 @@ def test_the_kernel_that_chooses_scales_takes_one_of_least_error(
 
 
 @with_kernels
+def test_the_kernel_that_chooses_scales_refuses_groups_that_it_has_no_room_for() -> None:
+    groups = torch.ones(2, kernels.MOST + 1)
+    with pytest.raises(ValueError, match="129 values: .* at most 128"):
+        kernels.choose_scales(groups, groups, torch.ones(1, 2), torch.tensor([-1.0, 1.0]))
+
+
+@with_kernels
 @given(books, st.integers(1, 6), st.sampled_from([8, 64, 96, 192]), st.sampled_from([32, 64]), seeds)
 @few
 def test_with_and_without_kernels_as_little_is_lost(book: CodeBook, n: int, k: int, group: int, seed: int) -> None:
