@@ -240,13 +240,18 @@ class _Testing:
         return False
 
     def _sequence(self, trials: Sequence[int]) -> Planned | None:
-        """The sequence that a plan goes on with, in its longest form."""
-        found = [
-            entry
+        """The sequence that a plan goes on with, in its longest form; of several the one with the largest share.
+
+        Shorter forms do not count: a map that was put behind one may have been tested, and another in its place would
+        be a second chance to be wrong for one share.
+        """
+        longest = {
+            entry.sequence: entry
             for entry in still_good(self.ledger, self.error)
-            if isinstance(entry, Planned) and self._asked(entry) == self._asked(self) and entry.goes_with(trials)
-        ]
-        return found[-1] if found else None
+            if isinstance(entry, Planned) and self._asked(entry) == self._asked(self)
+        }
+        found = [entry for entry in longest.values() if entry.goes_with(trials)]
+        return max(found, key=lambda entry: entry.error, default=None)
 
     @staticmethod
     def _asked(of: Try | Planned | _Testing) -> tuple[float, str]:
