@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from search.base.clustered import LEAST_CLUSTERS, Clustered
+import numpy as np
+
+from search.base.clustered import LEAST_CLUSTERS, Clustered, clustered
 from search.base.confidence import reach
 from search.base.errors import StudyError
 from search.base.front import Point
@@ -31,7 +33,7 @@ from search.results.ledger import (
     tries_in,
     try_from_json,
 )
-from ssm_mp.evaluation.evaluate import Increase, percent_of
+from ssm_mp.evaluation.evaluate import Increase, increase_of, percent_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Held:
     increase: Increase
     clustered: Clustered | None = None
     stopped: bool = False
+
+
+def held_of(rises: np.ndarray, sources: np.ndarray | None) -> Held:
+    """From the rises `[w]` of windows, nats a token, and where these come from `[w]`."""
+    return Held(increase_of(rises), None if sources is None else clustered(rises, sources))
 
 
 @dataclass(frozen=True)
