@@ -3,8 +3,8 @@
     python -m benchmarks.certificate [--searches 2000] [--json]      # about eight minutes on one core
 
 Every synthetic search has true, additive effects, search windows that choose the front (so its increases are too
-good, as those of chosen maps are), and independent certify windows. The project's own `pareto_front`,
-`paired_increase`, `clustered`, `plans` and `certify` decide, at five looks: half of the trials; the same once more;
+good, as those of chosen maps are), and independent certify windows. The project's own `pareto_front`, `held_of`,
+`plans` and `certify` decide, at five looks: half of the trials; the same once more;
 all trials; twice the certify windows, the former ones among them; as many trials again. One ledger goes through all
 looks, and a search counts as broken where *any* look certified a map whose true increase is above the budget.
 
@@ -34,7 +34,6 @@ from benchmarks.looks import (
     Rule,
     Summary,
     certifying,
-    held_of,
     judge_study,
     points_of,
     row_of,
@@ -43,7 +42,7 @@ from benchmarks.looks import (
 from benchmarks.synthetic import Noise, Windows, edge_world, model_world, propose, smallest_within, total
 from search.base.certifiable import Certifying
 from search.base.front import Point
-from search.results.certify import Held
+from search.results.certify import Held, held_of
 
 REFERENCE = Noise()
 """That of the reference checkpoint, see `benchmarks/synthetic.py`."""

@@ -12,12 +12,10 @@ from scipy import stats
 
 from benchmarks.synthetic import Floats, Ints
 from search.base.certifiable import Certifying
-from search.base.clustered import clustered
 from search.base.front import Point, pareto_front
 from search.results.certify import Held, certify
 from search.results.ledger import Entry, error_share, tries_in
 from search.results.plans import plans
-from ssm_mp.evaluation.evaluate import Evaluation, Increase, paired_increase
 
 BUDGET_PERCENT = 5.0
 CONFIDENCE = 0.95
@@ -46,16 +44,6 @@ def points_of(sizes: Ints, log_increases: Floats, stderr: Floats | float, window
         )
         for trial, (size, rise, own) in enumerate(zip(sizes, log_increases, spread, strict=True))
     ]  # fmt: skip
-
-
-def increase_of(differences: Floats) -> Increase:
-    """What the project makes of paired differences `[w]`, nats a token."""
-    return paired_increase(Evaluation(differences, 1), Evaluation(np.zeros_like(differences), 1))
-
-
-def held_of(differences: Floats, sources: Ints | None) -> Held:
-    """What the project makes of paired differences `[w]` from windows of `sources [w]`, where these are known."""
-    return Held(increase_of(differences), None if sources is None else clustered(differences, sources))
 
 
 Rule = Literal["sequence", "per map"]

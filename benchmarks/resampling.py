@@ -46,7 +46,6 @@ from benchmarks.looks import (
     Rule,
     Summary,
     certifying,
-    held_of,
     judge_study,
     points_of,
     row_of,
@@ -60,7 +59,7 @@ from search.problem.space import Space
 from search.problem.spec import load_spec
 from search.problem.splits import load_splits
 from search.problem.workspace import Workspace
-from search.results.certify import Held
+from search.results.certify import Held, held_of
 from search.run.prepare import prepare
 from search.sampling.catalogue import catalogue_of
 from search.sampling.surrogate import Surrogate, smallest_within

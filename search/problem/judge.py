@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from search.base.metric import Word
 from ssm_mp.conversion.convert import Converter
@@ -81,4 +80,4 @@ class Judge:
         return evaluate_stacked(converter, maps, self._part(at), before_layer, expected=expected)
 
     def _part(self, at: np.ndarray | None) -> Windows:
-        return self._windows if at is None else Windows(self._windows.ids[torch.from_numpy(at)])
+        return self._windows if at is None else self._windows.part(at)

@@ -101,17 +101,17 @@ def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) 
     bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
     text = read_documents(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
     pool = cut(text.ids, window_length(spec, config), str(path), bos, text.starts)
-    # calibration windows first: a larger certify split then leaves the other two as they are
+    # calibration windows first: a larger certify split then leaves the other two as they are. Those drawn last only
+    # show that there are enough for all
     own = 0 if data.calibration == "synthetic" else data.calibration_count
-    calibration, search, certify = draw(pool, [own, data.search_windows, data.certify_windows], data.seed)
+    calibration, search, _ = draw(pool, [own, data.search_windows, data.certify_windows], data.seed)
+    certify = draw_evenly(pool.without([calibration, search]), data.certify_windows, data.seed)
     if data.calibration == "text":
         # not the unused windows: there are fewer of them where more windows certify
         counts = torch.bincount(calibration.ids.flatten(), minlength=config.vocabulary)
     else:
         counts = pool.without([search, certify]).counts(config.vocabulary)
         calibration = _calibration(spec, pool, counts)
-    drawn = [search] if data.calibration == "synthetic" else [calibration, search]
-    certify = draw_evenly(pool.without(drawn), data.certify_windows, data.seed)
     return Splits(calibration, search, certify, counts, bos, pool.dropped())
 
 

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from search.base.clustered import LEAST_CLUSTERS, Clustered
+import numpy as np
+
+from search.base.clustered import LEAST_CLUSTERS, Clustered, clustered
 from search.base.confidence import reach
 from search.base.errors import StudyError
 from search.base.front import Point
@@ -31,7 +33,7 @@ from search.results.ledger import (
     tries_in,
     try_from_json,
 )
-from ssm_mp.evaluation.evaluate import Increase, percent_of
+from ssm_mp.evaluation.evaluate import Increase, increase_of, percent_of
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Held:
     increase: Increase
     clustered: Clustered | None = None
     stopped: bool = False
+
+
+def held_of(rises: np.ndarray, sources: np.ndarray | None) -> Held:
+    """From the rises `[w]` of windows, nats a token, and where these come from `[w]`."""
+    return Held(increase_of(rises), None if sources is None else clustered(rises, sources))
 
 
 @dataclass(frozen=True)
@@ -240,13 +247,18 @@ class _Testing:
         return False
 
     def _sequence(self, trials: Sequence[int]) -> Planned | None:
-        """The sequence that a plan goes on with, in its longest form."""
-        found = [
-            entry
+        """The sequence that a plan goes on with, in its longest form; of several the one with the largest share.
+
+        Shorter forms do not count: a map that was put behind one may have been tested, and another in its place would
+        be a second chance to be wrong for one share.
+        """
+        longest = {
+            entry.sequence: entry
             for entry in still_good(self.ledger, self.error)
-            if isinstance(entry, Planned) and self._asked(entry) == self._asked(self) and entry.goes_with(trials)
-        ]
-        return found[-1] if found else None
+            if isinstance(entry, Planned) and self._asked(entry) == self._asked(self)
+        }
+        found = [entry for entry in longest.values() if entry.goes_with(trials)]
+        return max(found, key=lambda entry: entry.error, default=None)
 
     @staticmethod
     def _asked(of: Try | Planned | _Testing) -> tuple[float, str]:

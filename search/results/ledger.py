@@ -14,7 +14,8 @@ What is the same sequence again, and so spends nothing:
 - The same maps in the same order, held against the same budget on the same windows. Its tests come out as before.
 - One that begins with all maps of a former one, or that a former one begins with. The order is a function of the
   search windows alone (`plans.py`), so whether and how it goes on was decided without looking at certify windows, and
-  M is the same map in both; stopping in between, at any moment, only leaves tests out.
+  M is the same map in both; stopping in between, at any moment, only leaves tests out. What a sequence has grown to
+  is all of it from then on: two that part behind the maps of a shorter form are two, each with an M of its own.
 - One that was interrupted: its maps are noted *before* the first is evaluated, so that whoever goes on finds it. Noted
   afterwards, a crash could hide a test, and another order could be chosen with knowledge of its outcome.
 

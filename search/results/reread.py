@@ -21,7 +21,6 @@ from search.measure.objective import Baseline, Measured, window_order
 from search.problem.judge import Judge
 from search.problem.workspace import Workspace
 from ssm_mp.artifact import Artifact, read_artifact, stored_arrays
-from ssm_mp.data import Windows
 from ssm_mp.errors import ArtifactError
 from ssm_mp.evaluation.compare import Diverged
 from ssm_mp.evaluation.evaluate import Evaluation, FloatArray, evaluate
@@ -153,21 +152,17 @@ def _numbers(model: LanguageModel, workspace: Workspace, known: float | None, mo
     windows, order = workspace.splits.search, window_order(workspace)
     if known is None:
         began = time.monotonic()
-        evaluate(model, _part(windows, order[:1]))
+        evaluate(model, windows.part(order[:1]))
         known = (time.monotonic() - began) * len(windows)
     if known <= most:
         return None
     return order[: max(1, int(len(windows) * most / known))]
 
 
-def _part(windows: Windows, numbers: np.ndarray) -> Windows:
-    return Windows(windows.ids[torch.from_numpy(numbers)])
-
-
 def _evaluated(model: LanguageModel, workspace: Workspace, numbers: np.ndarray | None) -> Evaluation:
     judge, windows = workspace.judge, workspace.splits.search
     if numbers is not None:
-        windows = _part(windows, numbers)
+        windows = windows.part(numbers)
         judge = Judge(workspace.model, windows, workspace.spec.search.metric)  # FP32's states of these alone
     progress = slow("evaluating what was read back", judge.layer_calls(model))
     found = judge(model, None, progress.step)

@@ -9,18 +9,17 @@ from functools import cache
 import numpy as np
 
 from search.base.certifiable import alike_near
-from search.base.clustered import clustered
 from search.base.front import Point
 from search.base.progress import slow
 from search.measure.racing import FIRST_RUNG, judge
 from search.problem.judge import Judge
 from search.problem.run_directory import CERTIFY_BASELINE, TRIES, RunDirectory, mark_of
 from search.problem.workspace import Workspace
-from search.results.certify import Certificate, Held, certify
+from search.results.certify import Certificate, Held, certify, held_of
 from search.results.ledger import entries_of
 from search.results.plans import plans
 from search.run.prepare import Say, certifying_of
-from ssm_mp.evaluation.evaluate import Evaluation, differences, increase_of
+from ssm_mp.evaluation.evaluate import Evaluation, differences
 from ssm_mp.model import LanguageModel
 
 _LOOKS = (4, 2)
@@ -92,16 +91,11 @@ def held(
         new, seen = order[began:until], np.sort(order[:until])
         fp32 = Evaluation(reference.nll[new], reference.predicted)
         rises[new] = differences(_evaluated(certifier, model, new, what), fp32)
-        found = _held(rises[seen], None if sources is None else sources[seen])
+        found = held_of(rises[seen], None if sources is None else sources[seen])
         if until < count and judge(rises[seen], count, budget_percent, None, _STOPPED_WRONGLY):
             return replace(found, stopped=True)
         began = until
     return found
-
-
-def _held(rises: np.ndarray, sources: np.ndarray | None) -> Held:
-    """From the rises `[w]` of windows, nats a token, and where these come from."""
-    return Held(increase_of(rises), None if sources is None else clustered(rises, sources))
 
 
 def certify_baseline(workspace: Workspace, run: RunDirectory) -> Evaluation:

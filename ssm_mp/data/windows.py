@@ -156,10 +156,9 @@ def sources_of(count: int, taken: int, starts: Ints | None) -> Ints:
 def draw(pool: Pool, counts: Sequence[int], seed: int) -> list[Windows]:
     """Disjoint random windows, `counts` of each, all different, the same for the same seed.
 
-    Drawn at random rather than as stretches, so that each split is a fair sample of the whole text, which is
-    what the certificate's statistics assume. The order is drawn over all windows and those that may not be drawn
-    are passed over: the draw is a fair one of the different windows, and changes only where a repeated one would
-    have been drawn. Raises DataError where there are too few.
+    Drawn at random rather than as stretches, so that each split is a fair sample of the whole text. The order is
+    drawn over all windows and those that may not be drawn are passed over: the draw is a fair one of the different
+    windows, and changes only where a repeated one would have been drawn. Raises DataError where there are too few.
     """
     _require(pool, counts)
     order = _shuffled(pool, seed)[: sum(counts)]

@@ -72,7 +72,7 @@ def plot_sensitivities(
         axes.set_xlim(min(left, 0), right)
         for y, row in enumerate(rows):
             if row.summed:
-                _draw_sum(axes, y, row)
+                _draw_sum(axes, y, row, metric.unit)
         axes.axvline(0, color=BLACK, linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8.5)
         axes.set_ylim(-0.7, len(rows) - 0.3)
@@ -145,13 +145,13 @@ def _draw_row(axes: Axes, y: int, row: _Row) -> None:
         axes.errorbar(row.back, y - 0.14, xerr=1.96 * row.back_stderr, fmt="s", color=ORANGE, markersize=4.5, capsize=2)
 
 
-def _draw_sum(axes: Axes, y: int, row: _Row) -> None:
+def _draw_sum(axes: Axes, y: int, row: _Row, unit: str) -> None:
     """Bars, cut off at the edge of the picture, with their figures."""
     axes.barh(y + 0.2, row.increase, height=0.34, color=BLUE, alpha=0.45)
-    figures = f"{row.increase:+.3g} ± {1.96 * row.stderr:.2g} %"
+    figures = f"{row.increase:+.3g} ± {1.96 * row.stderr:.2g} {unit}"
     if row.back is not None:
         axes.barh(y - 0.2, row.back, height=0.34, color=ORANGE, alpha=0.45)
-        figures += f", {row.back:+.3g} ± {1.96 * row.back_stderr:.2g} %"
+        figures += f", {row.back:+.3g} ± {1.96 * row.back_stderr:.2g} {unit}"
     axes.text(
         0.99, y, figures, transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8,
         bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.8},

@@ -15,7 +15,7 @@ from search.problem.spec import load_spec
 from search.problem.splits import load_splits
 from search.problem.workspace import open_workspace
 from search.run.prepare import prepare
-from ssm_mp.data import unigram_perplexity
+from ssm_mp.data import cut, unigram_perplexity
 from ssm_mp.data.token_files import KEPT_FROM
 from ssm_mp.errors import DataError, EvaluationError
 from ssm_mp.evaluation.evaluate import evaluate
@@ -71,6 +71,12 @@ def test_windows_begin_with_bos_where_the_study_says_so(tmp_path: Path) -> None:
         open_workspace(load_spec(study, ["data.bos=true"]))
     made = load_splits(load_spec(study, ["data.bos=0", "data.calibration=synthetic"]), MAMBA)
     assert set(made.calibration.ids[:, 0].tolist()) == {0}
+
+
+def test_what_is_made_up_knows_no_window_of_the_other_splits(tmp_path: Path) -> None:
+    splits = load_splits(load_spec(write_study(tmp_path), ["data.calibration=synthetic"]), MAMBA)
+    rest = cut(np.load(tmp_path / "tokens.npy"), LENGTH).without([splits.search, splits.certify])
+    assert splits.token_counts.tolist() == rest.counts(VOCABULARY).tolist()
 
 
 def write_long_study(folder: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from search.base.front import Point
+from search.base.metric import KL
 from search.base.progress import Progress
 from search.cli.answers import fronted, inspected, listed, probed
 from search.measure.probe import LOWEST, WIDEST, Probe
@@ -129,6 +131,16 @@ def test_sensitivities_show_each_component_the_costliest_on_top(tmp_path: Path) 
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[-1].startswith("layers.0.ssm.in_proj → int8")
     assert "perplexity cost" in texts(save(figure, tmp_path, "s")[1])
+
+
+def test_sensitivities_of_a_study_that_is_judged_by_kl_are_in_nats_in_every_place(tmp_path: Path) -> None:
+    components = model_of(40)
+    figure = plot_sensitivities(probed_from_both_ends(components, ["int8"]), components, metric=KL)
+    said = texts(save(figure, tmp_path, "s")[1])
+    assert "others, together" in said
+    assert "KL to FP32 cost of the lower precision (nats)" in said
+    assert re.search(r"± [\d.e-]+ nats, ", said)
+    assert not re.search(r"± [\d.e-]+ %", said)
 
 
 @pytest.mark.parametrize("config", [MAMBA, ITERA], ids=["mamba", "itera"])

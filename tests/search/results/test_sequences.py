@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,26 @@ def test_the_same_maps_again_or_more_behind_them_are_the_same_sequence(
         against([plan[:longer]], passing.__contains__, former=tuple(ledger), note=ledger.append)
     assert error_left(ledger, 0.05) == left
     assert {entry.sequence for entry in ledger} == {1}
+
+
+@pytest.mark.parametrize("passing", [{3}, {3, 2}, {3, 2, 1}])
+def test_in_every_life_of_three_moves_a_sequence_only_grows_at_its_end(passing: set[int]) -> None:
+    for moves in product([(3,), (3, 2), (3, 1), (3, 2, 1)], repeat=3):
+        ledger: list[Entry] = []
+        for trials in moves:
+            plan = [FRONT[trial] for trial in trials]
+            against([plan], passing.__contains__, former=tuple(ledger), note=ledger.append)
+        for former, later in combinations([entry for entry in ledger if isinstance(entry, Planned)], 2):
+            if former.sequence == later.sequence:
+                assert later.plan[: len(former.plan)] == former.plan
+
+
+def test_a_sequence_that_has_grown_is_another_than_one_that_grows_elsewhere() -> None:
+    ledger: list[Entry] = []
+    for trials in ((3,), (3, 2), (3, 1)):  # 2 is tested and fails, then 1 stands in its place
+        plan = [FRONT[trial] for trial in trials]
+        against([plan], lambda trial: trial == 3, former=tuple(ledger), note=ledger.append)
+    assert [tried.sequence for tried in tries_in(ledger)] == [1, 1, 2]
 
 
 def test_another_order_other_windows_and_a_picked_map_are_sequences_of_their_own() -> None:
