@@ -9,6 +9,7 @@ Dimensions: `k` inputs and `n` outputs of a product, `m` tokens, `s` scales of a
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,16 @@ class Prepared:
     def changed(self) -> int:
         """Foldings that are not left as they are."""
         return sum(bool(exponent.any()) for exponent in self.foldings)
+
+    @property
+    def digest(self) -> str:
+        """All scales as one short word."""
+        found = hashlib.sha256()
+        for exponent in self.foldings:
+            found.update(exponent.numpy().tobytes())
+        for name, exponent in sorted(self.inputs.items()):
+            found.update(name.encode() + exponent.numpy().tobytes())
+        return found.hexdigest()[:16]
 
 
 def foldings_of(config: Config) -> tuple[Folding, ...]:
