@@ -42,7 +42,7 @@ from ssm_mp.modules.inputs import StaticInput, input_quantizer
 from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.registry import get_precision
-from ssm_mp.precisions.stored import ArraySpec
+from ssm_mp.precisions.stored import ArraySpec, ScaledColumns
 from ssm_mp.scheme import Scheme
 
 __all__ = [
@@ -314,13 +314,12 @@ def _restored(
     for parameter in component.parameters:
         suffixes = component.arrays(parameter, name, scheme.activations)
         held = {suffix: arrays[_joined(parameter.name, suffix)] for suffix in suffixes}
-        if parameter.role == "weight" and component.scales_columns(name, scheme.activations):
-            tensors[parameter.leaf] = precision.restore_scaled(held)
-        else:
-            tensors[parameter.leaf] = precision.restore(held, parameter.shape, parameter.role)
+        exponent = held.pop("exponent", None)
+        restored = precision.restore(held, parameter.shape, parameter.role)
+        tensors[parameter.leaf] = restored if exponent is None else ScaledColumns(restored, exponent)
     how = component.input_scheme(name, scheme.activations)
-    exponent = arrays.get(f"{component.name}.{EXPONENT}") if component.scaled else None
-    static = StaticInput(arrays[f"{component.name}.input_scale"], exponent) if how == "static" else None
+    exponents = arrays.get(f"{component.name}.{EXPONENT}")
+    static = StaticInput(arrays[f"{component.name}.input_scale"], exponents) if how == "static" else None
     return component.form.module(tensors, static or input_quantizer(how, name))
 
 

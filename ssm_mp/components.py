@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, Protocol
 
+import torch
+
 from ssm_mp.config import Config
 from ssm_mp.modules.parameter import Form, Parameter
 from ssm_mp.precisions.registry import get_precision
@@ -82,15 +84,14 @@ class Component:
 
     def scales_columns(self, precision: str, scheme: ActivationScheme) -> bool:
         """Whether the columns of its weight are stored scaled at a precision, as its inputs are."""
-        static = self.scaled and self.input_scheme(precision, scheme) == "static"
-        return static and get_precision(precision).scales_columns
+        return self.scaled and self.input_scheme(precision, scheme) == "static"
 
     def arrays(self, parameter: Parameter, precision: str, scheme: ActivationScheme) -> dict[str, ArraySpec]:
         """What is stored of one of its tensors at a precision: suffix → array."""
-        held = get_precision(precision)
+        arrays = get_precision(precision).arrays(parameter.shape, parameter.role)
         if parameter.role == "weight" and self.scales_columns(precision, scheme):
-            return held.scaled_arrays(parameter.shape)
-        return held.arrays(parameter.shape, parameter.role)
+            return {**arrays, "exponent": ArraySpec(parameter.shape[1:], torch.int8)}
+        return arrays
 
     def bytes(self, precision: str, scheme: ActivationScheme) -> int:
         """Stored bytes at a precision, weight scales and the static input scale (2 bytes) included."""

@@ -18,21 +18,15 @@ from torch import Tensor
 
 from search.base.errors import StudyError
 from search.base.progress import slow
-from search.problem.calibration import blocks_digest
+from search.problem.calibrating import Calibrating
 from search.problem.memory import MemoryPlan
-from search.problem.preparation import digest_of
-from search.problem.run_directory import GROUPING, ROUNDING, RunDirectory, mark_of
+from search.problem.run_directory import ROUNDING, RunDirectory, mark_of
 from search.problem.spec import StudySpec
 from ssm_mp.artifact_folder import sha256
-from ssm_mp.checkpoints import Checkpoint
 from ssm_mp.components import Component
-from ssm_mp.conversion.prepare import Prepared
-from ssm_mp.conversion.regroup import grouping_of
 from ssm_mp.conversion.rounding import Key, Rounded, Say, compensable, moment_bytes, rounded
-from ssm_mp.data import Windows
 from ssm_mp.errors import MachineError
 from ssm_mp.files.safetensors_file import write_safetensors
-from ssm_mp.model import LanguageModel
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.stored import Stored
 
@@ -80,38 +74,22 @@ def compensates(spec: StudySpec, components: Sequence[Component], plan: MemoryPl
     return False
 
 
-def rounded_weights(
-    spec: StudySpec,
-    checkpoint: Checkpoint,
-    model: LanguageModel,
-    windows: Windows,
-    components: Sequence[Component],
-    compute: str,
-    say: Say,
-    folder: Path | None,
-    prepared: Prepared | None = None,
-) -> dict[Key, Stored]:
-    """The weights of `components` at the study's precisions below 8 bits, from a folder where they are kept in one.
-
-    compute: what results depend on of the machine.
-    """
-    precisions = below_8_bits(spec)
+def rounded_weights(given: Calibrating, components: Sequence[Component]) -> dict[Key, Stored]:
+    """The weights of `components` at the study's precisions below 8 bits, from a folder where they are kept in one."""
+    precisions, folder, say = below_8_bits(given.spec), given.folder, given.say
 
     def made() -> Iterator[Rounded]:
-        say(f"compensating rounding by {len(windows)} calibration windows")
-        return rounded(model, windows, components, precisions, say, lambda stage, total: slow(stage, total).step)
+        say(f"compensating rounding by {len(given.windows)} calibration windows")
+        return rounded(
+            given.model, given.windows, components, precisions, say, lambda stage, total: slow(stage, total).step
+        )
 
     if folder is None:
         return {(one.component, precision): stored for one in made() for precision, stored in one.held.items()}
     mark = mark_of(
         {
             "version": _VERSION,
-            "checkpoint": checkpoint.digest,
-            "windows": windows.digest,
-            "blocks": blocks_digest(model) if spec.precision.embedding_blocks else None,
-            GROUPING: grouping_of(checkpoint.config),
-            "compute": compute,
-            **({} if prepared is None else {"prepared": digest_of(prepared)}),
+            **given.depends,
             "components": [component.name for component in components],
             "precisions": precisions,
         }

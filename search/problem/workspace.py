@@ -13,12 +13,13 @@ from torch import nn
 
 from search.base.errors import StudyError
 from search.base.progress import slow
-from search.problem.calibration import blocks_digest, statistics_of
+from search.problem.calibrating import Calibrating, blocks_digest
+from search.problem.calibration import statistics_of
 from search.problem.grouping import grouped_by_rule, require_patterns, rule_of, told
 from search.problem.groups import GROUPS, Groups, recorded
 from search.problem.judge import Judge
 from search.problem.memory import MemoryPlan, needs_of, plan_memory, put_aside
-from search.problem.preparation import digest_of, preparation_of
+from search.problem.preparation import preparation_of
 from search.problem.rounding import compensates, recorded_rounding, rounded_weights
 from search.problem.run_directory import GROUPING, mark_of
 from search.problem.space import Space, make_space
@@ -31,7 +32,7 @@ from ssm_mp.conversion.calibrate import hardly_reached
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.conversion.forms import Forms
-from ssm_mp.conversion.prepare import Prepared, prepared_model
+from ssm_mp.conversion.prepare import Prepared
 from ssm_mp.conversion.regroup import grouping_of, regrouped
 from ssm_mp.data import Splits
 from ssm_mp.errors import CheckpointError
@@ -92,7 +93,7 @@ class Workspace:
             **latency,
             **({GROUPING: grouping} if grouping else {}),
             **({GROUPS: recorded(rule, self._groups)} if rule else {}),
-            **({} if self.prepared is None else {"prepared": digest_of(self.prepared)}),
+            **({} if self.prepared is None else {"prepared": self.prepared.digest}),
         }
 
     @property
@@ -150,16 +151,18 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     pins = pinned_names(components, spec.precision.unpin) | _extra_pins(spec, model)
     require_patterns(spec.precision.groups, components, pins)
     scheme = spec.precision.scheme
-    statistics, compute = None, _compute_type(spec.search.device)
-    prepared = preparation_of(spec, checkpoint, model, splits.calibration, compute, say, cache)
+    given = Calibrating(spec, checkpoint, model, splits.calibration, _compute_type(spec.search.device), say, cache)
+    prepared = preparation_of(given)
     if prepared is not None:
-        model = prepared_model(model, prepared)
+        given = given.folded(prepared)
+        model = given.model
+    statistics = None
     if scheme.activations == "static":
-        statistics = statistics_of(spec, checkpoint, model, splits.calibration, compute, say, cache, prepared)
+        statistics = statistics_of(given)
         few = hardly_reached(statistics)
         if few:
             say(f"note: experts that calibration hardly reaches, {listed(few, 4)}; more calibration windows reach more")
-    weights = _rounded(spec, checkpoint, model, splits, pins, plan, say, cache, prepared)
+    weights = _rounded(given, pins, plan)
     forms = Forms(plan.forms, plan.scratch)
     # the magnitudes in the file are not those of tensors that are cut up, or scaled
     largest = {} if spec.precision.embedding_blocks or prepared is not None else checkpoint.reading.largest
@@ -179,24 +182,11 @@ def open_workspace(spec: StudySpec, say: Say = lambda line: None, cache: Path | 
     return Workspace(spec, checkpoint, model, splits, converter, space, plan, weights is not None, prepared)
 
 
-def _rounded(
-    spec: StudySpec,
-    checkpoint: Checkpoint,
-    model: LanguageModel,
-    splits: Splits,
-    pins: Container[str],
-    plan: MemoryPlan,
-    say: Say,
-    cache: Path | None,
-    prepared: Prepared | None,
-) -> Mapping[tuple[str, str], Stored] | None:
+def _rounded(given: Calibrating, pins: Container[str], plan: MemoryPlan) -> Mapping[tuple[str, str], Stored] | None:
     """Weights whose rounding is compensated, of the components that are not pinned; None where all are rounded to the
     nearest."""
-    free = [component for component in find_components(model) if component.name not in pins]
-    if not compensates(spec, free, plan, say):
-        return None
-    compute = _compute_type(spec.search.device)
-    return rounded_weights(spec, checkpoint, model, splits.calibration, free, compute, say, cache, prepared)
+    free = [component for component in find_components(given.model) if component.name not in pins]
+    return rounded_weights(given, free) if compensates(given.spec, free, plan, given.say) else None
 
 
 def _steps(stage: str, total: int) -> Callable[[], None]:

@@ -17,9 +17,10 @@ from ssm_mp.modules.inputs import InputQuantizer, StaticInput, input_quantizer
 from ssm_mp.modules.parameter import Parameter, held_by
 from ssm_mp.precision_map import PrecisionMap, require_pins
 from ssm_mp.precisions.precision import Unsure
+from ssm_mp.precisions.quantize import powers_of_two
 from ssm_mp.precisions.registry import get_precision
 from ssm_mp.precisions.slices import largest_magnitude
-from ssm_mp.precisions.stored import ByteTensor, FloatTensor, SourceTensor, Stored
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, ScaledColumns, SourceTensor, Stored
 from ssm_mp.scheme import Scheme
 
 
@@ -137,7 +138,8 @@ class Converter:
         """One tensor at a precision."""
         precision, rule = get_precision(name), self.scheme.weight_scales
         if parameter.role == "weight" and component.scales_columns(name, self.scheme.activations):
-            return precision.store_scaled(tensor, self._exponent(component), rule)
+            exponent = self._exponent(component)
+            return ScaledColumns(precision.store(tensor.float() * powers_of_two(exponent), "weight", rule), exponent)
         return precision.store(tensor, parameter.role, rule)
 
     def _exponent(self, component: Component) -> Tensor:

@@ -9,6 +9,7 @@ Dimensions: `k` inputs and `n` outputs of a product, `m` tokens, `s` scales of a
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,16 @@ class Prepared:
     def changed(self) -> int:
         """Foldings that are not left as they are."""
         return sum(bool(exponent.any()) for exponent in self.foldings)
+
+    @property
+    def digest(self) -> str:
+        """All scales as one short word."""
+        found = hashlib.sha256()
+        for exponent in self.foldings:
+            found.update(exponent.numpy().tobytes())
+        for name, exponent in sorted(self.inputs.items()):
+            found.update(name.encode() + exponent.numpy().tobytes())
+        return found.hexdigest()[:16]
 
 
 def foldings_of(config: Config) -> tuple[Folding, ...]:
@@ -190,7 +201,10 @@ class _Seen:
 
     @property
     def is_known(self) -> bool:
-        return self.count >= _FEWEST and sum(map(len, self.kept[True])) >= _FEWEST
+        """Whether enough was seen, and all of it is finite: what is not, calibration and the baseline say."""
+        enough = self.count >= _FEWEST and sum(map(len, self.kept[True])) >= _FEWEST
+        every = [part for kept in self.kept.values() for part in kept]
+        return enough and all(bool(part.isfinite().all()) for part in (self.magnitudes()[2], *every))
 
     def magnitudes(self) -> tuple[Tensor, Tensor, Tensor]:
         """By channel: the largest, and the roots of the mean square and of the mean fourth power, float32 `[k]`."""
@@ -274,7 +288,7 @@ class _Errors:
         x, others = torch.cat(seen.kept[True]), torch.cat(seen.kept[False])
         tried = [p for p in self._precisions if get_precision(p).quantizes_inputs or not only_integers]
         consumers = [name for name in folding.consumers if self._is_free(name)]
-        before = self._errors(x, others, consumers, tried, torch.ones(x.shape[1]))
+        before = self._errors(x, others, consumers, tried, x.new_ones(x.shape[1]))
         if not len(before):
             return none
         best, least = none, _LEAST_GAIN
@@ -287,15 +301,15 @@ class _Errors:
                 ratios = after / before.clamp(min=1e-30)
                 mean = float(ratios.log().mean().exp())
                 if mean < least and float(ratios.max()) <= _WORST:
-                    best, least = exponent, mean
+                    best, least = exponent.cpu(), mean
         return best
 
     def _step(self, inputs: Tensor) -> Tensor:
         """The static scale that a study's rule takes from inputs `[m, k]`: float32 `[1]`."""
         magnitudes = inputs.abs()
         largest = float(magnitudes.max())
-        counts = torch.histc(magnitudes, _BINS, 0.0, largest or 1.0).double()
-        return histogram_scale(counts, largest, self._scheme.input_scales).float()
+        counts = torch.histc(magnitudes, _BINS, 0.0, largest or 1.0).double().cpu()
+        return histogram_scale(counts, largest, self._scheme.input_scales).float().to(inputs.device)
 
     def _is_free(self, weight: str) -> bool:
         return self._components[weight.removesuffix(".weight")].pin is None
@@ -303,7 +317,8 @@ class _Errors:
     def _errors(
         self, x: Tensor, others: Tensor, consumers: Sequence[str], precisions: Sequence[str], scales: Tensor
     ) -> Tensor:
-        """Square error of the products of all consumers at each precision, float32 `[precisions]`.
+        """Square error of the products of all consumers at each precision, float32 `[precisions]`; infinite where one
+        cannot hold them.
 
         x, others: inputs `[m, k]` before scaling, those that errors are of, and those that their static scale comes
         from; scales: of the columns `[k]`.
@@ -312,17 +327,17 @@ class _Errors:
         weights = [
             held_by(self._model.component(name.removesuffix(".weight")), "weight").tensor() for name in consumers
         ]
-        for i, precision in enumerate(precisions):
-            inputs = x
-            if get_precision(precision).quantizes_inputs and self._scheme.activations == "static":
-                step = self._step(others / scales)
-                inputs = quantize_tensor(x / scales, step).float() * step * scales
-            for weight in weights:
-                try:
+        try:
+            for i, precision in enumerate(precisions):
+                inputs = x
+                if get_precision(precision).quantizes_inputs and self._scheme.activations == "static":
+                    step = self._step(others / scales)
+                    inputs = quantize_tensor(x / scales, step).float() * step * scales
+                for weight in weights:
                     stored = get_precision(precision).store(weight * scales, "weight", self._scheme.weight_scales)
-                except InfeasibleError:
-                    return torch.full((len(precisions),), float("inf"))
-                found[i] += (inputs @ (stored.tensor() / scales).T - x @ weight.T).square().sum()
+                    found[i] += float((inputs @ (stored.tensor() / scales).T - x @ weight.T).square().sum())
+        except InfeasibleError:
+            return torch.full((len(precisions),), float("inf"))
         return found if consumers else found[:0]
 
 
@@ -331,7 +346,7 @@ def _exponent(magnitudes: Tensor, strength: float, limit: int, *, at_most_one: b
     or at most 0 where scales may not be above 1."""
     known = magnitudes[magnitudes > 0]
     if not len(known):
-        return torch.zeros(len(magnitudes), dtype=torch.int8)
+        return torch.zeros_like(magnitudes, dtype=torch.int8)
     logs = magnitudes.clamp(min=float(known.min())).log2() * strength
     middle = logs.max() if at_most_one else logs.mean()
     return (logs - middle).round_().clamp_(-limit, limit).to(torch.int8)

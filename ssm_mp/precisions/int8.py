@@ -22,7 +22,6 @@ from ssm_mp.precisions.quantize import (
     fits_product,
     integer_product,
     padded_weight,
-    powers_of_two,
     quantize_rows,
     row_ranges,
     scale_refusal,
@@ -33,8 +32,11 @@ from ssm_mp.precisions.stored import ArraySpec, IntegerTensor, Role, Stored
 from ssm_mp.scheme import ScaleRule
 
 
-class Int8Columns(IntegerTensor):
-    """What an int8 matrix has in common, whatever its columns mean."""
+class Int8Tensor(IntegerTensor):
+    """A tensor stored as int8 with one float16 scale a row, a row being one index of the first dimension.
+
+    A vector has a single scale.
+    """
 
     q: Tensor
     scale: Tensor
@@ -66,19 +68,6 @@ class Int8Columns(IntegerTensor):
     def shape(self) -> tuple[int, ...]:
         return tuple(self.q.shape)
 
-    def rows(self, index: Tensor) -> Tensor:
-        return self.q[index].float() * self.scale[index].float()[..., None]
-
-    def arrays(self) -> dict[str, Tensor]:
-        return {"q": self.q, "scale": self.scale}
-
-
-class Int8Tensor(Int8Columns):
-    """A tensor stored as int8 with one float16 scale a row, a row being one index of the first dimension.
-
-    A vector has a single scale.
-    """
-
     def part(self, rows: slice) -> tuple[Stored, int]:
         return type(self)(self.q[rows], self.scale[rows]), 0
 
@@ -86,30 +75,11 @@ class Int8Tensor(Int8Columns):
         rows = self.q.reshape(self.scale.shape[0], -1)
         return dequantize_rows(rows, self.scale).reshape(self.q.shape)
 
-
-class ScaledInt8Tensor(Int8Columns):
-    """A matrix `[r, n]` whose columns are multiplied with powers of two, `exponent [n]`, before they are rounded.
-
-    Its product is with inputs that are divided by them first. What it is to others is the matrix itself.
-    """
-
-    exponent: Tensor
-
-    def __init__(self, q: Tensor, scale: Tensor, exponent: Tensor) -> None:
-        super().__init__(q, scale)
-        self.register_buffer("exponent", exponent)  # int8 [n]
-
-    def part(self, rows: slice) -> tuple[Stored, int]:
-        return type(self)(self.q[rows], self.scale[rows], self.exponent), 0
-
-    def tensor(self) -> Tensor:
-        return dequantize_rows(self.q, self.scale) * powers_of_two(-self.exponent)
-
     def rows(self, index: Tensor) -> Tensor:
-        return super().rows(index) * powers_of_two(-self.exponent)
+        return self.q[index].float() * self.scale[index].float()[..., None]
 
     def arrays(self) -> dict[str, Tensor]:
-        return {**super().arrays(), "exponent": self.exponent}
+        return {"q": self.q, "scale": self.scale}
 
 
 class Int8(Precision):
@@ -117,21 +87,12 @@ class Int8(Precision):
 
     name = "int8"
     bits = 8
-    scales_columns = True
     quantizes_inputs = True
     takes_any_float = True
 
     def _arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         scales = shape[0] if role == "weight" else 1
         return {"q": ArraySpec(shape, torch.int8), "scale": ArraySpec((scales,), torch.float16)}
-
-    def store_scaled(self, tensor: Tensor, exponent: Tensor, rule: ScaleRule) -> Stored:
-        held = self._store(tensor.float() * powers_of_two(exponent), "weight", rule)
-        assert isinstance(held, Int8Tensor)
-        return ScaledInt8Tensor(held.q, held.scale, exponent)
-
-    def restore_scaled(self, arrays: Mapping[str, Tensor]) -> Stored:
-        return ScaledInt8Tensor(arrays["q"], arrays["scale"], arrays["exponent"])
 
     def _store(self, tensor: Tensor, role: Role, rule: ScaleRule) -> Stored:
         rows = tensor.reshape(tensor.shape[0] if role == "weight" else 1, -1)

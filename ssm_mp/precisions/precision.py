@@ -43,22 +43,6 @@ class Precision(ABC):
     takes_any_float = False
     """Whether `_store` takes a tensor of any float type, and never copies the whole of it; else it is given float32."""
 
-    scales_columns = False
-    """Whether a weight's columns may be multiplied with powers of two, by which its inputs are then divided:
-    `store_scaled` and `restore_scaled`."""
-
-    def scaled_arrays(self, shape: tuple[int, ...]) -> dict[str, ArraySpec]:
-        """What is stored for a weight `[r, n]` of scaled columns: the exponents are a byte each."""
-        return {**self.arrays(shape, "weight"), "exponent": ArraySpec(shape[1:], torch.int8)}
-
-    def store_scaled(self, tensor: Tensor, exponent: Tensor, rule: ScaleRule) -> Stored:
-        """A weight `[r, n]`, its columns multiplied with two to the power of `exponent [n]`, int8; else as `store`."""
-        raise NotImplementedError(f"{self.name} does not scale columns")
-
-    def restore_scaled(self, arrays: Mapping[str, Tensor]) -> Stored:
-        """What `store_scaled` returned, from its arrays."""
-        raise NotImplementedError(f"{self.name} does not scale columns")
-
     def arrays(self, shape: tuple[int, ...], role: Role) -> dict[str, ArraySpec]:
         """What is stored for a tensor: suffix → array."""
         if role in ("bias", "index"):

@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ssm_mp.precisions.quantize import powers_of_two
+
 Role = Literal["weight", "vector", "bias", "index"]
 """`weight`: quantised per row (output channel); `vector`: one scale; `bias`: stored float16 always; `index`: bytes
 that no precision changes, not a parameter of the FP32 model."""
@@ -129,6 +131,50 @@ class IntegerRowsOf(RowsOf, IntegerTensor):
 
     def product(self, a: Tensor) -> Tensor:
         return self.whole.product(a)[:, self.span]
+
+
+class ScaledColumns(IntegerTensor):
+    """A matrix `[r, n]` whose columns were multiplied with powers of two, `exponent [n]`, before they were rounded.
+
+    Its product is with inputs that are divided by them first. What it is to others is the matrix itself.
+    """
+
+    exponent: Tensor
+
+    def __init__(self, held: Stored, exponent: Tensor) -> None:
+        """held: whatever a precision stores that takes integers as inputs."""
+        super().__init__()
+        assert isinstance(held, IntegerTensor)
+        self.held = held
+        self.register_buffer("exponent", exponent)  # int8 [n]
+
+    @property
+    def scale(self) -> Tensor:  # type: ignore[override]  # that of what is held, wherever it is moved to
+        return self.held.scale
+
+    @property
+    def integers(self) -> Tensor | None:
+        return self.held.integers
+
+    @property
+    def stamp(self) -> tuple[tuple[int, int], ...]:
+        return (*self.held.stamp, *super().stamp)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.held.shape
+
+    def product(self, a: Tensor) -> Tensor:
+        return self.held.product(a)
+
+    def tensor(self) -> Tensor:
+        return self.held.tensor() * powers_of_two(-self.exponent)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self.held.rows(index) * powers_of_two(-self.exponent)
+
+    def arrays(self) -> dict[str, Tensor]:
+        return {**self.held.arrays(), "exponent": self.exponent}
 
 
 class FloatTensor(Stored):

@@ -15,9 +15,8 @@ from ssm_mp.model import LanguageModel, assemble
 from ssm_mp.modules.inputs import input_quantizer
 from ssm_mp.modules.parameter import Parameter, held_by
 from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.precisions.int8 import ScaledInt8Tensor
 from ssm_mp.precisions.registry import get_precision
-from ssm_mp.precisions.stored import ByteTensor, FloatTensor, Stored
+from ssm_mp.precisions.stored import ByteTensor, FloatTensor, ScaledColumns, Stored
 from ssm_mp.scheme import ActivationScheme, ScaleRule
 
 
@@ -38,7 +37,7 @@ class Exportable:
 
     def __post_init__(self) -> None:
         """Raise ExportError where columns of a weight are scaled: no other runtime scales inputs against them."""
-        scaled = [name for name, (_, held) in self.stored().items() if isinstance(held, ScaledInt8Tensor)]
+        scaled = [name for name, (_, held) in self.stored().items() if isinstance(held, ScaledColumns)]
         if scaled:
             raise ExportError(
                 f"{scaled[0]} is stored with a scale for each of its static inputs, which no other runtime knows; "

@@ -71,6 +71,7 @@ _STUDIES: Mapping[str, tuple[str, str]] = {
     "mamba": ("mamba", ""),
     "mamba, measured": ("mamba", ""),
     "experts": ("granitemoehybrid/experts", ""),
+    "prepared": ("mamba", '[precision]\nchoices = ["fp16", "int8", "nf4"]\nprepare = "scales"'),
     "itera in three precisions": ("itera", '[precision]\nchoices = ["fp16", "int8", "nf4"]\nactivations = "dynamic"'),
 }
 """By name: a family, and what its study says besides."""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from search.problem import calibration
-from search.problem.calibration import CALIBRATION, kept_statistics
+from search.problem.calibration import STATISTICS
 from search.problem.spec import load_spec
 from search.problem.workspace import open_workspace
 from ssm_mp.conversion.calibrate import InputStatistics, Statistics
@@ -51,7 +51,7 @@ class Measured:
             self.times += 1
             return self.found
 
-        return kept_statistics(folder, depends, measure, self.said.append)
+        return STATISTICS.of(folder, depends, measure, self.said.append)
 
 
 @given(seed=st.integers(0, 99), count=st.integers(0, 4))
@@ -63,13 +63,13 @@ def test_what_is_read_back_is_what_was_measured(
     assert measured.times == 1
     assert measured.said == []
     assert same(first, second)
-    assert [path.name for path in folder.iterdir()] == [CALIBRATION]
+    assert [path.name for path in folder.iterdir()] == [STATISTICS.name]
 
 
 def test_the_folder_is_made_and_without_one_nothing_is_kept(tmp_path: Path) -> None:
     measured = Measured(statistics())
     measured.kept(tmp_path / "runs/new")
-    assert (tmp_path / "runs/new" / CALIBRATION).exists()
+    assert (tmp_path / "runs/new" / STATISTICS.name).exists()
     measured.kept(None)
     measured.kept(None)
     assert measured.times == 3
@@ -88,7 +88,7 @@ def test_on_anything_else_they_are_measured_again(tmp_path: Path) -> None:
 def test_a_damaged_file_is_said_and_replaced(tmp_path: Path, damage: str) -> None:
     measured = Measured(statistics())
     measured.kept(tmp_path)
-    path = tmp_path / CALIBRATION
+    path = tmp_path / STATISTICS.name
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 0xFF
     damaged = {"cut": bytes(content[:-200]), "empty": b"", "changed": bytes(content), "foreign": b"not an archive" * 9}

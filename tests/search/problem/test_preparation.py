@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from search.problem.preparation import PREPARED, _keep, _kept, digest_of
+from search.problem.preparation import PREPARED
 from search.problem.spec import load_spec
 from search.problem.workspace import open_workspace
 from ssm_mp.conversion.prepare import Prepared
@@ -21,32 +22,27 @@ SOME = Prepared(
 
 
 def same(one: Prepared, other: Prepared) -> bool:
-    return digest_of(one) == digest_of(other) and len(one.foldings) == len(other.foldings)
+    return one.digest == other.digest and len(one.foldings) == len(other.foldings)
 
 
 @pytest.mark.parametrize("prepared", [SOME, Prepared(SOME.foldings), Prepared(())])
 def test_what_is_kept_is_what_is_read(prepared: Prepared, tmp_path: Path) -> None:
-    _keep(tmp_path, "mark", prepared, print)
-    found = _kept(tmp_path, "mark", print)
-    assert found is not None
-    assert same(found, prepared)
+    PREPARED.of(tmp_path, {}, lambda: prepared, print)
+    assert same(PREPARED.of(tmp_path, {}, lambda: pytest.fail("chosen again"), print), prepared)
 
 
-def test_scales_of_something_else_are_not_read(tmp_path: Path) -> None:
-    _keep(tmp_path, "mark", SOME, print)
-    assert _kept(tmp_path, "another", print) is None
-
-
-def test_a_damaged_file_is_said_and_not_read(tmp_path: Path) -> None:
-    (tmp_path / PREPARED).write_bytes(b"not an archive")
+def test_a_file_of_other_arrays_is_said_and_replaced(tmp_path: Path) -> None:
+    odd = replace(PREPARED, arrays=lambda prepared: {**PREPARED.arrays(prepared), "exponents": np.zeros(99, np.int8)})
+    odd.of(tmp_path, {}, lambda: SOME, print)
     said: list[str] = []
-    assert _kept(tmp_path, "mark", said.append) is None
-    assert "damaged" in said[0]
+    assert same(PREPARED.of(tmp_path, {}, lambda: SOME, said.append), SOME)
+    assert "damaged (99 exponents of 3 places); choosing scales again" in said[0]
+    assert same(PREPARED.of(tmp_path, {}, lambda: pytest.fail("chosen again"), print), SOME)
 
 
 def test_every_exponent_is_in_the_digest() -> None:
     other = Prepared(SOME.foldings, {"layers.0.ssm.out_proj": torch.tensor([3, 1], dtype=torch.int8)})
-    assert digest_of(other) != digest_of(SOME)
+    assert other.digest != SOME.digest
 
 
 def study(folder: Path, prepare: str | None) -> Path:

@@ -26,12 +26,14 @@ from ssm_mp.modules.inputs import StaticInput, rounded
 from ssm_mp.modules.linear import Linear
 from ssm_mp.modules.parameter import held_by
 from ssm_mp.precision_map import PrecisionMap, pinned_names
-from ssm_mp.precisions.int8 import INT8, ScaledInt8Tensor
+from ssm_mp.precisions.int8 import INT8
+from ssm_mp.precisions.precision import Precision
 from ssm_mp.precisions.quantize import powers_of_two
-from ssm_mp.precisions.stored import FloatTensor
+from ssm_mp.precisions.stored import FloatTensor, ScaledColumns
 from ssm_mp.runtimes.exportable import Exportable
 from ssm_mp.scheme import ScaleRule, Scheme
 from tests.families.models import MODELS, fp32_of, windows_of
+from tests.ssm_mp.precisions.outside import OFFSET6, register
 
 
 def random_scales(model: LanguageModel, seed: int = 0) -> list[Tensor]:
@@ -92,11 +94,15 @@ def test_powers_of_two_are_exact() -> None:
     assert powers_of_two(exponent).tolist() == [2.0**e for e in range(-100, 101)]
 
 
+@pytest.mark.parametrize("precision", [INT8, OFFSET6])
 @pytest.mark.parametrize("tokens", [3, 100])
-def test_the_product_of_scaled_inputs_is_that_of_what_they_are_rounded_to(tokens: int) -> None:
+def test_the_product_of_scaled_inputs_is_that_of_what_they_are_rounded_to(tokens: int, precision: Precision) -> None:
     generator = torch.Generator().manual_seed(tokens)
     exponent = torch.randint(-3, 4, (72,), dtype=torch.int8, generator=generator)
-    stored = INT8.store_scaled(torch.randn(40, 72, generator=generator), exponent, ScaleRule())
+    weight = torch.randn(40, 72, generator=generator)
+    stored = ScaledColumns(precision.store(weight * powers_of_two(exponent), "weight", ScaleRule()), exponent)
+    assert (stored.tensor() - weight).norm() < 0.6 * weight.norm()
+    assert torch.equal(stored.rows(torch.tensor([7, 0])), stored.tensor()[[7, 0]])
     inputs = StaticInput(torch.tensor([0.02], dtype=torch.float16), exponent)
     x = torch.randn(tokens, 72, generator=generator) * powers_of_two(exponent)
     expected = rounded(inputs, x).double() @ stored.tensor().double().T
@@ -104,8 +110,8 @@ def test_the_product_of_scaled_inputs_is_that_of_what_they_are_rounded_to(tokens
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4 * float(expected.std()))
 
 
-def made(name: str = "mamba") -> tuple[LanguageModel, Converter, PrecisionMap]:
-    """A model, its unfoldable components scaled, at static int8 wherever that is allowed."""
+def made(name: str = "mamba", precision: str = "int8") -> tuple[LanguageModel, Converter, PrecisionMap]:
+    """A model, its unfoldable components scaled, at a precision of static inputs wherever that is allowed."""
     model = fp32_of(name)
     exponents = {}
     for i, one in enumerate(unfoldable_of(model.config)):
@@ -114,12 +120,14 @@ def made(name: str = "mamba") -> tuple[LanguageModel, Converter, PrecisionMap]:
     statistics = calibrate(model, windows_of(name, 8), exponents=exponents)
     converter = Converter(model, Scheme("static"), statistics)
     pins = pinned_names(converter.components)
-    precisions = tuple((c.name, "fp16" if c.name in pins else "int8") for c in converter.components)
+    precisions = tuple((c.name, "fp16" if c.name in pins else precision) for c in converter.components)
     return model, converter, PrecisionMap(precisions)
 
 
-def test_what_is_counted_is_what_is_stored() -> None:
-    model, converter, everywhere = made()
+@pytest.mark.parametrize("precision", ["int8", "offset6"])
+def test_what_is_counted_is_what_is_stored(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch)
+    model, converter, everywhere = made(precision=precision)
     converted = converter.convert(everywhere)
     assert everywhere.bytes(converter.components, "static") == tensor_bytes(converted)
     plain = everywhere.bytes(find_components(model), "static")
@@ -127,13 +135,17 @@ def test_what_is_counted_is_what_is_stored() -> None:
     assert tensor_bytes(converted) == plain + sum(widths)
 
 
-def test_an_artifact_with_scaled_inputs_loads_as_it_was(tmp_path: Path) -> None:
-    _, converter, everywhere = made()
+@pytest.mark.parametrize("precision", ["int8", "offset6"])
+def test_an_artifact_with_scaled_inputs_loads_as_it_was(
+    precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(monkeypatch)
+    _, converter, everywhere = made(precision=precision)
     converted = converter.convert(everywhere)
     save_artifact(tmp_path / "a", converted, everywhere, Scheme("static"), {})
     loaded = read_artifact(tmp_path / "a").model
     name = unfoldable_of(loaded.config)[0]
-    assert isinstance(held_by(loaded.component(name), "weight"), ScaledInt8Tensor)
+    assert isinstance(held_by(loaded.component(name), "weight"), ScaledColumns)
     assert torch.equal(logits(loaded, "mamba"), logits(converted, "mamba"))
 
 
