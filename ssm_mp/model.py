@@ -8,18 +8,24 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ssm_mp.blocks.block import Mixing, Observer, Parts, Scan, State
+from ssm_mp.blocks.block import Mixing, Parts, Scan, State
 from ssm_mp.config import Branch, Config
 from ssm_mp.errors import DataError
+from ssm_mp.kernels import calls
 from ssm_mp.modules.embedding import BlockedEmbedding, blocked_embedding
 from ssm_mp.modules.inputs import Multiplied, Rounding
 from ssm_mp.modules.linear import Multiplier, Projection
+from ssm_mp.modules.norm import Norm
 from ssm_mp.modules.parameter import Form, held_by
+from ssm_mp.precisions.matrix import FEW_ROWS
 from ssm_mp.precisions.stored import ByteTensor, Stored, source_tensor
+from ssm_mp.programs.branch import CompiledBranch, Observer
+from ssm_mp.programs.program import Into, NotCompiledError, Program, say_once
 
 AfterLayer = Callable[[nn.Module], None]
 """Told each part of a model once everything to be computed has passed through it."""
@@ -67,16 +73,16 @@ class Residual(nn.Module):
             self.mixings.append(part.block.module(parts, scans.get(part.block.word)))
         self._multipliers = [(part.before, part.after) for part in branch.parts]
         self._residual = branch.residual
-        self._plain = self._multipliers == [(1.0, 1.0)] and branch.residual == 1.0
+        self._compiled: tuple[object, CompiledBranch | None, object] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compiled": None}  # addresses cannot be copied
 
     def carry(self, x: Tensor, before: Sequence[State] | None) -> tuple[Tensor, list[State]]:
         """`x [b, l, d]`, and its blocks' states before it (None: the beginning) → `[b, l, d]`, and those after it."""
-        if self._plain:
-            first = self.mixings[0]
-            whole = first.whole(self.norm, x) if isinstance(first, Mixing) else None
-            if whole is not None:
-                x, state = whole(x, None if before is None else before[0], self.observer)
-                return x, [state]
+        compiled = self.compiled() if calls.usable(x) and x.shape[0] * x.shape[1] > FEW_ROWS else None
+        if compiled is not None:
+            return compiled(x, before, self.observer)
         u, mixed, states = self.norm(x), None, []
         for i, (mixing, (enter, leave)) in enumerate(zip(self.mixings, self._multipliers, strict=True)):
             y, state = mixing(u if enter == 1.0 else u * enter, None if before is None else before[i])
@@ -89,6 +95,60 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [b, l, d]` → `[b, l, d]`, from the beginning."""
         return self.carry(x, None)[0]
+
+    def emit(self, program: Program) -> list[int]:
+        """Have the branch computed by the kernels: in the program's stream. How many tensors each block carries.
+
+        Raises NotCompiledError where they cannot.
+        """
+        counts, u = [], program.norm(self.norm, program.stream)
+        for mixing, (enter, leave) in zip(self.mixings, self._multipliers, strict=True):
+            if not isinstance(mixing, Mixing):
+                raise NotCompiledError(f"{type(mixing).__name__} in place of a block")
+            carried, factor = len(program.carried), leave * self._residual
+            entered = u if enter == 1.0 else program.scaled(u, enter)
+            onto = Into(program.stream, adds=True)
+            if factor == 1.0:
+                mixing.emit(program, entered, onto)
+            else:
+                y = program.new(program.stream.width)
+                mixing.emit(program, entered, Into(y))
+                program.scaled(y, factor, onto)
+            counts.append(len(program.carried) - carried)
+        program.forget_values()
+        return counts
+
+    def compiled(self) -> CompiledBranch | None:
+        """The branch as one call for many tokens, made once; None where there is no such way, or torch is faster."""
+        stored = [module for module in self.modules() if isinstance(module, Stored)]
+        if any(tensor.is_trained for tensor in stored):
+            return None
+        inputs = [module.inputs_stamp for module in self.modules() if isinstance(module, Multiplier)]
+        scans = [getattr(mixing, "scan", None) for mixing in self.mixings]
+        stamp = ([tensor.stamp for tensor in stored], inputs, scans)
+        current = self._compiled
+        if current is None or current[0] != stamp:
+            # what was read is held too: another tensor in its place would have its stamp
+            current = (stamp, self._compile(), [tensor.arrays() for tensor in stored])
+            self._compiled = current
+        return current[1]
+
+    def _compile(self) -> CompiledBranch | None:
+        norm = self.norm
+        if not isinstance(norm, Norm) or norm.weight.device.type != "cpu":
+            return None
+        program = Program(norm.weight.shape[0], many=True)
+        try:
+            counts = self.emit(program)
+        except NotCompiledError as error:
+            say_once(error)
+            return None
+        program.close()
+        return CompiledBranch(program, counts)
+
+    def forget(self) -> None:
+        """Let go of the compiled branch, and so of tensors that may be held elsewhere from now on."""
+        self._compiled = None
 
 
 class Layer(nn.Module):

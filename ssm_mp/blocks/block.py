@@ -23,19 +23,13 @@ from ssm_mp.modules.norm import NormForm
 from ssm_mp.modules.parameter import Parameter, bias, weight
 from ssm_mp.modules.value import ValueForm
 from ssm_mp.precisions.stored import Stored
+from ssm_mp.programs.program import Into, NotCompiledError, Program, Value
 
 State = tuple[Tensor, ...]
 """What a block carries from token to token, each tensor `[b, …]`; empty where it looks at one token at a time."""
 
 Scan = Callable[..., Any]
 """A block's recurrence over many tokens; its signature is the block's own."""
-
-Observer = Callable[[Mapping[str, float]], None]
-"""Takes the seconds that a compiled call spent in each component of a branch, by kind."""
-
-Whole = Callable[[Tensor, "State | None", "Observer | None"], "tuple[Tensor, State]"]
-"""A branch as one compiled call: `x [b, l, d]`, norm and residual included, and the state before it → the same after
-it; the observer is told where its time went."""
 
 
 @dataclass(frozen=True)
@@ -73,10 +67,12 @@ class Mixing(nn.Module, ABC):
         """`u [b, l, d]`, normalised, and the state before it (None: the beginning) → `[b, l, d]`, before the residual,
         and the state after its last token. Neither argument is changed."""
 
-    def whole(self, norm: nn.Module, x: Tensor) -> Whole | None:
-        """The branch of this block and its norm as one compiled call for inputs such as `x`; None where there is no
-        such way."""
-        return None
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        """Have `forward` computed by the kernels: of `u`, its state carried by `program.state`, outputs to `into`.
+
+        Raises NotCompiledError where they cannot.
+        """
+        raise NotCompiledError(f"no kernel computes {type(self).__name__}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,24 +5,21 @@ Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `R` step ran
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor, nn
 
-from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State, Whole
-from ssm_mp.blocks.mamba1_compiled import Branch, CompiledBranch
-from ssm_mp.kernels import calls
+from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
+from ssm_mp.kernels import program as kernels
 from ssm_mp.kernels.scan import selective_scan, selective_scan_reference
-from ssm_mp.modules.linear import Linear
 from ssm_mp.modules.norm import NormForm
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.modules.unpacked import Unpacked
-from ssm_mp.precisions.matrix import FEW_ROWS
-from ssm_mp.precisions.stored import Stored
+from ssm_mp.programs.program import Carried, Into, NotCompiledError, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,7 @@ class Mamba1(Block):
 
     @property
     def has_inner_norms(self) -> bool:
-        """Whether step, B and C are normalised, which the compiled ways do not know."""
+        """Whether step, B and C are normalised."""
         return self.inner_norms is not None or self.weightless_eps is not None
 
     def module(self, parts: Parts, scan: Scan | None = None) -> Mamba1Mixing:
@@ -97,13 +94,8 @@ class Mamba1Mixing(Mixing):
         weighted = block.inner_norms is not None
         self.inner_norms = nn.ModuleList(parts[n] for n in ("dt_norm", "B_norm", "C_norm")) if weighted else None
         self.weightless_eps = block.weightless_eps
-        self.has_inner_norms = block.has_inner_norms
         self._A = Unpacked(lambda tensor: -torch.exp(tensor).t().contiguous().t())  # [I, N]
         self._skip = Unpacked()  # [I]
-        self._compiled: tuple[object, CompiledBranch | None, object] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compiled": None}  # addresses cannot be copied
 
     def forward(self, u: Tensor, before: State | None = None) -> tuple[Tensor, State]:
         a, z = self.in_proj(u).chunk(2, dim=-1)  # [b, l, I] each
@@ -121,33 +113,26 @@ class Mamba1Mixing(Mixing):
             return tuple(F.rms_norm(value, value.shape[-1:], eps=self.weightless_eps) for value in values)
         return values
 
-    def whole(self, norm: nn.Module, x: Tensor) -> Whole | None:
-        if not calls.usable(x) or x.shape[0] * x.shape[1] <= FEW_ROWS:
-            return None
-        return self.compiled(norm)
-
-    def compiled(self, norm: nn.Module) -> CompiledBranch | None:
-        """The branch as one call, made once; None where there is no such way, or another scan is asked for."""
-        if self.scan is not selective_scan or self.has_inner_norms:
-            return None
-        stored = [module for part in (norm, self) for module in part.modules() if isinstance(module, Stored)]
-        if any(tensor.is_trained for tensor in stored):
-            return None
-        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        inputs = [module.inputs_stamp for module in projections if isinstance(module, Linear)]
-        stamp = ([tensor.stamp for tensor in stored], inputs)
-        current = self._compiled
-        if current is None or current[0] != stamp:
-            # what was read is held too: another tensor in its place would have its stamp
-            current = (stamp, CompiledBranch.of(self.branch(norm)), [tensor.arrays() for tensor in stored])
-            self._compiled = current
-        return current[1]
-
-    def forget(self) -> None:
-        """Let go of the compiled branch, and so of tensors that may be held elsewhere from now on."""
-        self._compiled = None
-
-    def branch(self, norm: nn.Module) -> Branch:
-        """What the compiled ways are made of."""
-        projections = (self.in_proj, self.x_proj, self.dt_proj, self.out_proj)
-        return Branch(norm, *projections, self.conv1d, self.A_log, self.D, self.sizes[0])
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        if self.scan is not selective_scan:
+            raise NotCompiledError("another scan is asked for")
+        xz = program.product(self.in_proj, u)
+        inner = xz.width // 2
+        a = program.convolution(self.conv1d, xz.part(0, inner))
+        p = program.product(self.x_proj, a)
+        rank, n, _ = self.sizes
+        dt, B, C = p.part(0, rank), p.part(rank, n), p.part(rank + n, n)  # noqa: N806
+        for i, value in enumerate((dt, B, C)):
+            if self.inner_norms is not None:
+                program.norm(self.inner_norms[i], value, value)
+            elif self.weightless_eps is not None:
+                program.weightless_norm(value, self.weightless_eps, value)
+        step = program.product(self.dt_proj, dt)
+        A2 = self._A(self.A_log) * math.log2(math.e)  # [I, N]  # noqa: N806
+        state = program.state(Carried(lambda batch, capacity: (batch, inner, n)))
+        what = kernels.SelectiveScan(
+            *(value.structure for value in (a, step, B, C, xz.part(inner, inner), a)), inner, n,
+            program.floats(A2), program.floats(A2.t()), program.floats(self._skip(self.D)), state,
+        )  # fmt: skip
+        program.call("selective_scan", what)
+        program.product(self.out_proj, a, into)

@@ -1,6 +1,6 @@
-"""A Mamba-1 model as one compiled call a token: every weight is read once, as it is stored, whatever its precision.
+"""A model as one compiled call a token: every weight is read once, as it is stored, whatever its precision.
 
-Dimensions: `b` batch, `d` model, `I` inner, `N` state, `K` convolution kernel, `V` vocabulary.
+Dimensions: `b` batch, `d` model, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -8,96 +8,91 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ssm_mp.blocks.mamba1 import Mamba1, Mamba1Mixing
-from ssm_mp.blocks.mamba1_compiled import Branch, Held, knows
-from ssm_mp.config import Config
-from ssm_mp.kernels import calls, decoding, matrices
+from ssm_mp.kernels import calls
+from ssm_mp.kernels.program import RESULT
 from ssm_mp.model import LanguageModel, Layer, LayerState, Residual
 from ssm_mp.modules.embedding import BlockedEmbedding, Embedding
 from ssm_mp.modules.linear import Linear
+from ssm_mp.programs.branch import held_states
+from ssm_mp.programs.program import Into, NotCompiledError, Program, Value, say_once
 
 MOST_SEQUENCES = 8
 """With more at a time, products of matrices are faster than rows one after another."""
+_ROOM = 256
+"""Tokens that states which grow have room for beyond those that they hold."""
 
 
 class CompiledDecoder:
     """A decoding session: `step` takes one token of every sequence further, carrying the states in place."""
 
-    def __init__(self, model: LanguageModel, states: Sequence[LayerState], position: int) -> None:
-        """`states` are copied. Only for what `CompiledDecoder.of` would take."""
-        config, block = model.config, _only_block(model.config)
-        assert block is not None
-        self._model, self.position = model, position
-        self._held = Held()
-        batch = states[0][0][0].shape[0]
-        layers = (decoding.Layer * len(config.branches))(
-            *(self._layer(layer, state) for layer, state in zip(model.layers, states, strict=True))
-        )
-        heads = [self._held.matrix(head) for head in _heads(model)]
-        self._x, self._logits = torch.empty(batch, config.d_model), torch.empty(batch, config.vocabulary)
-        self._structure = decoding.Model(
-            batch, config.d_model, block.d_inner, block.d_state, block.dt_rank, block.d_conv, config.vocabulary,
-            len(config.branches), len(heads), layers, self._held.norm(model.norm),
-            (matrices.Matrix * len(heads))(*heads),
-            self._x.data_ptr(), self._logits.data_ptr(), None,
-        )  # fmt: skip
-        self._scratch = torch.empty(decoding.scratch_floats(self._structure))
-        self._structure.scratch = self._scratch.data_ptr()
+    def __init__(self, model: LanguageModel, program: Program, states: Sequence[LayerState], position: int) -> None:
+        """`states` are copied. Made by `CompiledDecoder.of`."""
+        self._model, self._program, self.position = model, program, position
+        former = [tensor for layer in states for state in layer for tensor in state]
+        batch, self._capacity = former[0].shape[0], position + _ROOM
+        self._states = held_states(program.carried, former, batch, position, self._capacity)
+        self._logits = torch.empty(batch, 1, model.config.vocabulary)
+        self._memory: Tensor | None = None
 
     @classmethod
     def of(cls, model: LanguageModel, states: Sequence[LayerState], position: int) -> CompiledDecoder | None:
-        """A session that goes on from `states`; None where there is no compiled way: other blocks than Mamba-1's, not
-        on a CPU, no compiler, more sequences than it is good for, or a precision that the kernels do not know."""
-        if _only_block(model.config) is None:
-            return None
+        """A session that goes on from `states`; None where there is no compiled way: a block or a precision that the
+        kernels do not know, not on a CPU, no compiler, or more sequences than it is good for."""
         held = [tensor for layer in states for state in layer for tensor in state]
-        if held[0].shape[0] > MOST_SEQUENCES or not calls.usable(*held):
+        if not held or held[0].shape[0] > MOST_SEQUENCES or not calls.usable(*held):
             return None
-        projections = (part for layer in model.layers for part in _branch(layer).projections)
-        if not all(knows(part) for part in (*projections, *_heads(model))):
+        try:
+            return cls(model, program_of(model), states, position)
+        except NotCompiledError as error:
+            say_once(error)
             return None
-        return cls(model, states, position)
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next token of every sequence, `[b]` → logits `[b, V]` in the order of the token ids."""
         with torch.inference_mode():
-            self._x.copy_(self._model.embed(tokens[:, None], self.position)[:, 0])
-            decoding.decode_step(self._structure)
+            x = self._model.embed(tokens[:, None], self.position)  # [b, 1, d], a tensor of its own
+            if self.position == self._capacity:
+                self._grow()
+            self._memory = self._program.calls.run(
+                x, self._logits, self._states, self.position, self._capacity, few=True, memory=self._memory
+            )
             self.position += 1
             embedding = self._model.embedding
             if self._model.lm_head is None and isinstance(embedding, BlockedEmbedding):
-                return self._logits.index_select(-1, embedding.column_of)
-            return self._logits.clone()
+                return self._logits[:, 0].index_select(-1, embedding.column_of)
+            return self._logits[:, 0].clone()
 
-    def _layer(self, layer: nn.Module, state: LayerState) -> decoding.Layer:
-        found = self._held.layer(_branch(layer), many=False)
-        found.conv, found.state = (self._held.floats(tensor) for tensor in state[0])
-        return found
-
-
-def _branch(layer: nn.Module) -> Branch:
-    """The components of a layer that is one Mamba-1 mixer."""
-    assert isinstance(layer, Layer)
-    (residual,) = layer.branches
-    assert isinstance(residual, Residual)
-    (mixing,) = residual.mixings
-    assert isinstance(mixing, Mamba1Mixing)
-    return mixing.branch(residual.norm)
+    def _grow(self) -> None:
+        """Room for twice as many tokens in the states that grow."""
+        self._capacity *= 2
+        for i, carried in enumerate(self._program.carried):
+            if carried.grows:
+                former = carried.view(self._states[i], self.position)
+                (self._states[i],) = held_states([carried], [former], former.shape[0], self.position, self._capacity)
 
 
-def _only_block(config: Config) -> Mamba1 | None:
-    """The block that every layer is, where that is a Mamba-1 mixer that the kernels know, and nothing else."""
-    parts = {part for branches in config.branches for branch in branches for part in branch.parts}
-    plain = all(len(branches) == 1 and branches[0].residual == 1.0 for branches in config.branches)
-    if len(parts) != 1 or not plain or config.embedding_multiplier != 1.0 or config.logit_multiplier != 1.0:
-        return None
-    (part,) = parts
-    block = part.block
-    if not isinstance(block, Mamba1) or block.has_inner_norms or config.final_norm.one_plus:
-        return None
-    return block if part.before == part.after == 1.0 else None
+def program_of(model: LanguageModel) -> Program:
+    """From the embedding to the logits. Raises NotCompiledError where the kernels cannot compute it."""
+    config = model.config
+    program = Program(config.d_model, many=False)
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        for residual in layer.branches:
+            if not isinstance(residual, Residual):
+                raise NotCompiledError(f"{type(residual).__name__} in place of a branch")
+            residual.emit(program)
+    u = program.norm(model.norm, program.stream)
+    if config.logit_multiplier != 1.0:
+        program.scaled(u, config.logit_multiplier, Into(u))
+    start = 0
+    for head in _heads(model):
+        width = head.weight.shape[0]
+        program.product(head, u, Into(Value(RESULT, config.vocabulary, start, width)))
+        start += width
+    program.close(results=config.vocabulary)
+    return program
 
 
 def _heads(model: LanguageModel) -> list[Linear | Embedding]:
@@ -106,6 +101,7 @@ def _heads(model: LanguageModel) -> list[Linear | Embedding]:
     tied = list(embedding.blocks) if isinstance(embedding, BlockedEmbedding) else [embedding]
     found: list[Linear | Embedding] = []
     for head in tied if model.lm_head is None else [model.lm_head]:
-        assert isinstance(head, Linear | Embedding)
+        if not isinstance(head, Linear | Embedding):
+            raise NotCompiledError(f"{type(head).__name__} in place of a head")
         found.append(head)
     return found

@@ -177,10 +177,10 @@ class _Stopwatch:
 
         return timed
 
-    def add(self, names: Mapping[str, str], seconds: Mapping[str, float]) -> None:
-        """A branch that ran as one call tells the seconds spent in each of its components; `names` is by kind."""
-        for kind, spent in seconds.items():
-            self._told[names[kind]] += spent
+    def add(self, names: Mapping[nn.Module, str], seconds: Mapping[nn.Module, float]) -> None:
+        """A branch that ran as one call tells the seconds spent in each of its components."""
+        for module, spent in seconds.items():
+            self._told[names[module]] += spent
 
     def read(self) -> dict[str, float]:
         """Seconds in each component since the last reading."""
@@ -296,13 +296,11 @@ def _nanoseconds(spent: Sequence[float]) -> float:
 def _timed_model(converter: Converter, held: Mapping[str, str], watch: _Stopwatch) -> LanguageModel:
     modules = {c.name: watch.timed(c.name, converter.module(c, held[c.name])) for c in converter.components}
     model = assemble(converter.model.config, modules)
-    for i, (layer, branches) in enumerate(zip(model.layers, model.config.branches, strict=True)):
+    names = {module: name for name, module in modules.items()}
+    for layer in model.layers:
         assert isinstance(layer, Layer)
-        for residual, branch in zip(layer.branches, branches, strict=True):
+        for residual in layer.branches:
             assert isinstance(residual, Residual)
-            names = {"norm": f"layers.{i}.{branch.norm_name}"}
-            for part in branch.parts:
-                names |= {p.kind: p.component for p in part.block.parameters(f"layers.{i}.{part.name}", i)}
             residual.observer = functools.partial(watch.add, names)
     return model
 

@@ -67,7 +67,7 @@ _ARGUMENTS = {
     "ssd_scan": (POINTER(_Ssd), c_int),
     "conv_silu": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
     "convolve": (*[c_int64] * 4, c_void_p, c_int64, *[c_void_p] * 4, c_int),
-    "normalise_rows": (c_int64, c_int64, *[c_void_p] * 3, c_float, c_void_p, c_int),
+    "normalise_rows": (c_int64, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_float, c_void_p, c_int64, c_int),
     "gated_norm": (*[c_int64] * 3, c_void_p, c_void_p, c_int64, c_void_p, c_float, c_int, c_void_p, c_int),
     "quantize_static": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
     "quantize_dynamic": (c_int64, c_int64, c_void_p, c_int64, c_float, c_void_p, c_void_p, c_int),
@@ -219,8 +219,9 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Ten
     x, d = x.contiguous(), x.shape[-1]
     y = torch.empty_like(x)
     _library().normalise_rows(
-        x.numel() // d, d, x.data_ptr(), weight.data_ptr(), _pointer(bias), eps, y.data_ptr(), torch.get_num_threads()
-    )
+        x.numel() // d, d, x.data_ptr(), d, weight.data_ptr(), _pointer(bias), eps, y.data_ptr(), d,
+        torch.get_num_threads(),
+    )  # fmt: skip
     return y
 
 

@@ -34,8 +34,9 @@ _SOURCES = (
     "likelihood.c",
     "matrix.c",
     "many.c",
-    "layer.c",
-    "decode.c",
+    "program.c",
+    "steps.c",
+    "mamba1.c",
     "bus_error.c",
     "weights.c",
     "compensate.c",
@@ -51,7 +52,7 @@ _HEADERS = (
     "log_sum.h",
     "register.h",
     "scan.h",
-    "layer.h",
+    "program.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _OPENMP = "-fopenmp"

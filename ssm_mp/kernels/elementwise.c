@@ -56,18 +56,18 @@ INLINE float moment(const float *x, int64_t d, float mean, const int power) {
     return total_of((sum[0] + sum[1]) + (sum[2] + sum[3])) + rest;
 }
 
-/* LayerNorm of rows x [m, d], or RMSNorm where there is no bias. */
-void normalise_rows(int64_t m, int64_t d, const float *x, const float *weight, const float *bias, float eps, float *y,
-                    int threads) {
+/* LayerNorm of rows x [m, d], or RMSNorm where there is no bias; `ld_x` and `ld_y` between rows. */
+void normalise_rows(int64_t m, int64_t d, const float *x, int64_t ld_x, const float *weight, const float *bias, float eps,
+                    float *y, int64_t ld_y, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
     for (int64_t i = 0; i < m; i++) {
-        const float *row = x + i * d;
+        const float *row = x + i * ld_x;
         const float mean = bias ? moment(row, d, 0.0f, 1) / d : 0.0f;
         const float factor = 1.0f / sqrtf(moment(row, d, mean, 2) / d + eps);
         for (int64_t c = 0; c < d; c += WIDTH) {
             Register value = (get_part(row + c, d - c) - mean) * factor * get_part(weight + c, d - c);
             if (bias) value = value + get_part(bias + c, d - c);
-            put_part(y + i * d + c, value, d - c);
+            put_part(y + i * ld_y + c, value, d - c);
         }
     }
 }

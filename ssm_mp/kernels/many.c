@@ -359,4 +359,10 @@ void divergence_many(const Matrix *w, const Matrix *expected, int64_t m, const f
     }
 }
 
+#else
+int64_t packed_bytes(const Matrix *w) { (void)w; return 0; }
+int64_t inputs_bytes(const Matrix *w, int threads) { (void)w, (void)threads; return 0; }
+void pack_many(const Matrix *w, void *packed, int threads) { (void)w, (void)packed, (void)threads; }
+void multiply_packed(const Matrix *w, void *packed, int64_t m, const float *x, int64_t ld, const float *residual, float *y,
+                     int64_t ld_y, void *inputs, int threads) { (void)w, (void)packed, (void)m, (void)x, (void)ld, (void)residual, (void)y, (void)ld_y, (void)inputs, (void)threads; }
 #endif

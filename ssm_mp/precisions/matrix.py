@@ -75,6 +75,7 @@ class Matrix:
         self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
         self.is_small = n * k <= _SMALL
         faster = self.is_small if kind == matrices.INT8 else n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1]
+        self.suits_program = self.takes_many and self.is_small
         self.suits_many = self.takes_many and faster
 
     @classmethod
