@@ -194,11 +194,6 @@ class Program:
         return into.value
 
 
-def known(module: nn.Module) -> Matrix | None:
-    """A component's weight as the kernels read it as it is stored; None where they do not."""
-    return module.matrix() if isinstance(module, Linear | Embedding) else None
-
-
 def say_once(error: NotCompiledError) -> None:
     """Say, once a process, that a weight makes computing slower. That torch is faster, or stands in, is no news."""
     if isinstance(error, UnknownWeightError):

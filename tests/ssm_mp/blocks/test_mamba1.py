@@ -18,8 +18,7 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 from ssm_mp.blocks.block import State
 from ssm_mp.blocks.mamba1 import Mamba1
 from ssm_mp.kernels.scan import selective_scan, selective_scan_reference, selective_scan_steps
-from ssm_mp.modules.norm import Norm, NormForm
-from ssm_mp.precisions.stored import FloatTensor
+from ssm_mp.modules.norm import NormForm
 from tests.ssm_mp.blocks.making import AT, mixing_of, tensors_of
 from tests.ssm_mp.blocks.near import require_near
 
@@ -135,12 +134,3 @@ def test_gradients_are_those_of_transformers(kind: str) -> None:
     target = torch.randn(2, 7, block.d_model)
     found, expected = (torch.autograd.grad((compute(x) * target).sum(), x)[0] for compute in (ours, theirs))
     require_near(found, expected)
-
-
-@pytest.mark.parametrize("kind", ["falcon_mamba", "jamba"])
-@torch.no_grad()
-def test_mixers_with_inner_norms_are_not_the_compiled_call_that_knows_none(kind: str) -> None:
-    block = KINDS[kind].block
-    mixing = mixing_of(block, tensors_of(block, seed=0))
-    norm = Norm(FloatTensor(torch.ones(block.d_model)), None, 1e-5)
-    assert mixing.whole(norm, torch.randn(1, 64, block.d_model)) is None

@@ -9,14 +9,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ssm_mp.blocks.mamba1 import Mamba1Mixing
 from ssm_mp.components import find_components
 from ssm_mp.config import Config
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.evaluation import latency
 from ssm_mp.evaluation.latency import Check, LatencyTable, measure_latency, prefill, table_from_json
-from ssm_mp.model import assemble
+from ssm_mp.model import Residual, assemble
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import Scheme
 from tests.tiny import CONFIGS, MAMBA, random_model, some_windows
@@ -187,7 +186,7 @@ def test_a_component_that_sleeps_costs_what_it_sleeps(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(module, "forward", sleeping)
     monkeypatch.setattr(latency._Clock, "mark", lambda clock: now)  # nothing else takes any time
-    monkeypatch.setattr(Mamba1Mixing, "compiled", lambda mixing, norm: None)  # which has a clock of its own
+    monkeypatch.setattr(Residual, "compiled", lambda residual: None)  # which has a clock of its own
     found = measure_latency(converter, choices_of(converter), some_windows().ids[:1], rounds=7)
     spent = {(name, precision) for name, times in found.seconds.items() for precision in times if times[precision] > 0}
     assert spent == {(slow.name, "nf4")}

@@ -19,7 +19,7 @@ from ssm_mp.kernels.compiler import library
 FOLDER = Path(__file__).parent / "emulated"
 TESTS = (
     "tests/ssm_mp/precisions/test_matrix.py",
-    "tests/ssm_mp/blocks/test_mamba1_compiled.py",
+    "tests/ssm_mp/programs/test_branch.py",
     "tests/ssm_mp/kernels/test_scan.py",
     "tests/ssm_mp/kernels/test_ssd.py",
     "tests/ssm_mp/kernels/test_gated_norm.py",

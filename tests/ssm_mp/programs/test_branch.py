@@ -1,4 +1,4 @@
-"""A layer as one call, against the same layer module by module."""
+"""A branch as one call, against the same branch module by module."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssm_mp.blocks.block import State
 from ssm_mp.blocks.mamba1 import Mamba1Mixing
-from ssm_mp.blocks.mamba1_compiled import CompiledBranch
 from ssm_mp.components import find_components
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.model import LanguageModel, Layer, Residual
 from ssm_mp.precision_map import PrecisionMap
+from ssm_mp.programs import program
 from ssm_mp.scheme import Scheme
 from tests.tiny import MAMBA, MAMBAS, random_model
 
@@ -46,11 +46,6 @@ def mixer(branch: Residual) -> Mamba1Mixing:
     return mixing
 
 
-def compiled(branch: Residual) -> CompiledBranch | None:
-    """The branch as one call."""
-    return mixer(branch).compiled(branch.norm)
-
-
 def layers(name: str, rules: Mapping[str, str]) -> tuple[Residual, Residual]:
     """The first layer as one call, and module by module; skips where this CPU has no such call."""
     found = []
@@ -59,9 +54,9 @@ def layers(name: str, rules: Mapping[str, str]) -> tuple[Residual, Residual]:
         if by_module:
             mixer(branch).scan = partial(mixer(branch).scan)  # no longer the scan that the call computes
         found.append(branch)
-    if compiled(found[0]) is None:
+    if found[0].compiled() is None:
         pytest.skip("this CPU has no instruction for it")
-    assert compiled(found[1]) is None
+    assert found[1].compiled() is None
     return found[0], found[1]
 
 
@@ -140,18 +135,29 @@ def test_a_copy_and_a_weight_that_was_replaced_compute_with_their_own() -> None:
 
 def test_its_observer_is_told_where_the_time_goes() -> None:
     one, _ = layers("mamba", RULES["int8"])
-    told: list[Mapping[str, float]] = []
+    told: list[Mapping[nn.Module, float]] = []
     one.observer = told.append
     began = time.perf_counter()
     with torch.inference_mode():
         one(torch.randn(2, 30, MAMBA.d_model))
     whole = time.perf_counter() - began
-    assert set(told[0]) == {"norm", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj"}
+    mixing = mixer(one)
+    projections = {mixing.in_proj, mixing.x_proj, mixing.dt_proj, mixing.out_proj}
+    assert set(told[0]) == projections | {one.norm, mixing.conv1d}
     assert min(told[0].values()) > 0
     assert sum(told[0].values()) < whole
 
 
-@pytest.mark.parametrize("precision", ["nf4", "int3"])
-def test_what_it_does_not_take_is_computed_by_the_modules(precision: str) -> None:
-    assert compiled(first_branch(converted("mamba", {"*": "int8", "*.x_proj": precision}))) is None
-    assert compiled(first_branch(random_model(MAMBA))) is None
+def test_what_it_does_not_take_is_computed_by_the_modules() -> None:
+    assert first_branch(converted("mamba", {"*": "int8", "*.x_proj": "int6"})).compiled() is None
+    assert first_branch(random_model(MAMBA)).compiled() is None
+
+
+def test_a_precision_that_makes_computing_slower_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    program._say.cache_clear()
+    for _ in range(2):
+        first_branch(converted("mamba", {"*": "int6"})).compiled()
+        first_branch(converted("mamba", {"*": "int8"})).compiled()
+    said = [record.message for record in caplog.records if "computing by torch" in record.message]
+    assert len(said) == 1
+    assert "GroupedTensor" in said[0]
