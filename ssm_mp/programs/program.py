@@ -26,8 +26,8 @@ from ssm_mp.modules.norm import Norm
 from ssm_mp.precisions.matrix import Matrix
 from ssm_mp.precisions.stored import Stored
 
-_MOST_LAID = 1 << 24
-"""Bytes up to which a weight is laid out whole, once for all passes; larger ones panel by panel, each time."""
+_MOST_LAID = 1 << 22
+"""Bytes up to which a weight is laid out whole, by each thread, once for all passes; larger ones panel by panel."""
 
 
 class NotCompiledError(Exception):
