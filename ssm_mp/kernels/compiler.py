@@ -51,6 +51,9 @@ _HEADERS = (
     "tiles.h",
     "log_sum.h",
     "register.h",
+    "codes.h",
+    "dots.h",
+    "fixed.h",
     "scan.h",
     "program.h",
 )

@@ -40,6 +40,7 @@ def _kernels() -> ctypes.CDLL:
     found = library()
     assert found is not None, "asked for kernels that are not there"
     found.multiply_once.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+    found.scratch_bytes.argtypes, found.scratch_bytes.restype = (POINTER(Matrix), c_int64), c_int64
     found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
     found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     found.takes_many.argtypes, found.takes_many.restype = (POINTER(Matrix),), c_int
@@ -57,7 +58,8 @@ def _kernels() -> ctypes.CDLL:
 def multiply(matrix: Matrix, inputs: Tensor) -> Tensor:
     """`inputs [m, k]` times the matrix transposed, plus bias: `[m, n]`; for few inputs."""
     m = inputs.shape[0]
-    found, scratch = torch.empty(m, matrix.n), torch.empty(m * (matrix.k + 1) + 128)
+    scratch = torch.empty(_kernels().scratch_bytes(byref(matrix), m), dtype=torch.int8)
+    found = torch.empty(m, matrix.n)
     _kernels().multiply_once(
         byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
         torch.get_num_threads(),

@@ -1,175 +1,282 @@
 /* The products of matrix.h. A product of few inputs waits for memory, so what counts is to read stored weights once. */
 #include "matrix.h"
 
+#include "codes.h"
+#include "dots.h"
+#include "fixed.h"
+
 #define PARALLEL_BYTES (1 << 18) /* smaller matrices are through before a second thread has woken up */
+
+/* Bytes of a value, by kind; to unpack a code takes as long as to read a float from near. */
+static const int work_of[] = {4, 2, 1, 4, 4, 4}, kind_bits[] = {32, 16, 8, 4, 3, 2};
+
+enum { HALF_BITS = 5 };       /* of groups of half a unit */
+enum { TOGETHER = 4 };        /* inputs that a row is multiplied with at a time */
+enum { ROWS_OF_A_TURN = 16 }; /* that a thread takes for some inputs after the others, still near the core */
 
 void quantize_static(int64_t m, int64_t k, const float *x, int64_t ld, float scale, int8_t *q, float *scales, int threads);
 void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float smallest, int8_t *q, float *scales, int threads);
 
+/* How a product is computed. */
+enum { FLOATS, INTEGERS, UNITS, FIXED, SIXTEENS };
 
-typedef int8_t q16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-
-/* Sixteen float16 numbers as float32. */
-INLINE v16 from_half(const uint16_t *p) {
-#if defined(__AVX512F__)
-    return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#else
-    const v16i bits = __builtin_convertvector(*(const h16 *)p, v16i);
-    /* exponent and fraction in their new places, then the exponent's other bias by an exact product */
-    const v16 size = (v16)((bits & 0x7fff) << 13) * splat(0x1p112f);
-    return (v16)((v16i)size | ((bits & 0x8000) << 16));
+static int way_of(const Matrix *w) {
+    if (w->kind <= INT8) return w->inputs == INPUTS_AS_THEY_ARE ? FLOATS : INTEGERS;
+    /* rows of whole units, each in one group or in two halves */
+    if (w->k % UNIT != 0 || w->group_bits < HALF_BITS) return SIXTEENS;
+#ifdef HAS_FIXED
+    if (w->kind == CODES4) return FIXED;
 #endif
+    return UNITS;
 }
 
-/* The level of each of sixteen codes. */
-INLINE v16 looked_up(v16 levels, v16i codes) {
-#if defined(__AVX512F__)
-    return (v16)_mm512_permutexvar_ps((__m512i)codes, (__m512)levels);
-#else
-    v16 found;
-    for (int i = 0; i < LANES; i++) found[i] = levels[codes[i]];
-    return found;
-#endif
-}
+/* A product and its inputs as it takes them: as they are or, of UNITS, laid out by `code_in_turn`; or quantised, with a scale
+ * each; or fixed, with the steps of blocks. */
+typedef struct {
+    const Matrix *of;
+    int way;
+    int64_t ld, ld_y;
+    const float *x;       /* [m, k], `ld` between inputs */
+    const int8_t *q;      /* [m, k] */
+    const int16_t *fixed; /* [m, k] */
+    const float *scales;  /* [m], or [m, k / 8] of fixed ones */
+    float *y;             /* [m, n], `ld_y` between inputs */
+} Product;
 
-/* Sixteen int8 numbers as float32. */
-INLINE v16 from_int8(const int8_t *p) {
-#if defined(__AVX512F__)
-    return (v16)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
-#else
-    return __builtin_convertvector(*(const q16 *)p, v16);
-#endif
-}
-
-/* Sixteen stored values from place `at` on, without their scale. */
-INLINE v16 stored16(int64_t kind, const void *values, int64_t at) {
-    if (kind == FLOAT16) return from_half((const uint16_t *)values + at);
-    if (kind == INT8) return from_int8((const int8_t *)values + at);
-    return load((const float *)values + at);
-}
-
-/* The first `count` of them; the others are zero. */
-INLINE v16 stored_part(int64_t kind, const void *values, int64_t at, int count) {
-    static const int bytes[] = {4, 2, 1};
-    if (count == LANES) return stored16(kind, values, at);
-    float held[LANES] = {0};
-    memcpy(held, (const char *)values + at * bytes[kind], (size_t)(count * bytes[kind]));
-    return stored16(kind, held, 0);
-}
-
-/* A row's values from place `at` on, times inputs; with a constant kind the compiler leaves one loop. */
-INLINE float dot_stored(int64_t kind, const void *values, int64_t at, const float *x, int64_t k) {
-    v16 sum[4] = {splat(0), splat(0), splat(0), splat(0)};
-    int64_t c = 0;
-    for (; c + 4 * LANES <= k; c += 4 * LANES)
-        for (int j = 0; j < 4; j++) sum[j] = sum[j] + stored16(kind, values, at + c + j * LANES) * load(x + c + j * LANES);
-    for (; c < k; c += LANES) {
-        const int count = k - c < LANES ? (int)(k - c) : LANES;
-        sum[0] = sum[0] + stored_part(kind, values, at + c, count) * load_part(x + c, count);
-    }
-    return sum16((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-/* Integer product of a row and inputs. `row_sum` is the sum of the row's values. */
-static int32_t dot_int8(const int8_t *w, const int8_t *x, int64_t k, int32_t row_sum) {
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-    /* the instruction multiplies unsigned with signed: 128 is added to the inputs, and taken away again at the end */
-    const __m512i flip = _mm512_set1_epi8((char)0x80);
-    __m512i even = _mm512_setzero_si512(), odd = even;
-    int64_t c = 0;
-    for (; c + 128 <= k; c += 128) {
-        even = _mm512_dpbusd_epi32(even, _mm512_xor_si512(_mm512_loadu_si512(x + c), flip), _mm512_loadu_si512(w + c));
-        odd = _mm512_dpbusd_epi32(odd, _mm512_xor_si512(_mm512_loadu_si512(x + c + 64), flip),
-                                  _mm512_loadu_si512(w + c + 64));
-    }
-    for (; c < k; c += 64) {
-        const __mmask64 held = k - c < 64 ? ((__mmask64)1 << (k - c)) - 1 : ~(__mmask64)0;
-        even = _mm512_dpbusd_epi32(even, _mm512_xor_si512(_mm512_maskz_loadu_epi8(held, x + c), flip),
-                                   _mm512_maskz_loadu_epi8(held, w + c));
-    }
-    return _mm512_reduce_add_epi32(_mm512_add_epi32(even, odd)) - 128 * row_sum;
-#else
-    (void)row_sum;
-    int32_t sum = 0;
-    for (int64_t c = 0; c < k; c++) sum += (int32_t)w[c] * x[c];
-    return sum;
-#endif
-}
-
-/* Sixteen codes of 4 bits: eight bytes, the first code in the lowest bits. */
-INLINE v16i codes4(const uint8_t *p) {
-    uint32_t low, high;
-    memcpy(&low, p, 4);
-    memcpy(&high, p + 4, 4);
-    const v16i shift = {0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28};
-    return (splat_words(low, high) >> shift) & 15;
-}
-
-/* Sixteen codes of 3 bits: six bytes. */
-INLINE v16i codes3(const uint8_t *p) {
-    const uint32_t low = p[0] | p[1] << 8 | p[2] << 16, high = p[3] | p[4] << 8 | p[5] << 16;
-    const v16i words = splat_words(low, high);
-    const v16i shift = {0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21};
-    return (words >> shift) & 7;
-}
-
-/* Sixteen codes of 2 bits: four bytes. */
-INLINE v16i codes2(const uint8_t *p) {
-    uint32_t word;
-    memcpy(&word, p, 4);
-    const v16i shift = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
-    return (splat_words(word, word) >> shift) & 3;
-}
-
-INLINE v16i codes16(const uint8_t *p, int bits) { return bits == 4 ? codes4(p) : bits == 3 ? codes3(p) : codes2(p); }
-
-/* A single code; it may reach into the next byte. */
-INLINE uint32_t code_at(const uint8_t *packed, int64_t at, int bits) {
-    const int64_t bit = at * bits;
-    const uint32_t low = packed[bit / 8], high = bit % 8 + bits > 8 ? packed[bit / 8 + 1] : 0;
-    return ((low | high << 8) >> (bit % 8)) & ((1u << bits) - 1);
-}
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* Codes in groups that run on over the ends of rows: `first` is the place of the row's first code. */
-INLINE float dot_codes(const Matrix *matrix, int bits, int64_t first, const float *x) {
-    const uint8_t *packed = matrix->values;
-    const int64_t group = matrix->group_bits;
-    const v16 levels = load(matrix->levels);
-    v16 total = splat(0);
+INLINE float dot_sixteens(const Matrix *w, const int bits, const Levels *levels, int64_t first, const float *x) {
+    const uint8_t *packed = w->values;
+    const int64_t group = w->group_bits;
+    Register total = {0};
+    float rest = 0;
     int64_t c = 0;
-    while (c < matrix->k) {
-        const int64_t at = first + c, left = matrix->k - c;
-        const v16 scale = splat(matrix->scales[at >> group]);
+    while (c < w->k) {
+        const int64_t at = first + c, left = w->k - c;
+        const float scale = w->scales[at >> group];
         if (at % LANES == 0 && left >= LANES) {
             const uint8_t *p = packed + at * bits / 8;
-            total = total + looked_up(levels, codes16(p, bits)) * scale * load(x + c);
+            Register sum = {0};
+            UNROLL
+            for (int i = 0; i < PIECES; i++)
+                sum += levels_at(levels, codes_in_order(p, bits, i), bits) * get(x + c + i * WIDTH);
+            total += sum * scale;
             c += LANES;
             continue;
         }
         /* up to the next boundary of sixteen codes, or the row's end, one after another */
         const int64_t to_boundary = LANES - at % LANES, count = left < to_boundary ? left : to_boundary;
-        for (int64_t i = 0; i < count; i++) {
-            total[0] += matrix->levels[code_at(packed, at + i, bits)] * matrix->scales[at >> group] * x[c + i];
-        }
+        for (int64_t i = 0; i < count; i++) rest += w->levels[code_at(packed, at + i, bits)] * scale * x[c + i];
         c += count;
     }
-    return sum16(total);
+    return sum_of(total) + rest;
+}
+
+/* Codes in whole units, times `count` inputs that are laid out; groups are half a unit where `halves`. */
+INLINE void dot_units(const Matrix *w, const int bits, const int halves, const Levels *levels, int64_t first, const float *x,
+                      int64_t ld, const int count, float *found) {
+    const uint8_t *packed = (const uint8_t *)w->values + first / 8 * bits;
+    const int parts = count == 1 ? 2 : 1; /* sums of an input, so that none waits long for the one before */
+    Register total[TOGETHER] = {{0}};
+    for (int64_t c = 0; c < w->k; c += UNIT) {
+        const float *scales = w->scales + ((first + c) >> w->group_bits);
+        Integers words[WORDS] = {{0}};
+        words_of(packed + c / 8 * bits, bits, words);
+        UNROLL
+        for (int r = 0; r < WORDS; r++) {
+            Register sum[TOGETHER] = {{0}};
+            UNROLL
+            for (int turn = 0; turn < TURNS; turn++) {
+                const Register value = levels_at(levels, words[r] >> (turn * bits), bits);
+                UNROLL
+                for (int i = 0; i < count; i++)
+                    sum[i * parts + turn % parts] += value * get(x + i * ld + c + (turn * WORDS + r) * WIDTH);
+            }
+            const Register scale = scales_of_unit(scales, halves, r);
+            UNROLL
+            for (int i = 0; i < count; i++) {
+                if (parts == 2) sum[i] += sum[i + 1];
+                total[i] += sum[i] * scale;
+            }
+        }
+    }
+    UNROLL
+    for (int i = 0; i < count; i++) found[i] = sum_of(total[i]);
+}
+
+/* `count` inputs from `i` on times rows `from` … `to`; with all that is constant the compiler leaves one loop. */
+INLINE void multiply_rows(const Product *p, const int kind, const int way, const int halves, const int count, int64_t from,
+                          int64_t to, int64_t i) {
+    const Matrix *w = p->of;
+    const int64_t k = w->k;
+    const float *x = p->x + i * p->ld;
+    Levels levels;
+    if (way == UNITS || way == SIXTEENS) levels = repeated_levels(w->levels, kind_bits[kind]);
+#ifdef HAS_FIXED
+    FixedLevels fixed;
+    if (way == FIXED) fixed = fixed_levels(w->levels);
+#endif
+    for (int64_t row = from; row < to; row++) {
+        const int64_t at = row * k;
+        float found[TOGETHER];
+        if (way == FLOATS) dot_stored(kind, w->values, at, x, p->ld, k, count, found);
+        if (way == UNITS) dot_units(w, kind_bits[kind], halves, &levels, at, x, p->ld, count, found);
+        if (way == SIXTEENS) found[0] = dot_sixteens(w, kind_bits[kind], &levels, at, x);
+#ifdef HAS_FIXED
+        if (way == FIXED)
+            dot_fixed(&fixed, (const uint8_t *)w->values + at / 2, w->scales, at, w->group_bits, halves, p->fixed + i * k,
+                      p->scales + i * k / BLOCKS, k, count, found);
+#endif
+        if (way == INTEGERS) {
+            int32_t sums[TOGETHER];
+            dot_int8((const int8_t *)w->values + at, p->q + i * k, k, w->sums[row], count, sums);
+            for (int j = 0; j < count; j++) found[j] = (float)sums[j] * p->scales[i + j];
+        }
+        for (int j = 0; j < count; j++) {
+            const float scaled = kind == INT8 ? found[j] * w->scales[row] : found[j];
+            p->y[(i + j) * p->ld_y + row] = w->bias ? scaled + w->bias[row] : scaled;
+        }
+    }
+}
+
+INLINE void multiply_halves(const Product *p, const int kind, const int way, const int count, int64_t from, int64_t to, int64_t i) {
+    if (p->of->group_bits == HALF_BITS) multiply_rows(p, kind, way, 1, count, from, to, i);
+    else multiply_rows(p, kind, way, 0, count, from, to, i);
+}
+
+INLINE void multiply_some(const Product *p, const int count, int64_t from, int64_t to, int64_t i) {
+    switch (p->of->kind * 8 + p->way) {
+    case FLOAT32 * 8 + FLOATS: multiply_rows(p, FLOAT32, FLOATS, 0, count, from, to, i); break;
+    case FLOAT16 * 8 + FLOATS: multiply_rows(p, FLOAT16, FLOATS, 0, count, from, to, i); break;
+    case INT8 * 8 + FLOATS: multiply_rows(p, INT8, FLOATS, 0, count, from, to, i); break;
+    case INT8 * 8 + INTEGERS: multiply_rows(p, INT8, INTEGERS, 0, count, from, to, i); break;
+    case CODES3 * 8 + UNITS: multiply_halves(p, CODES3, UNITS, count, from, to, i); break;
+    case CODES2 * 8 + UNITS: multiply_halves(p, CODES2, UNITS, count, from, to, i); break;
+#ifdef HAS_FIXED
+    case CODES4 * 8 + FIXED: multiply_halves(p, CODES4, FIXED, count, from, to, i); break;
+#else
+    case CODES4 * 8 + UNITS: multiply_halves(p, CODES4, UNITS, count, from, to, i); break;
+#endif
+    }
+}
+
+/* One input times some rows whose groups run on over their ends. */
+INLINE void multiply_sixteens(const Product *p, int64_t from, int64_t to, int64_t i) {
+    switch (p->of->kind) {
+    case CODES4: multiply_rows(p, CODES4, SIXTEENS, 0, 1, from, to, i); break;
+    case CODES3: multiply_rows(p, CODES3, SIXTEENS, 0, 1, from, to, i); break;
+    case CODES2: multiply_rows(p, CODES2, SIXTEENS, 0, 1, from, to, i); break;
+    }
+}
+
+/* All m inputs times some rows: the last four overlap with others where m is no multiple. */
+static void multiply_block(const Product *p, int64_t m, int64_t from, int64_t to) {
+    const int64_t four = p->way != SIXTEENS && m >= TOGETHER ? m : 0;
+    for (int64_t i = 0; i < four; i += TOGETHER)
+        multiply_some(p, TOGETHER, from, to, m - i < TOGETHER ? m - TOGETHER : i);
+    for (int64_t i = four; i < m; i++) {
+        if (p->way == SIXTEENS) multiply_sixteens(p, from, to, i);
+        else multiply_some(p, 1, from, to, i);
+    }
+}
+
+/* The inputs as the product takes them; in `scratch`, where that is not as they are. */
+static Product prepare(const Matrix *w, int64_t m, const float *x, int64_t ld, void *scratch) {
+    Product p = {.of = w, .way = way_of(w), .ld = ld, .x = x};
+    const int64_t k = w->k;
+    if (p.way == INTEGERS) {
+        int8_t *q = scratch;
+        float *scales = (float *)(q + whole_lines(m * k));
+        if (w->inputs == STATIC_INPUTS) quantize_static(m, k, x, ld, w->input_scale, q, scales, 1);
+        else quantize_dynamic(m, k, x, ld, w->input_scale, q, scales, 1);
+        p.q = q;
+        p.scales = scales;
+    }
+    if (p.way == UNITS) {
+        float *laid_out = scratch;
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t c = 0; c < k; c += UNIT)
+                for (int64_t place = 0; place < UNIT; place++)
+                    laid_out[i * k + c + place] = x[i * ld + c + code_in_turn(place)];
+        p.x = laid_out;
+        p.ld = k;
+    }
+#ifdef HAS_FIXED
+    if (p.way == FIXED) {
+        int16_t *fixed = scratch;
+        float *steps = (float *)(fixed + m * k);
+        for (int64_t i = 0; i < m; i++)
+            for (int64_t c = 0; c < k; c += UNIT)
+                fix_unit(x + i * ld + c, fixed + i * k + c, steps + (i * k + c) / BLOCKS);
+        p.fixed = fixed;
+        p.scales = steps;
+    }
+#endif
+    return p;
+}
+
+int64_t scratch_bytes(const Matrix *w, int64_t m) {
+    switch (way_of(w)) {
+    case INTEGERS: return whole_lines(m * w->k) + m * (int64_t)sizeof(float);
+    case UNITS: return m * w->k * (int64_t)sizeof(float);
+    case FIXED: return m * w->k * (int64_t)sizeof(int16_t) + m * w->k / 8 * (int64_t)sizeof(float);
+    default: return 0;
+    }
+}
+
+void multiply(const Matrix *w, int64_t m, const float *x, int64_t ld_x, float *y, int64_t ld_y, void *scratch, int threads) {
+    Product p = prepare(w, m, x, ld_x, scratch);
+    p.y = y;
+    p.ld_y = ld_y;
+    const int many = threads > 1 && w->n * w->k * work_of[w->kind] > PARALLEL_BYTES;
+#pragma omp parallel for num_threads(threads) if (many) schedule(static)
+    for (int64_t from = 0; from < w->n; from += ROWS_OF_A_TURN)
+        multiply_block(&p, m, from, w->n - from < ROWS_OF_A_TURN ? w->n : from + ROWS_OF_A_TURN);
+}
+
+void multiply_once(const Matrix *w, int64_t m, const float *x, int64_t ld, float *y, void *scratch, int threads) {
+    multiply(w, m, x, ld, y, w->n, scratch, threads);
 }
 
 /* One row of codes as float32. */
-INLINE void unpack_codes(const Matrix *matrix, int bits, int64_t first, float *y) {
-    const uint8_t *packed = matrix->values;
-    const int64_t group = matrix->group_bits;
-    const v16 levels = load(matrix->levels);
-    for (int64_t c = 0; c < matrix->k;) {
+INLINE void unpack_codes(const Matrix *w, const int bits, int64_t first, float *y) {
+    const uint8_t *packed = w->values;
+    const int64_t group = w->group_bits;
+    const Levels levels = repeated_levels(w->levels, bits);
+    for (int64_t c = 0; c < w->k;) {
         const int64_t at = first + c;
-        if (at % LANES == 0 && matrix->k - c >= LANES) {
+        const float scale = w->scales[at >> group];
+        if (at % LANES == 0 && w->k - c >= LANES) {
             const uint8_t *p = packed + at * bits / 8;
-            store(y + c, looked_up(levels, codes16(p, bits)) * splat(matrix->scales[at >> group]));
+            UNROLL
+            for (int i = 0; i < PIECES; i++) put(y + c + i * WIDTH, levels_at(&levels, codes_in_order(p, bits, i), bits) * scale);
             c += LANES;
         } else {
-            y[c++] = matrix->levels[code_at(packed, at, bits)] * matrix->scales[at >> group];
+            y[c++] = w->levels[code_at(packed, at, bits)] * scale;
+        }
+    }
+}
+
+/* One row of floats or integers. */
+INLINE void unpack_stored(const Matrix *w, const int kind, int64_t row, float *y) {
+    const float scale = kind == INT8 ? w->scales[row] : 1.0f;
+    for (int64_t c = 0; c < w->k; c += WIDTH)
+        put_part(y + c, stored_part(kind, w->values, row * w->k + c, w->k - c) * scale, w->k - c);
+}
+
+/* The whole matrix as float32, y [n, k]. */
+void unpack(const Matrix *w, float *y, int threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t row = 0; row < w->n; row++) {
+        const int64_t at = row * w->k;
+        switch (w->kind) {
+        case FLOAT32: unpack_stored(w, FLOAT32, row, y + at); break;
+        case FLOAT16: unpack_stored(w, FLOAT16, row, y + at); break;
+        case INT8: unpack_stored(w, INT8, row, y + at); break;
+        case CODES4: unpack_codes(w, 4, at, y + at); break;
+        case CODES3: unpack_codes(w, 3, at, y + at); break;
+        case CODES2: unpack_codes(w, 2, at, y + at); break;
         }
     }
 }
@@ -181,59 +288,4 @@ void row_sums(int64_t n, int64_t k, const int8_t *values, int32_t *sums) {
         for (int64_t c = 0; c < k; c++) sum += values[row * k + c];
         sums[row] = sum;
     }
-}
-
-/* The whole matrix as float32, y [n, k]. */
-void unpack(const Matrix *w, float *y, int threads) {
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t row = 0; row < w->n; row++) {
-        const int64_t at = row * w->k;
-        switch (w->kind) {
-        case CODES4: unpack_codes(w, 4, at, y + at); continue;
-        case CODES3: unpack_codes(w, 3, at, y + at); continue;
-        case CODES2: unpack_codes(w, 2, at, y + at); continue;
-        }
-        const v16 scale = splat(w->kind == INT8 ? w->scales[row] : 1.0f);
-        for (int64_t c = 0; c < w->k; c += LANES) {
-            const int count = w->k - c < LANES ? (int)(w->k - c) : LANES;
-            store_part(y + at + c, stored_part(w->kind, w->values, at + c, count) * scale, count);
-        }
-    }
-}
-
-INLINE float product(const Matrix *w, int64_t row, const float *x, const int8_t *q, float input_scale) {
-    const int64_t at = row * w->k;
-    switch (w->kind) {
-    case FLOAT32: return dot_stored(FLOAT32, w->values, at, x, w->k);
-    case FLOAT16: return dot_stored(FLOAT16, w->values, at, x, w->k);
-    case INT8:
-        if (w->inputs == INPUTS_AS_THEY_ARE)
-            return dot_stored(INT8, w->values, at, x, w->k) * w->scales[row];
-        return (float)dot_int8((const int8_t *)w->values + at, q, w->k, w->sums[row]) * w->scales[row] * input_scale;
-    case CODES4: return dot_codes(w, 4, at, x);
-    case CODES3: return dot_codes(w, 3, at, x);
-    default: return dot_codes(w, 2, at, x);
-    }
-}
-
-int64_t scratch_bytes(const Matrix *w, int64_t m) { return (m * w->k + 63) / 64 * 64 + m * (int64_t)sizeof(float); }
-
-void multiply(const Matrix *w, int64_t m, const float *x, int64_t ld_x, float *y, int64_t ld_y, void *scratch, int threads) {
-    int8_t *q = scratch;
-    float *input_scales = (float *)(q + (m * w->k + 63) / 64 * 64);
-    if (w->inputs == STATIC_INPUTS) quantize_static(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
-    if (w->inputs == DYNAMIC_INPUTS) quantize_dynamic(m, w->k, x, ld_x, w->input_scale, q, input_scales, 1);
-    static const int bits[] = {32, 16, 8, 4, 3, 2};
-    const int many = threads > 1 && w->n * w->k * bits[w->kind] / 8 > PARALLEL_BYTES;
-#pragma omp parallel for num_threads(threads) if (many) schedule(static)
-    for (int64_t row = 0; row < w->n; row++)
-        for (int64_t i = 0; i < m; i++) {
-            const float input_scale = w->inputs == INPUTS_AS_THEY_ARE ? 1.0f : input_scales[i];
-            const float found = product(w, row, x + i * ld_x, q + i * w->k, input_scale);
-            y[i * ld_y + row] = w->bias ? found + w->bias[row] : found;
-        }
-}
-
-void multiply_once(const Matrix *w, int64_t m, const float *x, int64_t ld, float *y, void *scratch, int threads) {
-    multiply(w, m, x, ld, y, w->n, scratch, threads);
 }

@@ -79,6 +79,19 @@ INLINE float total_of(Register x) {
     return total;
 }
 
+/* The same in pairs: fewer steps, of which each waits for the one before. */
+INLINE float sum_of(Register x) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)x);
+#elif defined(__AVX__)
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
+    return (x[0] + x[1]) + (x[2] + x[3]);
+#endif
+}
+
 /* 2^x, clamped to [2^−126, 2^127]; NaN stays NaN. The polynomial is that of `exp2_16`. */
 INLINE Register exp2_of(Register x) {
     const Register zero = {0}, lowest = zero - 126.0f, highest = zero + 127.0f;
