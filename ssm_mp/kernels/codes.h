@@ -50,7 +50,9 @@ INLINE void words_of(const uint8_t *p, const int bits, Integers words[WORDS]) {
     words[0] = (Integers)eight;
 #endif
 #else
-    for (int i = 0; i < 8; i++) words[i / WIDTH][i % WIDTH] = (int32_t)word_of_two(p + i / 2 * 2 * bits, bits, i % 2);
+    uint32_t held[8];
+    for (int i = 0; i < 8; i++) held[i] = word_of_two(p + i / 2 * 2 * bits, bits, i % 2);
+    for (int i = 0; i < WORDS; i++) words[i] = *(const Integers *)(held + i * WIDTH);
 #endif
 }
 

@@ -81,7 +81,7 @@ INLINE void dot_units(const Matrix *w, const int bits, const int halves, const L
     Register total[TOGETHER] = {{0}};
     for (int64_t c = 0; c < w->k; c += UNIT) {
         const float *scales = w->scales + ((first + c) >> w->group_bits);
-        Integers words[WORDS] = {{0}};
+        Integers words[WORDS];
         words_of(packed + c / 8 * bits, bits, words);
         UNROLL
         for (int r = 0; r < WORDS; r++) {

@@ -21,7 +21,12 @@ typedef struct {
 } Matrix;
 
 /* y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias.
- * scratch: at least `scratch_bytes(matrix, m)`, aligned to 64 bytes. */
+ * scratch: at least `scratch_bytes(matrix, m)`, aligned to 64 bytes.
+ *
+ * Inputs of codes are float32 in value. CPUs whose registers have no room for sixteen float levels (AVX2, ARM) multiply
+ * codes of 4 bits in 16-bit fixed point, where rows are of whole units (codes.h): an input is then off by at most 1/32766
+ * of the largest of its block, eight of 32 neighbours, a level that is no integer by 1/32766 of the largest level. Of random
+ * inputs and weights that is less than 1e−5 of Σ |w| · |x|. Everything else is rounded as float32 is. */
 void multiply(const Matrix *matrix, int64_t m, const float *x, int64_t ld_x, float *y, int64_t ld_y, void *scratch,
               int threads);
 int64_t scratch_bytes(const Matrix *matrix, int64_t m);

@@ -18,6 +18,7 @@ from ssm_mp.modules.embedding import Embedding
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.modules.likelihood import token_nll
 from ssm_mp.modules.linear import Linear, linear
+from ssm_mp.precisions.grouped import GroupedTensor
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.matrix import FEW_ROWS, Matrix
 from ssm_mp.precisions.registry import PRECISIONS
@@ -26,6 +27,7 @@ from ssm_mp.scheme import ActivationScheme, ScaleRule
 
 KNOWN = ("fp16", "int8", "nf4", "int4", "int3", "nf4g32", "int4g128", "nf3", "int3g32", "nf3g128", "nf2", "nf2g128")
 """Precisions that the kernels read as they are stored."""
+GROUPED = (*(name for name in KNOWN if name not in ("fp16", "int8")), "nf4g128", "int4g32", "nf3g32", "nf2g32")
 
 
 @given(
@@ -42,9 +44,95 @@ def test_a_product_equals_that_of_the_unpacked_weight(
     if PRECISIONS[precision].quantizes_inputs and scheme != "none":
         inputs = DynamicInput() if scheme == "dynamic" else StaticInput(torch.tensor([0.02], dtype=torch.float16))
     x = torch.randn(m, k + 2, generator=g)[:, :k]
-    expected = linear(x, weight, held, inputs)
     found = known(Linear(weight, held, inputs).matrix()).product(x)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+    if isinstance(weight, GroupedTensor):
+        assert_within_fixed_point(found, x, weight, held)
+    else:
+        expected = linear(x, weight, held, inputs)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+@given(
+    st.integers(1, FEW_ROWS), st.integers(1, 40), st.integers(1, 12), st.sampled_from(GROUPED), st.booleans(),
+    st.sampled_from([1e-42, 1e-30, 1.0, 1e30]), st.integers(0, 99),
+)  # fmt: skip
+def test_a_product_of_codes_in_whole_units_is_within_the_tolerance_said(
+    m: int, n: int, units: int, precision: str, bias: bool, size: float, seed: int
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight = PRECISIONS[precision].store(weights(n, 64 * units, g), "weight", ScaleRule())
+    assert isinstance(weight, GroupedTensor)
+    weight.scale[torch.rand(weight.scale.shape, generator=g) < 0.1] = 0.0
+    held = FloatTensor(torch.randn(n, generator=g).half()) if bias else None
+    x = torch.randn(m, 64 * units, generator=g) * 10 ** torch.randint(-6, 1, (m, 64 * units), generator=g) * size
+    assert_within_fixed_point(known(Matrix.of(weight, held)).product(x), x, weight, held)
+
+
+@pytest.mark.parametrize("precision", GROUPED)
+def test_products_of_codes_are_as_near_as_any_model_needs(precision: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = PRECISIONS[precision].store(weights(300, 1536, g), "weight", ScaleRule())
+    x = torch.randn(8, 1536, generator=g)
+    values = weight.tensor().double()
+    error = (known(Matrix.of(weight)).product(x) - x.double() @ values.t()).abs()
+    assert (error / (x.double().abs() @ values.abs().t())).max() < 1e-5
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("k", [70, 128])
+@pytest.mark.parametrize("precision", ["fp16", "int8", *GROUPED])
+def test_an_input_that_is_not_finite_spoils_the_products_of_its_row(precision: str, k: int, value: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = PRECISIONS[precision].store(weights(9, k, g), "weight", ScaleRule())
+    for inputs in ("none", "dynamic", "static")[: 3 if precision == "int8" else 1]:
+        matrix = known(Matrix.of(weight, None, inputs, 0.02))  # type: ignore[arg-type]
+        for m in (1, 6):
+            for at in range(0, k, 7):
+                x = torch.randn(m, k, generator=g)
+                x[m // 2, at] = value
+                found = matrix.product(x)
+                assert not found[m // 2].isfinite().any()
+                assert found[torch.arange(m) != m // 2].isfinite().all()
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int4g32", "nf3", "int3g32", "nf2", "nf2g32"])
+def test_inputs_give_the_same_together_as_alone(precision: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    matrix = known(Matrix.of(PRECISIONS[precision].store(weights(50, 192, g), "weight", ScaleRule())))
+    x = torch.randn(FEW_ROWS, 192, generator=g)
+    alone = torch.cat([matrix.product(row[None]) for row in x])
+    for m in range(1, FEW_ROWS + 1):
+        torch.testing.assert_close(matrix.product(x[:m]), alone[:m], rtol=1e-5, atol=1e-5)
+
+
+def test_products_of_few_do_not_depend_on_the_number_of_threads() -> None:
+    g, before = torch.Generator().manual_seed(0), torch.get_num_threads()
+    x = torch.randn(3, 256, generator=g)
+    for precision in ("fp16", "int8", "nf4", "nf3"):
+        weight = PRECISIONS[precision].store(weights(1100, 256, g), "weight", ScaleRule())
+        matrix, found = known(Matrix.of(weight)), []
+        try:
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                found.append(matrix.product(x))
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(*found)
+
+
+def assert_within_fixed_point(found: torch.Tensor, x: torch.Tensor, weight: GroupedTensor, bias: Stored | None) -> None:
+    """That products are as `matrix.h` says: each input may be off by 1/32000 of the largest of the 32 around it, each
+    level by as much of the largest level; and some roundings of float32."""
+    n, k = weight.shape
+    values, inputs = weight.tensor().double(), x.double()
+    expected = inputs @ values.t() + (0 if bias is None else bias.tensor().double())
+    around = torch.nn.functional.pad(inputs, (0, -k % 32)).view(len(x), -1, 32).abs().amax(-1)
+    around = around.repeat_interleave(32, dim=1)[:, :k]
+    scales = weight.scale.double().abs().repeat_interleave(weight.group)[: n * k].view(n, k)
+    highest = scales * max(map(abs, weight.book.values))
+    bound = (around @ values.abs().t() + inputs.abs() @ highest.t()) / 32000
+    bound += 1e-6 * (inputs.abs() @ values.abs().t() + expected.abs()) + 1e-37 * k * highest.max()
+    assert ((found.double() - expected).abs() <= bound).all()
 
 
 @given(st.integers(1, 9), st.integers(1, 300), st.sampled_from(KNOWN), st.integers(0, 99))

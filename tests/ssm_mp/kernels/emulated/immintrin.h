@@ -13,6 +13,12 @@
 #define EMULATED static inline __attribute__((always_inline, unused))
 #define EACH(lanes) for (int i = 0; i < (lanes); i++)
 
+#if !defined(__AVX512F__)
+#include_next <immintrin.h>
+
+#include "avx_vnni.h"
+#else
+
 typedef float __m512 __attribute__((vector_size(64), may_alias));
 typedef double __m512d __attribute__((vector_size(64), may_alias));
 typedef int32_t __m512i __attribute__((vector_size(64), may_alias));
@@ -125,6 +131,10 @@ EMULATED __m512 _mm512_min_ps(__m512 a, __m512 b) {
     return a;
 }
 /* Upper half with lower half, and so on: the order of gcc and clang. */
+EMULATED float _mm512_reduce_add_ps(__m512 a) {
+    for (int half = 8; half > 0; half /= 2) EACH(half) a[i] = a[i + half] + a[i];
+    return a[0];
+}
 EMULATED float _mm512_reduce_max_ps(__m512 a) {
     for (int half = 8; half > 0; half /= 2) EACH(half) a[i] = emulated_max(a[i + half], a[i]);
     return a[0];
@@ -149,6 +159,34 @@ EMULATED __m512 _mm512_permutexvar_ps(__m512i at, __m512 from) {
     __m512 x;
     EACH(16) x[i] = from[at[i] & 15];
     return x;
+}
+EMULATED __m512i _mm512_broadcast_i64x4(__m256i a) {
+    __m512i x;
+    memcpy(&x, &a, 32);
+    memcpy((char *)&x + 32, &a, 32);
+    return x;
+}
+EMULATED __m256i _mm256_castsi128_si256(__m128i a) {
+    __m256i x = {0}; /* the upper half may be anything */
+    memcpy(&x, &a, 16);
+    return x;
+}
+EMULATED __m256i _mm256_inserti128_si256(__m256i a, __m128i b, int half) {
+    memcpy((char *)&a + half * 16, &b, 16);
+    return a;
+}
+#define _mm256_setr_epi8(...) _mm256_loadu_si256((const int8_t[32]){__VA_ARGS__})
+/* Each half's bytes by the index in that half; zero where its highest bit is set. */
+EMULATED __m256i _mm256_shuffle_epi8(__m256i a, __m256i by) {
+    int8_t from[32], at[32], found[32];
+    memcpy(from, &a, 32);
+    memcpy(at, &by, 32);
+    EACH(32) found[i] = at[i] < 0 ? 0 : from[i / 16 * 16 + (at[i] & 15)];
+    return _mm256_loadu_si256(found);
+}
+EMULATED __m256i _mm256_cvtepu16_epi32(__m128i a) {
+    typedef uint16_t words __attribute__((vector_size(16)));
+    return __builtin_convertvector((words)a, __m256i);
 }
 EMULATED __m256 _mm512_castps512_ps256(__m512 a) {
     __m256 x;
@@ -222,6 +260,8 @@ EMULATED __m512 _mm512_scalef_ps(__m512 a, __m512 b) {
 
 #if defined(__AMX_TILE__)
 #include "amx.h"
+#endif
+
 #endif
 
 #undef EACH
