@@ -15,8 +15,10 @@ from torch import Tensor
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding
 from ssm_mp.blocks.rotary import Rotary, turned
+from ssm_mp.kernels import attention as kernels
 from ssm_mp.modules.norm import NormForm
 from ssm_mp.modules.parameter import Parameter
+from ssm_mp.programs.program import Carried, Into, NotCompiledError, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,46 @@ class AttentionMixing(Mixing):
         if gate is not None:
             y = y * gate.sigmoid()
         return self.o_proj(y.flatten(2)), (k, v)
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        if self.scan is not attention:
+            raise NotCompiledError("another scan is asked for")
+        block = self.block
+        q, k, v = program.product(self.q_proj, u), program.product(self.k_proj, u), program.product(self.v_proj, u)
+        if block.key_multiplier != 1.0:
+            program.scaled(k, block.key_multiplier, Into(k))
+        if self.q_norm is not None and self.k_norm is not None:
+            apart = q.width // block.n_heads
+            for h in range(block.n_heads) if block.output_gate else ():
+                query = q.part(h * apart, block.head_dim)
+                program.norm(self.q_norm, query, query)
+            if not block.output_gate:
+                program.norm(self.q_norm, q, q, block.n_heads)
+            program.norm(self.k_norm, k, k, block.n_kv_heads)
+        y = program.new(block.n_heads * block.head_dim)
+        program.call("attention", self._structure(program, q, k, v, y))
+        program.product(self.o_proj, y, into)
+
+    def _structure(self, program: Program, q: Value, k: Value, v: Value, y: Value) -> kernels.Attention:
+        """What the kernel attends with, its states the next ones."""
+        block, frequencies, louder = self.block, torch.empty(0), 1.0
+        if block.rotary is not None:
+            frequencies, louder = block.rotary.frequencies(torch.device("cpu"))
+        groups, width = block.n_kv_heads, block.head_dim
+        keys, values = (
+            program.state(
+                Carried(
+                    lambda batch, capacity: (batch, groups, capacity, width),
+                    lambda held, tokens: held[:, :, :tokens],
+                    grows=True,
+                )
+            )
+            for _ in range(2)
+        )
+        return kernels.Attention(
+            *(value.structure for value in (q, k, v, y)), block.n_heads, groups, width, frequencies.numel(),
+            block.output_gate, program.floats(frequencies), louder, self.scale, keys, values,
+        )  # fmt: skip
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -87,12 +87,15 @@ class Rotary:
     theta: float
     stretch: Stretch | None = None
 
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Of each pair, in radians a position: float32 `[r / 2]`; and what cosine and sine are multiplied with."""
+        exponents = torch.arange(0, self.dims, 2, dtype=torch.float32, device=device) / self.dims
+        frequencies = 1.0 / self.theta**exponents
+        return (frequencies, 1.0) if self.stretch is None else self.stretch.stretched(frequencies, self.theta)
+
     def waves(self, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine of the positions `start` … `start` + l − 1: float32 `[l, r / 2]` each."""
-        exponents = torch.arange(0, self.dims, 2, dtype=torch.float32, device=device) / self.dims
-        frequencies, louder = 1.0 / self.theta**exponents, 1.0
-        if self.stretch is not None:
-            frequencies, louder = self.stretch.stretched(frequencies, self.theta)
+        frequencies, louder = self.frequencies(device)
         positions = torch.arange(start, start + length, dtype=torch.float32, device=device)
         angles = positions[:, None] * frequencies
         return angles.cos() * louder, angles.sin() * louder

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding
+from ssm_mp.kernels import short_conv as kernels
 from ssm_mp.modules.parameter import Parameter
+from ssm_mp.programs.program import Into, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,3 +64,12 @@ class ShortConvMixing(Mixing):
         B, C, x = self.in_proj(u).chunk(3, dim=-1)  # [b, l, d] each  # noqa: N806
         mixed, inputs = self.conv(B * x, None if before is None else before[0])
         return self.out_proj(C * mixed), (inputs,)
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        entered = program.product(self.in_proj, u)
+        d = entered.width // 3
+        B, C, x = (entered.part(i * d, d) for i in range(3))  # noqa: N806
+        program.call("times", kernels.Times(B.structure, x.structure, x.structure, d))
+        mixed = program.convolution(self.conv, x)
+        program.call("times", kernels.Times(C.structure, mixed.structure, mixed.structure, d))
+        program.product(self.out_proj, mixed, into)

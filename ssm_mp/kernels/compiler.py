@@ -37,6 +37,10 @@ _SOURCES = (
     "program.c",
     "steps.c",
     "mamba1.c",
+    "attention.c",
+    "attend_block.c",
+    "attend_token.c",
+    "short_conv.c",
     "bus_error.c",
     "weights.c",
     "compensate.c",
@@ -56,6 +60,7 @@ _HEADERS = (
     "fixed.h",
     "scan.h",
     "program.h",
+    "attend.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _OPENMP = "-fopenmp"

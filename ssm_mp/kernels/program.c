@@ -5,7 +5,7 @@
  */
 #include "program.h"
 
-enum { PASS_TOKENS = 256 }; /* of one thread */
+enum { PASS_TOKENS = 256, PIECE = 64 }; /* of one thread; sequences are cut at multiples of PIECE */
 
 /* A weight that is laid out once for all passes, so many bytes into the memory for that. */
 typedef struct {
@@ -74,6 +74,12 @@ static void run_calls(const Program *program, const Pass *pass) {
     }
 }
 
+/* How many of the `left` tokens of a sequence go on. Calls add up in another order for a single token: none is left alone,
+ * or results would depend on where sequences are cut. */
+INLINE int64_t tokens_of(const Pass *whole, int64_t left) {
+    return left == whole->length + 1 ? whole->length - PIECE : lesser(whole->length, left);
+}
+
 void run_program(const Program *program, const Tokens *t, int threads) {
     const Pass whole = first_pass(t, threads);
     Pass pass = whole;
@@ -85,9 +91,9 @@ void run_program(const Program *program, const Tokens *t, int threads) {
         pack_many(program->laid[i].matrix, pass.packed + program->laid[i].at, threads);
     for (pass.first = 0; pass.first < t->batch; pass.first += whole.sequences) {
         pass.sequences = lesser(whole.sequences, t->batch - pass.first);
-        for (int64_t from = 0; from < t->length; from += whole.length) {
+        for (int64_t from = 0; from < t->length; from += pass.length) {
             const int64_t row = pass.first * t->length + from;
-            pass.length = lesser(whole.length, t->length - from);
+            pass.length = tokens_of(&whole, t->length - from);
             pass.rows = pass.sequences * pass.length;
             pass.position = t->position + from;
             pass.stream = t->stream + row * program->width;
