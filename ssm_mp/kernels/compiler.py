@@ -37,6 +37,8 @@ _SOURCES = (
     "program.c",
     "steps.c",
     "mamba1.c",
+    "hidden.c",
+    "feed_forward.c",
     "bus_error.c",
     "weights.c",
     "compensate.c",
@@ -53,6 +55,7 @@ _HEADERS = (
     "register.h",
     "scan.h",
     "program.h",
+    "hidden.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _OPENMP = "-fopenmp"
