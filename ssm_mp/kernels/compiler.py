@@ -39,6 +39,8 @@ _SOURCES = (
     "mamba1.c",
     "hidden.c",
     "feed_forward.c",
+    "routing.c",
+    "experts.c",
     "bus_error.c",
     "weights.c",
     "compensate.c",
@@ -56,6 +58,7 @@ _HEADERS = (
     "scan.h",
     "program.h",
     "hidden.h",
+    "routing.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _OPENMP = "-fopenmp"
