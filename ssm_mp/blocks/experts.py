@@ -15,9 +15,11 @@ from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding
 from ssm_mp.blocks.hidden import Activation, Hidden
 from ssm_mp.blocks.routing import Routing
-from ssm_mp.modules.experts import EachExpert, ExpertsForm
+from ssm_mp.kernels import experts as kernels
+from ssm_mp.modules.experts import EachExpert, ExpertsForm, ExpertsLinear
 from ssm_mp.modules.linear import LinearForm
 from ssm_mp.modules.parameter import Parameter, weight
+from ssm_mp.programs.program import Into, NotCompiledError, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +127,44 @@ class ExpertsMixing(Mixing):
         inputs = v if self.latent_in is None else self.latent_in(v)  # [m, q]
         out: Tensor = self.scan(self, inputs, weights, chosen)
         return (out if self.latent_out is None else self.latent_out(out)).reshape(u.shape), ()
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        if self.scan is not chosen_experts:
+            raise NotCompiledError("another way to compute experts is asked for")
+        logits = program.product(self.router, u)
+        x = u if self.latent_in is None else program.product(self.latent_in, u)
+        y = into if self.latent_out is None else Into(program.new(x.width))
+        merit = program.new(self.experts + self.routing.groups)
+        rows = [value.structure for value in (x, logits, merit, y.value)]
+        parts: dict[nn.Module, int] = {}
+        projections = [self._projections(program, parts, expert, x.width) for expert in range(self.experts)]
+        rooms = [max(p.matrix.n for own in projections for p in own[start:end]) for start, end in ((0, -1), (-1, None))]
+        correction = program.optional(self.correction_bias)
+        what = kernels.Experts(
+            *rows, y.adds, x.width, len(self.inward), *rooms,
+            self.routing.structure(self.experts, self.top_k, correction), self.hidden.structure,
+            kernels.listed([p for own in projections for p in own]),
+        )  # fmt: skip
+        program.call("experts", what)
+        if self.latent_out is not None:
+            program.product(self.latent_out, y.value, into)
+
+    def _projections(
+        self, program: Program, parts: dict[nn.Module, int], expert: int, width: int
+    ) -> list[kernels.Projection]:
+        """One expert's projections: those of `width` inputs, then that of what is hidden. parts: the numbers of
+        components, to which those that are new are added."""
+        found = []
+        for module, inputs in (*((inward, width) for inward in self.inward), (self.outward, self.hidden.size)):
+            assert isinstance(module, EachExpert | ExpertsLinear)
+            linear, above = module.part(expert)
+            matrix, component = program.matrix(linear), module.component(expert)
+            if matrix.k != inputs:
+                raise NotCompiledError(f"a product of {matrix.k} inputs with {inputs}")
+            if component not in parts:
+                parts[component] = program.part(component)
+            found.append(kernels.Projection(matrix, above, parts[component]))
+        return found
 
 
 def chosen_experts(mixing: ExpertsMixing, inputs: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:

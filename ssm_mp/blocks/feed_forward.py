@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding
 from ssm_mp.blocks.hidden import Activation, Hidden
+from ssm_mp.kernels import feed_forward as kernels
 from ssm_mp.modules.parameter import Parameter
+from ssm_mp.programs.program import Into, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,3 +87,20 @@ class FeedForwardMixing(Mixing):
         if self.down_multiplier != 1.0:
             y = y * self.down_multiplier
         return (y if self.token_gate is None else y * self.token_gate(u).sigmoid()), ()
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        products, size = [program.product(project, u) for project in self.inward], self.hidden.size
+        gate = products[0].part(0, size)
+        up = products[0].part(size, size) if self.hidden.fused else products[-1]
+        rows = [value.structure for value in (gate, up, gate)]
+        program.call("hidden", kernels.HiddenValues(*rows, self.hidden.structure))
+        if self.token_gate is None and self.down_multiplier == 1.0:
+            program.product(self.outward, gate, into)
+            return
+        y = program.product(self.outward, gate)
+        if self.down_multiplier != 1.0:
+            program.scaled(y, self.down_multiplier, into if self.token_gate is None else Into(y))
+        if self.token_gate is not None:
+            factor = program.product(self.token_gate, u)
+            rows = [value.structure for value in (y, factor, into.value)]
+            program.call("token_gate", kernels.TokenGate(*rows, y.width, into.adds))

@@ -12,6 +12,8 @@ from typing import Literal
 import torch.nn.functional as F  # noqa: N812, torch's own name for it
 from torch import Tensor
 
+from ssm_mp.kernels import feed_forward as kernels
+
 Activation = Literal["gelu", "gelu_tanh", "relu2", "silu"]
 """`gelu` is the exact one, with erf; `relu2` is relu(x)²."""
 
@@ -71,3 +73,9 @@ class Hidden:
             return activation(products[0])
         gate, up = products[0].chunk(2, dim=-1) if self.fused else products
         return activation(gate if self.gate_multiplier == 1.0 else gate * self.gate_multiplier) * up
+
+    @property
+    def structure(self) -> kernels.Hidden:
+        """As the kernels take it."""
+        gated, activation = self.gated or self.fused, kernels.ACTIVATIONS.index(self.activation)
+        return kernels.Hidden(self.size, activation, gated, self.gate_multiplier if gated else 1.0)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ssm_mp.kernels import experts as kernels
+
 Scores = Literal["chosen_softmax", "softmax", "sigmoid"]
 
 
@@ -66,3 +68,13 @@ class Routing:
         others = torch.ones_like(worth, dtype=torch.bool).scatter_(-1, best, False)
         within: Tensor = grouped.masked_fill(others[..., None], float("-inf")).flatten(-2)
         return within
+
+    def structure(self, experts: int, top_k: int, correction: int | None) -> kernels.Routing:
+        """As the kernels take it, which choose the lower of numbers of experts that are equally good.
+
+        correction: where the correction bias lies, float32 `[X]`.
+        """
+        return kernels.Routing(
+            experts, min(top_k, experts), kernels.SCORES.index(self.scores), self.normalised, self.groups,
+            self.chosen_groups, correction, self.eps, self.scaling,
+        )  # fmt: skip

@@ -41,6 +41,10 @@ _SOURCES = (
     "attend_block.c",
     "attend_token.c",
     "short_conv.c",
+    "hidden.c",
+    "feed_forward.c",
+    "routing.c",
+    "experts.c",
     "bus_error.c",
     "weights.c",
     "compensate.c",
@@ -61,6 +65,8 @@ _HEADERS = (
     "scan.h",
     "program.h",
     "attend.h",
+    "hidden.h",
+    "routing.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
 _OPENMP = "-fopenmp"

@@ -30,6 +30,14 @@ class EachExpert(nn.Module):
         out: Tensor = self.projections[expert](x)
         return out
 
+    def part(self, expert: int) -> tuple[nn.Module, int]:
+        """One expert's projection, and how many rows of another expert it has before its own: none."""
+        return self.projections[expert], 0
+
+    def component(self, expert: int) -> nn.Module:
+        """Whose time an expert's product takes."""
+        return self.projections[expert]
+
 
 class ExpertsLinear(nn.Module):
     """One kind of projection of all experts as one component, `[X · n, k]`, expert after expert.
@@ -63,7 +71,7 @@ class ExpertsLinear(nn.Module):
         """`x [m, k]`, the tokens of one expert → `[m, n]`: the product that a component of its own would give."""
         if self.weight.is_trained:
             return F.linear(x, self._rows_to_train()[expert])
-        part, above = self._part(expert)
+        part, above = self.part(expert)
         out: Tensor = part(x)
         return out[:, above:] if above else out
 
@@ -74,7 +82,7 @@ class ExpertsLinear(nn.Module):
             self._trained = (stamp, self.weight.tensor().unflatten(0, (self.count, -1)).unbind(0))
         return self._trained[1]
 
-    def _part(self, expert: int) -> tuple[Linear, int]:
+    def part(self, expert: int) -> tuple[Linear, int]:
         """One expert's rows as a linear layer, made once, and how many rows of another expert come before them."""
         stamp = self.weight.stamp
         current = self._parts
@@ -88,6 +96,10 @@ class ExpertsLinear(nn.Module):
             rows, above = self.weight.part(slice(expert * size, (expert + 1) * size))
             parts[expert] = (Linear(rows, None, self.inputs), above)
         return parts[expert]
+
+    def component(self, expert: int) -> nn.Module:
+        """As `EachExpert.component`."""
+        return self
 
 
 @dataclass(frozen=True)

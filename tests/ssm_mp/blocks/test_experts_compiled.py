@@ -1,0 +1,192 @@
+"""Experts as calls of the kernels, against the same module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from ctypes import byref, c_void_p
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ssm_mp.blocks.experts import Experts, ExpertsMixing
+from ssm_mp.blocks.routing import Routing, Scores
+from ssm_mp.kernels.compiler import library
+from ssm_mp.model import Residual
+from ssm_mp.modules.experts import EachExpert
+from ssm_mp.programs.program import NotCompiledError
+from tests.ssm_mp.blocks.compiled_residual import WEIGHTS, Weights, assert_near, by_module, compiled, residual_of
+
+D, HIDDEN, EXPERTS, TOP = 24, 19, 8, 3
+PLAIN = Experts(d_model=D, d_hidden=HIDDEN, experts=EXPERTS, top_k=TOP)
+GATED = replace(PLAIN, gated=True, activation="silu")
+SIGMOID = Routing(scores="sigmoid", corrected=True, normalised=True, eps=1e-6)
+BLOCKS = {
+    "plain": PLAIN,
+    "jamba": replace(GATED, routing=Routing(scores="softmax")),
+    "granite": replace(GATED, gated=False, fused=True),
+    "qwen3_next": replace(GATED, routing=Routing(scores="softmax", normalised=True), experts=19, together=True),
+    "lfm2_moe": replace(GATED, routing=replace(SIGMOID, scaling=1.5)),
+    "nemotron_h": replace(
+        PLAIN, activation="relu2", latent=10, latent_bias=True,
+        routing=replace(SIGMOID, groups=4, chosen_groups=2, scaling=2.5),
+    ),
+    "together": replace(PLAIN, together=True, gated=True),
+    "fused together": replace(PLAIN, together=True, fused=True, latent=13),
+    "all chosen": replace(GATED, top_k=20),
+    "one": replace(PLAIN, experts=1, top_k=2),
+    "filling vectors": replace(GATED, d_model=64, d_hidden=32, experts=20, top_k=5),
+}  # fmt: skip
+
+pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler was found")
+
+
+def mixing_of(branch: Residual) -> ExpertsMixing:
+    (mixing,) = branch.mixings
+    assert isinstance(mixing, ExpertsMixing)
+    return mixing
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("name", BLOCKS)
+def test_it_gives_what_the_modules_give(name: str, weights: Weights) -> None:
+    branch = residual_of(BLOCKS[name], weights, residual=0.7)
+    one = compiled(branch)
+    for batch, length in ((1, 1), (3, 1), (2, 130), (300, 2)):
+        x = torch.randn(batch, length, BLOCKS[name].d_model)
+        with torch.inference_mode():
+            found, states = one(x, None)
+            assert_near(found, by_module(branch, x), weights)
+        assert states == [()]
+
+
+@pytest.mark.parametrize("name", ["nemotron_h", "fused together"])
+def test_what_it_adds_goes_to_the_stream_or_through_multipliers(name: str) -> None:
+    x = torch.randn(2, 9, D)
+    for before, after, residual in ((1.0, 1.0, 1.0), (0.5, 1.25, 0.7)):
+        branch = residual_of(BLOCKS[name], "fp16", before=before, after=after, residual=residual)
+        with torch.inference_mode():
+            assert_near(compiled(branch)(x, None)[0], by_module(branch, x))
+
+
+@given(
+    st.integers(1, 9), st.integers(1, 40), st.integers(1, 6), st.integers(1, 7), st.integers(1, 60),
+    st.sampled_from(["plain", "gated", "fused"]), st.booleans(), st.booleans(),
+    st.sampled_from(["fp16", "nf4", "int3"]),
+)  # fmt: skip
+def test_sizes_of_every_kind(
+    d: int, hidden: int, experts: int, top_k: int, length: int, form: str, latent: bool, together: bool,
+    weights: Weights,
+) -> None:  # fmt: skip
+    block = Experts(
+        d_model=d, d_hidden=hidden, experts=experts, top_k=top_k, gated=form == "gated", fused=form == "fused",
+        latent=3 if latent else None, together=together,
+    )  # fmt: skip
+    branch, x = residual_of(block, weights), torch.randn(2, length, d)
+    with torch.inference_mode():
+        assert_near(compiled(branch)(x, None)[0], by_module(branch, x))
+
+
+@pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize(("groups", "chosen_groups"), [(1, 1), (6, 2), (3, 1), (12, 5)])
+@pytest.mark.parametrize("scores", ["chosen_softmax", "softmax", "sigmoid"])
+def test_routing_chooses_and_weighs_as_the_readable_one(
+    scores: Scores, groups: int, chosen_groups: int, normalised: bool, corrected: bool
+) -> None:
+    routing = Routing(scores, normalised, 1e-3, corrected, groups, chosen_groups, 1.7)
+    logits = 3 * torch.randn(200, 12)
+    correction = torch.randn(12) if corrected else None
+    weights, chosen = routing(logits, correction, 2)
+    expected = torch.zeros(200, 12).scatter_(1, chosen, weights)
+    torch.testing.assert_close(routed(routing, logits, correction, 2), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_of_equally_good_experts_those_of_lower_numbers_are_chosen() -> None:
+    logits = torch.tensor([[1.0, 2.0, 2.0, 1.0, 2.0, 0.0]])
+    assert routed(Routing(), logits, None, 2)[0].nonzero().flatten().tolist() == [1, 2]
+    assert routed(Routing(), logits, None, 4)[0].nonzero().flatten().tolist() == [0, 1, 2, 4]
+
+
+@pytest.mark.parametrize("scores", ["chosen_softmax", "softmax", "sigmoid"])
+@pytest.mark.parametrize("logits", [[torch.nan] * 6, [torch.inf, -torch.inf] * 3, [-torch.inf] * 6, [torch.nan, 1] * 3])
+def test_any_logits_choose_experts_that_there_are(logits: list[float], scores: Scores) -> None:
+    routing = Routing(scores, normalised=True, groups=3, chosen_groups=1)
+    weights = routed(routing, torch.tensor([logits, [1.0, 2, 3, 4, 5, 6]]), None, 2)
+    assert weights[1].nonzero().flatten().tolist() == [4, 5]
+
+
+@pytest.mark.parametrize("hidden", [19, 600])
+def test_results_do_not_depend_on_the_number_of_threads(hidden: int) -> None:
+    block = replace(GATED, d_model=64, d_hidden=hidden, experts=20, top_k=5)
+    one = compiled(residual_of(block, "mixed"))
+    before = torch.get_num_threads()
+    for batch, length in ((1, 1), (7, 1), (3, 80), (3, 400)):
+        x, found = torch.randn(batch, length, 64), []
+        try:
+            for threads in (1, 3, 8):
+                torch.set_num_threads(threads)
+                found.append(one(x, None)[0])
+        finally:
+            torch.set_num_threads(before)
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", ["plain", "nemotron_h", "qwen3_next"])
+def test_a_token_that_is_not_finite_spoils_itself_and_no_other(name: str) -> None:
+    one = compiled(residual_of(BLOCKS[name], "int8 dynamic"))
+    x = torch.randn(3, 20, D)
+    clean = one(x, None)[0]
+    x[1, 7, 3] = torch.nan
+    found = one(x, None)[0]
+    assert not found[1, 7].isfinite().any()
+    found[1, 7] = clean[1, 7]
+    assert torch.equal(found, clean)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_its_observer_is_told_where_the_time_goes(threads: int, together: bool) -> None:
+    block = replace(GATED, d_model=128, d_hidden=100, latent=96, together=together, experts=6, top_k=2)
+    branch, told = residual_of(block), list[Mapping[nn.Module, float]]()
+    mixing, before = mixing_of(branch), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        compiled(branch)(torch.randn(1, 1, 128), None, told.append)
+    finally:
+        torch.set_num_threads(before)
+    spent = told[0]
+    assert mixing.latent_in is not None
+    assert mixing.latent_out is not None
+    around = {branch.norm, mixing.router, mixing.latent_in, mixing.latent_out}
+    kinds = [*mixing.inward, mixing.outward]
+    projections = {p for kind in kinds for p in (kind.projections if isinstance(kind, EachExpert) else [kind])}
+    assert set(spent) == around | projections
+    reached = {module for module in projections if spent[module] > 0}
+    assert len(reached) == (3 if together else 3 * 2)  # no time for experts without a token
+    assert all(spent[module] > 0 for module in around)
+
+
+def test_another_way_to_compute_experts_is_not_compiled() -> None:
+    branch = residual_of(PLAIN)
+    mixing_of(branch).scan = lambda mixing, inputs, weights, chosen: inputs
+    with pytest.raises(NotCompiledError, match="another way"):
+        compiled(branch)
+
+
+def routed(routing: Routing, logits: Tensor, correction: Tensor | None, top_k: int) -> Tensor:
+    """The kernels' weights `[m, X]` of logits `[m, X]`, zero for experts that are not chosen."""
+    kernels, (m, experts) = library(), logits.shape
+    assert kernels is not None
+    structure = routing.structure(experts, top_k, None if correction is None else correction.data_ptr())
+    scores, merit = logits.clone(), torch.empty(experts + routing.groups)
+    weights, chosen = torch.empty(m, structure.chosen), torch.empty(m, structure.chosen, dtype=torch.int32)
+    for i in range(m):
+        places = (c_void_p(t.data_ptr()) for t in (scores[i], merit, chosen[i], weights[i]))
+        kernels.route(byref(structure), *places)
+    assert all(len(set(row)) == len(row) and {*row} <= {*range(experts)} for row in chosen.tolist())
+    return torch.zeros(m, experts).scatter_(1, chosen.long(), weights)
