@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch  # noqa: F401  # its OpenMP runtime is the one that the kernels use
 
@@ -61,11 +62,18 @@ _THIS_ARM_CPU = ("-mcpu=native", "-march=native")  # compilers know both of them
 _NAMES_A_CPU = ("-march=", "-mcpu=")
 _OPENMP = "-fopenmp"
 _TIMEOUT_SECONDS = 120
+_LOADING = Lock()
+"""Threads that ask for the kernels at once wait for the first of them."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be had, which is logged once with the reason."""
+    with _LOADING:
+        return _library()
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had, which is logged once with the reason."""
+def _library() -> ctypes.CDLL | None:
     reason = ""
     try:
         if os.environ.get(SWITCH) == "off":

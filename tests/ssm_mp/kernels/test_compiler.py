@@ -31,6 +31,18 @@ for precision in ("int8", "fp16"):
 """
 
 
+THREADS = """
+from threading import Barrier, Thread
+from ssm_mp.kernels.compiler import library
+together = Barrier(8)
+threads = [Thread(target=lambda: (together.wait(), library())) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
 def _run(tmp_path: Path, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     held = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), **environment}
     done = subprocess.run(
@@ -61,6 +73,11 @@ def test_without_a_compiler_results_agree_and_it_is_said_once(tmp_path: Path, co
     assert expected.stderr == ""
     assert [line.split()[0] for line in expected.stdout.splitlines()] == ["True"] * 4
     assert found.stdout == expected.stdout.replace("True", "False")
+
+
+@pytest.mark.slow
+def test_threads_that_ask_at_once_are_told_once(tmp_path: Path) -> None:
+    assert _run(tmp_path, THREADS, CC="false").stderr.count("note: ") == 1
 
 
 @pytest.mark.slow
