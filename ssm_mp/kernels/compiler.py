@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from threading import Lock
 
 import torch  # noqa: F401  # its OpenMP runtime is the one that the kernels use
 
@@ -68,14 +70,25 @@ _HEADERS = (
     "hidden.h",
     "routing.h",
 )
-_FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
+"""Of every compilation, besides the CPU and OpenMP."""
+_THIS_CPU = ("-march=native",)
+_THIS_ARM_CPU = ("-mcpu=native", "-march=native")  # compilers know both of them, or only one
+_NAMES_A_CPU = ("-march=", "-mcpu=")
 _OPENMP = "-fopenmp"
 _TIMEOUT_SECONDS = 120
+_LOADING = Lock()
+"""Threads that ask for the kernels at once wait for the first of them."""
+
+
+def library() -> ctypes.CDLL | None:
+    """The compiled kernels; None where they cannot be had, which is logged once with the reason."""
+    with _LOADING:
+        return _library()
 
 
 @cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None where they cannot be had, which is logged once with the reason."""
+def _library() -> ctypes.CDLL | None:
     reason = ""
     try:
         if os.environ.get(SWITCH) == "off":
@@ -95,13 +108,13 @@ def _load() -> ctypes.CDLL:
     command = _compiler()
     folder = Path(__file__).parent
     texts = {name: (folder / name).read_bytes() for name in (*_SOURCES, *_HEADERS)}
-    target = _run([*command, "-march=native", "-E", "-v", "-x", "c", os.devnull], "asking the compiler for its target")
-    folders = library_cache.private_folders()
+    own, target = _target(command)
+    flags, folders = (*FLAGS, *own), library_cache.private_folders()
     try:
-        return _built(command, (*_FLAGS, _OPENMP), texts, target, folders)
+        return _built(command, (*flags, _OPENMP), texts, target, folders)
     except _NotCompiledError as error:
         # a compiler without OpenMP, or one (clang) with another library for it than torch's
-        found = _built(command, _FLAGS, texts, target, folders)
+        found = _built(command, flags, texts, target, folders)
         logging.getLogger("ssm_mp").warning("note: kernels compiled without OpenMP, in one thread each: %s", error)
         return found
 
@@ -131,6 +144,30 @@ def _compiler() -> list[str]:
         if found is not None:
             return [found, *command[1:]]
     raise _NotCompiledError("no C compiler was found" + (f" at CC={os.environ['CC']}" if named else ""))
+
+
+def _target(command: list[str]) -> tuple[tuple[str, ...], str]:
+    """The option for this very CPU, none where `$CC` names a CPU itself, and what the compiler says of its target.
+
+    A compiler that knows no such option compiles for every CPU of its kind, which is said.
+    """
+
+    def asked(*own: str) -> tuple[tuple[str, ...], str]:
+        return own, _run([*command, *own, "-E", "-v", "-x", "c", os.devnull], "asking the compiler for its target")
+
+    if any(word.startswith(_NAMES_A_CPU) for word in command[1:]):
+        return asked()
+    refused: list[str] = []
+    for option in _THIS_ARM_CPU if platform.machine() in ("aarch64", "arm64") else _THIS_CPU:
+        try:
+            return asked(option)
+        except _NotCompiledError as error:
+            refused.append(f"{option}: {error}")
+    found = asked()
+    logging.getLogger("ssm_mp").warning(
+        "note: kernels compiled for any CPU of this kind, slower than for this one: %s", "; ".join(refused)
+    )
+    return found
 
 
 def _run(command: list[str], doing: str) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import debian
+from tests import debian
 from tests.cluster.private_postgres import PrivatePostgres, private_postgres
 from tests.cluster.private_slurm import PrivateSlurm, private_slurm
 from tests.cluster.processes import private_directory

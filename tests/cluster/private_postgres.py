@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from tests.cluster import debian, processes
+from tests import debian
+from tests.cluster import processes
 
 HOST = "127.0.0.1"
 USER = "search"

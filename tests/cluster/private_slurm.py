@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster import debian, processes, slurm_config
+from tests import debian
+from tests.cluster import processes, slurm_config
 from tests.cluster.processes import Process
 from tests.cluster.slurm_config import NODES, PARTITION, URGENT
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import debian, processes
+from tests import debian
+from tests.cluster import processes
 from tests.cluster.conftest import require
 from tests.cluster.private_postgres import Mode, PrivatePostgres, private_postgres
 from tests.cluster.private_slurm import Job, PrivateSlurm, private_slurm

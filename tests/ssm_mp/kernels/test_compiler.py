@@ -31,9 +31,23 @@ for precision in ("int8", "fp16"):
 """
 
 
-def _run(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+THREADS = """
+from threading import Barrier, Thread
+from ssm_mp.kernels.compiler import library
+together = Barrier(8)
+threads = [Thread(target=lambda: (together.wait(), library())) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+"""
+
+
+def _run(tmp_path: Path, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     held = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "TMPDIR": str(tmp_path), **environment}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=held, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", before + SCRIPT], capture_output=True, text=True, env=held, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done
 
@@ -62,6 +76,11 @@ def test_without_a_compiler_results_agree_and_it_is_said_once(tmp_path: Path, co
 
 
 @pytest.mark.slow
+def test_threads_that_ask_at_once_are_told_once(tmp_path: Path) -> None:
+    assert _run(tmp_path, THREADS, CC="false").stderr.count("note: ") == 1
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
 @pytest.mark.parametrize("without", ["-mno-avx512f", "-mno-avx512vnni", "-mno-amx-tile"])
 def test_kernels_for_cpus_with_fewer_instructions_give_the_same(tmp_path: Path, without: str) -> None:
@@ -79,6 +98,52 @@ def test_a_compiler_without_openmp_is_a_compiler_too(tmp_path: Path) -> None:
     assert found.stdout == _run(tmp_path).stdout
     assert found.stderr.count("note: kernels compiled without OpenMP, in one thread each: ") == 1
     assert "no OpenMP" in found.stderr
+
+
+def stand_in(folder: Path, *refused: str) -> Path:
+    """A compiler that refuses some options, and writes down those that it was given."""
+    patterns = " | ".join(f'*" {option} "*' for option in refused)
+    compiler = folder / "cc"
+    compiler.write_text(
+        f"""#!/bin/sh
+echo "$*" >>{folder}/given
+case " $* " in {patterns}) echo "error: unknown value 'native'" >&2; exit 1;; esac
+exec cc "$@"
+"""
+    )
+    compiler.chmod(0o755)
+    return compiler
+
+
+@pytest.mark.slow
+def test_a_compiler_that_does_not_know_this_cpu_compiles_for_any_and_that_is_said_once(tmp_path: Path) -> None:
+    found = _run(tmp_path, CC=str(stand_in(tmp_path, "-march=native")))
+    assert found.stdout == _run(tmp_path).stdout
+    assert found.stderr.count("note: kernels compiled for any CPU of this kind") == 1
+    assert found.stderr.count("\n") == 1
+    assert "unknown value 'native'" in found.stderr
+    assert not any("native" in line for line in (tmp_path / "given").read_text().splitlines()[1:])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the compiler behind is one for x86")
+@pytest.mark.parametrize("refused", ["-mcpu=native", "-march=native"])
+def test_on_arm_the_option_that_the_compiler_knows_is_taken(tmp_path: Path, refused: str) -> None:
+    arm = "import platform\nplatform.machine = lambda: 'arm64'\n"
+    assert _run(tmp_path, arm, CC=str(stand_in(tmp_path, refused))).stdout == _run(tmp_path).stdout
+    (known,) = {"-mcpu=native", "-march=native"} - {refused}
+    compiled = [line for line in (tmp_path / "given").read_text().splitlines() if " -c " in line]
+    assert compiled
+    assert all(f" {known} " in line and refused not in line for line in compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86")
+def test_a_cpu_that_the_command_names_is_compiled_for(tmp_path: Path) -> None:
+    named = f"{stand_in(tmp_path, '-march=native')} -march=x86-64"
+    found = _run(tmp_path, CC=named)
+    assert found.stdout == _run(tmp_path).stdout
+    assert found.stderr == ""
 
 
 @pytest.mark.slow

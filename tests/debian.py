@@ -1,4 +1,4 @@
-"""Debian packages that the cluster tests need, installed where they are missing."""
+"""Debian packages that tests need, installed where they are missing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ SLURM_PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 SLURM_BINARIES = ("slurmctld", "slurmd", "sbatch", "squeue", "sinfo", "scancel", "scontrol", "munged")
 POSTGRES_PACKAGES = ("postgresql", "postgresql-client")
 POSTGRES_BINARIES = ("initdb", "pg_ctl", "postgres", "psql")
+VALGRIND_PACKAGES = VALGRIND_BINARIES = ("valgrind",)
+ARM_PACKAGES = ("qemu-user", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")
+ARM_BINARIES = ("qemu-aarch64", "aarch64-linux-gnu-gcc")
 
 # Debian keeps daemons out of an ordinary user's PATH, and each PostgreSQL in a folder of its own.
 SYSTEM_FOLDERS = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")
