@@ -1,20 +1,21 @@
-"""Prefill and decode of converted models and of `torchao`'s, over our FP32 model, and peak memory, in one run.
+"""Prefill and decode of converted models over our FP32 model, beside torchao and llama.cpp, and memory, in one run.
 
-    pip install --constraint constraints.txt '.[bench]'
-    python -m benchmarks.inference [--json] [--only NAME …] [--run runs/reference]      # about ten minutes on two cores
+    pip install --constraint constraints.txt '.[bench,gguf]'
+    python -m benchmarks.inference [--json] [--only CASE …] [--rounds N] [--runs runs]    # half an hour on two cores
     python -m benchmarks.inference --device cuda [--batch 32]
 
-All ways run in turn, round after round; figures are medians, speedups medians of the ratios round by round. Prefill
-reads one prompt and ends with the logits of its last token; decode makes one token after another of one sequence.
-`--batch`: of so many sequences at once, which a GPU needs to be filled.
+The cases are in `benchmarks/inference_models.py`. All ways of a case run in turn, round after round; figures are
+medians, speedups medians of the ratios round by round. Prefill reads one prompt and ends with the logits of its last
+token; decode makes one token after another of one sequence. `--batch`: of so many sequences at once, which a GPU needs
+to be filled.
 
-The winner of the reference is that of a finished search (`--run`, where there is one). Without one, and at the 130m
-shape, whose random weights cannot be searched, it is what a search over int8 and fp16 finds on the reference:
-embeddings and projections int8, convolutions, norms, `A_log` and `D` fp16.
+The winner is that of a finished search in `--runs`, by the name of its study, or made by a rule.
 
-`torchao` is dynamic INT8 on a plain Mamba (`benchmarks/torchao_model.py`), the faster of its two ways to be compiled;
-without the package it is left out. Memory is of a process that loads the file, reads a prompt and decodes. Both are
-measured on a CPU only.
+`torchao` is dynamic INT8 on a plain Mamba (`benchmarks/torchao_model.py`), the faster of its two ways to be compiled.
+`llama.cpp` (`benchmarks/llama_cpp.py`) has the same map in a GGUF file, verified as an export is, in a process of its
+own, with as many threads, its kind of waiting chosen beforehand; what the file cannot hold is stored wider, which is
+told. Both are left out where they are not installed or know no such model, which is told, too. Memory is of a process
+that loads the file, reads a prompt and decodes. All three are measured on a CPU only.
 """
 
 from __future__ import annotations
@@ -22,12 +23,11 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,217 +35,73 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks.inference_models import CASES, CONVERTED, Case, Converted, boundaries_of, convert_all, winner_of
+from benchmarks.inference_peers import Peers, find_peers, say
+from benchmarks.inference_ways import FP32, TORCHAO, decode_ways, in_turn, over_rivals, prefill_ways, summarise
 from benchmarks.memory import measure_apart
-from benchmarks.shapes import checkpoint_of, random_windows, workspace_of
-from benchmarks.stacking import seconds as seconds_on
-from search.problem.run_directory import WINNER
-from ssm_mp.artifact import MAP, save_artifact
+from benchmarks.shapes import random_windows
+from ssm_mp.artifact import save_artifact
 from ssm_mp.checkpoints import Checkpoint
-from ssm_mp.decoding.decode import open_decoder, prefill
-from ssm_mp.families.mamba import MambaConfig
+from ssm_mp.decoding.decode import prefill
 from ssm_mp.model import LanguageModel, build
-from ssm_mp.precision_map import PrecisionMap
-from ssm_mp.scheme import Scheme
 
-PROMPTS = {"reference": 128, "130m": 512}
-"""Tokens of the prompt that is read; decoding goes on after three quarters of it."""
-STEPS = {"reference": 32, "130m": 16}
-ROUNDS = {"reference": 15, "130m": 7}
-FP32, TORCHAO = "fp32", "torchao"
-CONVERTED = ("fp16", "int8-static", "int8-dynamic", "winner")
-_WINNER_FP16 = ("conv1d", "norm", "A_log", "D")
-
-Once = Callable[[], float]
-"""Does something once; seconds."""
+THREADS = 2
+ON_A_GPU = ("reference", "130m")
+"""What is measured there where nothing is named."""
+_PACKAGES = ("torchao", "xllamacpp")
+_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp")
+"""Of a processor, those that say which kernels it has instructions for."""
 
 
-@dataclass(frozen=True, eq=False)
-class Converted:
-    """A model with what an artifact of it says."""
-
-    model: LanguageModel
-    map: PrecisionMap
-    scheme: Scheme
-
-
-def convert_all(
-    checkpoint: Checkpoint, winner: Mapping[str, str] | None, device: str = "cpu"
-) -> dict[str, Converted]:  # fmt: skip
-    """The converted models by name; `winner`: its map, where a search found one."""
-    found: dict[str, Converted] = {}
-    for activations in ("static", "dynamic"):
-        # the quickest rule for scales: speed does not depend on them
-        overrides = [f'precision.activations="{activations}"', 'precision.weight_scale="minmax"']
-        converter = workspace_of(checkpoint, 1, [*overrides, f'search.device="{device}"']).converter
-        components = converter.components
-        everywhere = PrecisionMap.uniform("int8", components)
-        maps = {f"int8-{activations}": everywhere}
-        if activations == "static":
-            rule = {c.name: "fp16" if c.kind in _WINNER_FP16 else "int8" for c in components}
-            names = winner or rule
-            maps["fp16"] = PrecisionMap.uniform("fp16", components)
-            maps["winner"] = PrecisionMap(tuple((c.name, names[c.name]) for c in components))
-        found |= {name: Converted(converter.convert(held), held, converter.scheme) for name, held in maps.items()}
-    return {name: found[name] for name in CONVERTED}
-
-
-def winner_of(run: Path) -> dict[str, str] | None:
-    """The map of a finished run's winner; None where there is none, or one of a split embedding."""
-    path = run / WINNER / MAP
-    if not path.is_file():
-        return None
-    held: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["map"]
-    return held if "embedding" in held else None
-
-
-def prefill_ways(models: Mapping[str, LanguageModel], ids: Tensor) -> dict[str, Once]:
-    """Reading `ids [b, l]` by each of our models."""
-
-    def way(model: LanguageModel) -> Once:
-        return lambda: seconds_on(lambda: prefill(model, ids), model.device)
-
-    return {name: way(model) for name, model in models.items()}
-
-
-def decode_ways(models: Mapping[str, LanguageModel], ids: Tensor, steps: int) -> dict[str, Once]:
-    """Decoding `steps` tokens by each of our models, after the first three quarters of `ids [b, l]`."""
-    prompt = 3 * ids.shape[1] // 4
-    tokens = ids[:, prompt : prompt + steps].unbind(dim=1)
-
-    def way(model: LanguageModel) -> Once:
-        read = prefill(model, ids[:, :prompt])
-
-        def once() -> float:
-            decoder = open_decoder(model, read)
-            return seconds_on(lambda: [decoder.step(token) for token in tokens], model.device)
-
-        return once
-
-    return {name: way(model) for name, model in models.items()}
-
-
-def torchao_ways(checkpoint: Checkpoint, expected: Tensor, ids: Tensor, steps: int) -> tuple[dict[str, Once], ...]:
-    """Reading and decoding the same by torchao's model, compiled in two ways.
-
-    expected: our FP32 logits `[1, V]` after `ids [1, l]`. Raises ModuleNotFoundError where torchao is not installed.
-    """
-    from benchmarks.torchao_model import compiled, dynamic_int8
-
-    assert isinstance(checkpoint.config, MambaConfig)
-    model = dynamic_int8(checkpoint.config, checkpoint.tensors)
-    prompt = 3 * ids.shape[1] // 4
-    tokens = [token.repeat(2) for token in ids[:, prompt : prompt + steps].unbind(dim=1)]
-    with torch.no_grad():
-        _, states = model.read(ids[:, :prompt].repeat(2, 1))
-        after, _ = model.read(ids[:, : prompt + steps])
-
-    def decoded(step: Callable[..., Any]) -> Tensor:
-        held, logits = states, torch.empty(0)
-        for i, token in enumerate(tokens):
-            logits, held = step(token, held, torch.tensor([prompt + i]))
-        return logits[:1]
-
-    reading: dict[str, Once] = {}
-    decoding: dict[str, Once] = {}
-    for name, freezing in ((TORCHAO, False), (f"{TORCHAO}-freezing", True)):
-        read, step = compiled(model.read, freezing), compiled(model.step, freezing)
-        began = time.perf_counter()
-        with torch.no_grad():
-            _require_near(read(ids)[0], expected, f"{name}'s prefill")
-            _require_near(decoded(step), after, f"{name}'s decoding")
-        _say(f"{name}: compiled in {time.perf_counter() - began:.0f} s")
-        reading[name] = _without_gradients(lambda read=read: read(ids))  # type: ignore[misc]
-        decoding[name] = _without_gradients(lambda step=step: decoded(step))  # type: ignore[misc]
-    return reading, decoding
-
-
-def _require_near(found: Tensor, expected: Tensor, what: str) -> None:
-    """That logits are those of the same model, quantised: a wrong result is no faster way to the right one."""
-    error = float((found - expected).norm() / expected.norm())
-    if not error < 0.3:
-        raise RuntimeError(f"{what}: logits are {error:.3g} off, relative to their size")
-
-
-def _without_gradients(run: Callable[[], object]) -> Once:
-    def once() -> float:
-        with torch.no_grad():
-            return _seconds(run)
-
-    return once
-
-
-def in_turn(ways: Mapping[str, Once], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each way in each round; a round to warm up is not counted."""
-    found = [{name: once() for name, once in ways.items()} for _ in range(rounds + 1)]
-    return {name: [seconds[name] for seconds in found[1:]] for name in ways}
-
-
-def summarise(seconds: Mapping[str, list[float]], tokens: int) -> dict[str, dict[str, float]]:
-    """Of each way: tokens a second and speedup over FP32; torchao's is its faster one."""
-    found = {
-        name: {
-            "tokens_per_second": tokens / statistics.median(spent),
-            "speedup": statistics.median(a / b for a, b in zip(seconds[FP32], spent, strict=True)),
-        }
-        for name, spent in seconds.items()
-    }
-    compiled = [name for name in found if name.startswith(TORCHAO)]
-    if compiled:
-        found["torchao-default"] = found[TORCHAO]
-        found[TORCHAO] = max((found[name] for name in compiled), key=lambda row: row["speedup"])
-    return found
-
-
-def measure(name: str, winner: Mapping[str, str] | None, device: str, batch: int) -> dict[str, Any]:
-    """One shape: speeds, and on a CPU memory."""
-    checkpoint = checkpoint_of(name)
-    config = checkpoint.config
-    ids = random_windows(config.vocabulary, batch, PROMPTS[name]).ids
-    converted = convert_all(checkpoint, winner, device)
-    models = {FP32: build(config, {n: tensor.to(device) for n, tensor in checkpoint.tensors.items()})}
+def measure(name: str, case: Case, runs: Path, device: str, batch: int, with_memory: bool = True) -> dict[str, Any]:
+    """One case: speeds, and on a CPU peers and memory."""
+    checkpoint = case.open()
+    ids = random_windows(checkpoint.config.vocabulary, batch, case.prompt).ids
+    winner = winner_of(runs / case.study, device) if case.study else None
+    converted = convert_all(checkpoint, case.ways, winner, device, boundaries_of(case))
+    models = {FP32: build(checkpoint.config, {n: tensor.to(device) for n, tensor in checkpoint.tensors.items()})}
     models |= {n: held.model for n, held in converted.items()}
     memory: dict[str, dict[str, float]] = {}
-    if device == "cpu":
-        _say(f"{name}: memory")
+    if device == "cpu" and with_memory:
+        say(f"{name}: memory")
         memory = measure_memory(checkpoint, converted)
-    ids = ids.to(device)
-    reading, decoding = prefill_ways(models, ids), decode_ways(models, ids, STEPS[name])
-    if device == "cpu" and batch == 1:
-        theirs = _torchao_where_it_is(name, checkpoint, models[FP32], ids)
-        reading, decoding = reading | theirs[0], decoding | theirs[1]
-    _say(f"{name}: speeds")
+    with ExitStack() as stack:
+        peers = Peers()
+        if device == "cpu" and batch == 1:
+            expected = prefill(models[FP32], ids).logits
+            peers = find_peers(case, checkpoint, converted, expected, ids, stack, torch.get_num_threads())
+        say(f"{name}: speeds")
+        speeds = _speeds(case, models, peers, ids.to(device))
     return {
-        "prefill": summarise(in_turn(reading, ROUNDS[name]), ids.numel()),
-        "decode": summarise(in_turn(decoding, ROUNDS[name]), batch * STEPS[name]),
+        **speeds,
         "memory": memory,
-        "winner": "of a search" if winner else "by rule",
+        "winner": None if "winner" not in case.ways else "of a search" if winner else "by rule",
         "batch": batch,
-        "prompt": PROMPTS[name],
-        "decoded_after": 3 * PROMPTS[name] // 4,
-        "steps": STEPS[name],
+        "prompt": case.prompt,
+        "decoded_after": 3 * case.prompt // 4,
+        "steps": case.steps,
+        "rounds": case.rounds,
+        "exported": peers.exported,
+        "left_out": peers.left_out,
     }
 
 
-def _torchao_where_it_is(
-    name: str, checkpoint: Checkpoint, model: LanguageModel, ids: Tensor
-) -> tuple[dict[str, Once], ...]:
-    """`torchao_ways`; none without the package."""
-    try:
-        _say(f"{name}: compiling torchao's model")
-        return torchao_ways(checkpoint, prefill(model, ids).logits, ids, STEPS[name])
-    except ModuleNotFoundError as error:
-        if error.name != "torchao":
-            raise
-        _say(f"torchao is left out: {error}")
-        return {}, {}
+def _speeds(case: Case, models: Mapping[str, LanguageModel], peers: Peers, ids: Tensor) -> dict[str, Any]:
+    """Of all ways in turn, first of reading and then of decoding, and ours over their rivals in the same rounds."""
+    reading = in_turn(prefill_ways(models, ids) | peers.reading, case.rounds)
+    decoding = in_turn(decode_ways(models, ids, case.steps) | peers.decoding, case.rounds)
+    return {
+        "prefill": summarise(reading, ids.numel()),
+        "decode": summarise(decoding, ids.shape[0] * case.steps),
+        "over_rivals": {"prefill": over_rivals(reading), "decode": over_rivals(decoding)},
+    }
 
 
 def measure_memory(checkpoint: Checkpoint, converted: Mapping[str, Converted]) -> dict[str, dict[str, float]]:
     """Of FP32 and of each converted model, by process: bytes before, loaded, at the peak; the ratio of the peaks'
     growth to FP32's, and of the whole peaks."""
     with tempfile.TemporaryDirectory() as folder:
-        paths = {FP32: Path(folder) / "fp32.safetensors"}
-        save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, paths[FP32])
+        paths = {FP32: _saved(checkpoint, Path(folder, FP32))}
         for name, held in converted.items():
             paths[name] = save_artifact(Path(folder) / name, held.model, held.map, held.scheme, {})
         gc.collect()
@@ -261,18 +117,17 @@ def measure_memory(checkpoint: Checkpoint, converted: Mapping[str, Converted]) -
     }
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+def _saved(checkpoint: Checkpoint, folder: Path) -> Path:
+    """A checkpoint as a folder, with its own config where it has one."""
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, folder / "model.safetensors")
+    if checkpoint.source:
+        (folder / "config.json").write_text(json.dumps(checkpoint.source), encoding="utf-8")
+    return folder
 
 
 def to_json(measured: Mapping[str, dict[str, Any]], device: str = "cpu") -> dict[str, Any]:
-    """The speedups by shape and way, and everything else beside them."""
+    """The speedups by case and way, and everything else beside them."""
 
     def speedups(row: dict[str, Any]) -> dict[str, dict[str, float]]:
         ways = [way for way in (*CONVERTED, TORCHAO) if way in row["prefill"]]
@@ -284,16 +139,35 @@ def to_json(measured: Mapping[str, dict[str, Any]], device: str = "cpu") -> dict
         "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_flags": cpu_flags(),
         "torch": torch.__version__,
+        "packages": {name: found for name in _PACKAGES if (found := _version(name)) is not None},
     }
 
 
+def cpu_flags(path: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Those of `_FLAGS` that this machine's processor has; none where it does not say."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    said = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    held = set(said.partition(":")[2].split())
+    return [flag for flag in _FLAGS if flag in held]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
 def _print(found: dict[str, Any]) -> None:
-    cpu = f"{found['threads']} threads, {found['cpu_capability']}"
-    print(f"{cpu if found['device'] == 'cpu' else found['device']}, torch {found['torch']}")
+    cpu = f"{found['threads']} threads, {found['cpu_capability']} ({' '.join(found['cpu_flags'])})"
+    packages = "".join(f", {name} {held}" for name, held in found["packages"].items())
+    print(f"{cpu if found['device'] == 'cpu' else found['device']}, torch {found['torch']}{packages}")
     for name, row in found["measured"].items():
         prompts = f"{row['batch']} prompts" if row["batch"] > 1 else "a prompt"
-        print(f"{name}: {prompts} of {row['prompt']} tokens, {row['steps']} steps; winner {row['winner']}")
+        winner = "" if row["winner"] is None else f"; winner {row['winner']}"
+        print(f"{name}: {prompts} of {row['prompt']} tokens, {row['steps']} steps, {row['rounds']} rounds{winner}")
         print("                    prefill tokens/s  over FP32  decode tokens/s  over FP32  peak MiB  over FP32")
         for way in row["prefill"]:
             read, step, memory = row["prefill"][way], row["decode"][way], row["memory"].get(way)
@@ -304,20 +178,42 @@ def _print(found: dict[str, Any]) -> None:
                 f"  {way:18} {read['tokens_per_second']:15.0f} {read['speedup']:9.2f}×"
                 f" {step['tokens_per_second']:15.1f} {step['speedup']:9.2f}×  {held}"
             )
+        _print_peers(row)
+
+
+def _print_peers(row: dict[str, Any]) -> None:
+    for way, rivals in row["over_rivals"]["prefill"].items():
+        for rival, ratio in rivals.items():
+            decode = row["over_rivals"]["decode"][way][rival]
+            print(f"  {way} over {rival}: prefill {ratio:.2f}×, decode {decode:.2f}×")
+    for name, told in row["exported"].items():
+        words = ", ".join(f"{count} {word}" for word, count in told["components"].items())
+        wider = ", ".join(f"{count} {change}" for change, count in told["widened"].items())
+        print(f"  {name}: {words}{f' (wider: {wider})' if wider else ''}; threads wait {told['waits']}")
+        print(f"    {told['verdict']}")
+    for name, why in row["left_out"].items():
+        print(f"  without {name}: {why}")
 
 
 def main() -> None:
     """Measure and print a table, or one JSON object."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", action="store_true")
-    arguments.add_argument("--only", nargs="+", choices=tuple(PROMPTS), default=tuple(PROMPTS))
-    arguments.add_argument("--run", type=Path, default=Path("runs/reference"))
+    arguments.add_argument("--only", nargs="+", choices=tuple(CASES))
+    arguments.add_argument("--runs", type=Path, default=Path("runs"), help="folder of run directories")
+    arguments.add_argument("--rounds", type=int, help="of every case; by default as the case has them")
+    arguments.add_argument("--threads", type=int, default=THREADS)
+    arguments.add_argument("--no-memory", action="store_true", help="leave out the processes that measure it")
     arguments.add_argument("--device", default="cpu")
     arguments.add_argument("--batch", type=int, default=1)
     given = arguments.parse_args()
-    winner = winner_of(given.run)
-    of_shape = {name: winner if name == "reference" else None for name in given.only}
-    measured = {name: measure(name, held, given.device, given.batch) for name, held in of_shape.items()}
+    torch.set_num_threads(given.threads)
+    names = given.only or (tuple(CASES) if given.device == "cpu" else ON_A_GPU)
+    cases = {name: replace(CASES[name], rounds=given.rounds or CASES[name].rounds) for name in names}
+    measured = {
+        name: measure(name, case, given.runs, given.device, given.batch, not given.no_memory)
+        for name, case in cases.items()
+    }  # fmt: skip
     found = to_json(measured, given.device)
     if given.json:
         print(json.dumps(found))

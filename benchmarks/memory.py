@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from ssm_mp import load_artifact, load_model
+from ssm_mp.artifact import is_artifact
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.decoding.decode import open_decoder, prefill
 from ssm_mp.families.mamba import MambaConfig
@@ -34,7 +35,7 @@ def measure(path: Path) -> dict[str, int]:
     _run(_tiny())
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is counted from here
     before = _status("VmRSS")
-    model = load_artifact(path) if path.is_dir() else load_model(path)
+    model = load_artifact(path) if is_artifact(path) else load_model(path)
     loaded = _status("VmRSS")
     _run(model)
     return {"before": before, "loaded": loaded, "peak": _status("VmHWM")}

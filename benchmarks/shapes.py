@@ -22,7 +22,9 @@ from search.problem.workspace import Workspace, plan_of
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
+from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.data import Splits, Windows
+from ssm_mp.families.itera import IteraConfig
 from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.model import build
 from ssm_mp.precision_map import pinned_names
@@ -48,7 +50,7 @@ def checkpoint_of(name: str) -> Checkpoint:
     return Checkpoint(Path(name), "canonical", RANDOM[name], initial_tensors(RANDOM[name]))
 
 
-def initial_tensors(config: MambaConfig, seed: int = 0) -> dict[str, Tensor]:
+def initial_tensors(config: MambaConfig | IteraConfig, seed: int = 0) -> dict[str, Tensor]:
     """Mamba's initialisation (Gu & Dao 2023, section 3.6; `_init_weights` of mamba_ssm): step sizes in [0.001, 0.1],
     A = −(1 … N), D = 1, output projections divided by √layers.
 
@@ -58,16 +60,16 @@ def initial_tensors(config: MambaConfig, seed: int = 0) -> dict[str, Tensor]:
 
     def initial(kind: str, role: str, shape: tuple[int, ...]) -> Tensor:
         if kind == "A_log":
-            return torch.arange(1, shape[1] + 1, dtype=torch.float32).log().repeat(shape[0], 1)  # [I, N]
+            return torch.arange(1, shape[-1] + 1, dtype=torch.float32).log().expand(shape).clone()  # [I, N] or [N]
         if kind == "D" or role == "vector":
             return torch.ones(shape)
-        if kind == "dt_proj" and role == "bias":
+        if kind in ("dt_proj", "delta_proj") and role == "bias":
             step = torch.exp(torch.rand(shape, generator=generator) * math.log(100.0) + math.log(0.001))
             return step + torch.log(-torch.expm1(-step))  # inverse of softplus
         if role == "bias":
             return torch.zeros(shape)
-        std = 0.02 if kind == "embedding" else 1 / math.sqrt(3 * math.prod(shape[1:]))
-        std /= math.sqrt(config.n_layers) if kind == "out_proj" else 1
+        std = 0.02 if kind in ("embedding", "position_embedding") else 1 / math.sqrt(3 * math.prod(shape[1:]))
+        std /= math.sqrt(config.n_layers) if kind in ("out_proj", "w2") else 1
         return torch.randn(shape, generator=generator) * std
 
     return {p.name: initial(p.kind, p.role, p.shape) for p in config.parameters()}
@@ -90,6 +92,7 @@ def workspace_of(checkpoint: Checkpoint, windows: int, overrides: Iterable[str] 
     counts = torch.bincount(calibration.ids.flatten(), minlength=vocabulary)
     device = spec.search.device
     model = build(checkpoint.config, {name: tensor.to(device) for name, tensor in checkpoint.tensors.items()})
+    model = split_embedding(model, counts, spec.precision.embedding_blocks)
     statistics = calibrate(model, calibration) if spec.precision.activations == "static" else None
     converter = Converter(model, spec.precision.scheme, statistics)
     space = make_space(converter, spec.precision.choices, pinned_names(converter.components))

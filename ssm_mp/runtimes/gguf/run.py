@@ -152,15 +152,19 @@ class Library:
             raise RunError(f"llama.cpp does not load {path}:\n{self.said()}")
         return loaded
 
-    def context(self, model: int, length: int) -> int:
-        """A context for windows of `length`: keys and values float32, attention written out, so that it computes what
-        is compared; by default llama.cpp rounds both to float16."""
+    def context(self, model: int, length: int, *, exact: bool = True) -> int:
+        """A context for windows of `length`.
+
+        exact: keys and values float32, attention written out, so that it computes what is compared; by default
+        llama.cpp rounds both to float16.
+        """
         params = self.checked(self.c.llama_context_default_params(), _CONTEXT_DEFAULTS)
         params.n_ctx = length
         params.n_batch = params.n_ubatch = min(length, MOST_TOKENS)
         params.n_threads = params.n_threads_batch = _threads()
-        params.flash_attn_type = NO_FLASH_ATTENTION
-        params.type_k = params.type_v = FLOAT32
+        if exact:
+            params.flash_attn_type = NO_FLASH_ATTENTION
+            params.type_k = params.type_v = FLOAT32
         made: int | None = self.c.llama_init_from_model(model, params)
         if not made:
             raise RunError(f"llama.cpp makes no context:\n{self.said()}")
@@ -190,7 +194,7 @@ def read(library: Library, context: int, ids: np.ndarray, out: np.ndarray) -> fl
         library.c.llama_memory_clear(library.c.llama_get_memory(context), True)
         for start in range(0, len(window), MOST_TOKENS):
             part = slice(start, start + MOST_TOKENS)
-            batch = _batch(window[part], start)
+            batch = batch_of(window[part], start)
             began = time.perf_counter()
             status = library.c.llama_decode(context, batch)
             if status:
@@ -201,14 +205,15 @@ def read(library: Library, context: int, ids: np.ndarray, out: np.ndarray) -> fl
     return spent
 
 
-def _batch(ids: np.ndarray, start: int) -> Batch:
-    """Tokens of one sequence, the first at position `start`, of all of which logits are wanted."""
+def batch_of(ids: np.ndarray, start: int, *, only_last: bool = False) -> Batch:
+    """Tokens of one sequence, the first at position `start`; logits of all of them are wanted, or only of the last."""
     count = len(ids)
+    wanted = [0 if only_last else 1] * (count - 1) + [1]
     sequence = ctypes.pointer(c_int32(0))
     return Batch(
         count, (c_int32 * count)(*ids.tolist()), None, (c_int32 * count)(*range(start, start + count)),
         (c_int32 * count)(*[1] * count), (POINTER(c_int32) * count)(*[sequence] * count),
-        (c_int8 * count)(*[1] * count),
+        (c_int8 * count)(*wanted),
     )  # fmt: skip
 
 
