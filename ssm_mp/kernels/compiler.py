@@ -37,6 +37,9 @@ _SOURCES = (
     "program.c",
     "steps.c",
     "mamba1.c",
+    "shared_step.c",
+    "mamba2.c",
+    "gates.c",
     "bus_error.c",
     "weights.c",
     "compensate.c",
@@ -52,6 +55,7 @@ _HEADERS = (
     "log_sum.h",
     "register.h",
     "scan.h",
+    "ssd.h",
     "program.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
