@@ -7,6 +7,7 @@ of heads with the same B and C, `K` convolution kernel, `W` channels of the conv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding
 from ssm_mp.kernels.gated_norm import gated_norm
+from ssm_mp.kernels.gates import GatedNorm
+from ssm_mp.kernels.mamba2 import Mamba2Scan
 from ssm_mp.kernels.ssd import CHUNK, Limits, ssd_scan, ssd_scan_chunked
 from ssm_mp.modules.norm import Norm, NormForm
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.modules.unpacked import Unpacked
+from ssm_mp.programs.program import Carried, Into, NotCompiledError, Program, Value
 
 PIECES = ("z", "x", "B", "C", "dt")
 """What in_proj gives, in the order of its rows."""
@@ -164,3 +168,47 @@ class Mamba2Mixing(Mixing):
         norm = self.norm
         assert isinstance(norm, Norm)
         return gated_norm(y, z, norm.factors(), self.block.norm_groups, norm.eps, self.block.gate)
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        block = self.block
+        if self.scan is not ssd_scan:
+            raise NotCompiledError("another scan is asked for")
+        z, xBC, dt = self._emit_projected(program, u)  # noqa: N806
+        xBC = program.convolution(self.conv1d, xBC)  # noqa: N806
+        x, B, C = xBC.split(block.sizes[1:4])  # noqa: N806
+        y = program.new(block.d_inner)
+        heads, width, n = block.n_heads, block.head_dim, block.d_state
+        state = Carried(lambda batch, capacity: (batch, heads, n, width), lambda held, tokens: held.transpose(2, 3))
+        low, high = block.dt_limits
+        A2 = self._A(self.A_log) * math.log2(math.e)  # [H]  # noqa: N806
+        what = Mamba2Scan(
+            *(value.structure for value in (x, B, C, dt, y)), heads, width, n, block.n_groups, program.floats(A2),
+            program.floats(self._skip(self.D)), program.floats(self._dt_bias(self.dt_bias)),
+            low, math.inf if high is None else high, program.state(state),
+        )  # fmt: skip
+        program.call("mamba2_scan", what)
+        self._emit_gated(program, y, z)
+        program.product(self.out_proj, y, into)
+
+    def _emit_projected(self, program: Program, u: Value) -> tuple[Value, Value, Value]:
+        block, sizes = self.block, self.block.sizes
+        if block.split:
+            found = program.new(sum(sizes))
+            pieces = found.split(sizes)
+            for proj, piece in zip(self.in_projs, pieces, strict=True):
+                program.product(proj, u, Into(piece))
+        else:
+            found = program.product(self.in_projs[0], u)
+            pieces = found.split(sizes)
+        for piece, factor in zip(pieces, block.multipliers or (), strict=False):  # of none or of each
+            if factor != 1.0:
+                program.scaled(piece, factor, Into(piece))
+        return pieces[0], found.part(sizes[0], sum(sizes[1:4])), pieces[4]
+
+    def _emit_gated(self, program: Program, y: Value, z: Value) -> None:
+        gated = GatedNorm(y.structure, z.structure, y.width, 1, 0, None, 0.0)
+        if self.block.gate != "no_norm":
+            assert isinstance(self.norm, Norm)
+            gated.groups, gated.norm_first = self.block.norm_groups, self.block.gate == "norm_first"
+            gated.weight, gated.eps = program.floats(self.norm.factors()), self.norm.eps
+        program.call("gated_norm", gated, self.norm)

@@ -5,6 +5,7 @@ Dimensions: `b` batch, `l` length, `d` model, `I` inner, `N` state, `K` convolut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding, Rows
+from ssm_mp.kernels import shared_step as kernels
 from ssm_mp.kernels.scan import shared_step_scan, shared_step_scan_reference
 from ssm_mp.modules.parameter import Parameter
+from ssm_mp.programs.program import Carried, Into, NotCompiledError, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +80,21 @@ class SharedStepMixing(Mixing):
         B, C, D = self.B.tensor(), self.C.tensor(), self.D.tensor()  # noqa: N806
         y, last = self.scan(a, self.delta_proj(a), A, B, C, D, z, None if before is None else before[1])
         return self.out_proj(y), (inputs, last)
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        if self.scan is not shared_step_scan:
+            raise NotCompiledError("another scan is asked for")
+        az = program.product(self.in_proj, u)
+        inner = az.width // 2
+        a = program.convolution(self.conv1d, az.part(0, inner))
+        dt = program.product(self.delta_proj, a)
+        states = program.product(self.B, a)
+        n, A2 = states.width, -torch.exp(self.A_log.tensor()) * math.log2(math.e)  # [N]  # noqa: N806
+        state = program.state(Carried(lambda batch, capacity: (batch, n)))
+        program.call(
+            "shared_step", kernels.SharedStep(dt.structure, states.structure, inner, n, program.floats(A2), state)
+        )
+        y = program.product(self.C, states)
+        z, D = az.part(inner, inner), program.floats(self.D.tensor())  # noqa: N806
+        program.call("shared_step_outputs", kernels.SharedStepOutputs(y.structure, a.structure, z.structure, inner, D))
+        program.product(self.out_proj, y, into)

@@ -4,18 +4,7 @@
  * Dimensions: b batch, l length, H heads, P channels of a head, N state, G groups of heads. Arrays are float32,
  * row-major; `ld`: floats between neighbouring tokens of an array that is part of a wider one.
  */
-#include "register.h"
-
-typedef struct {
-    int64_t batch, length, heads, width, states, groups;
-    const float *x, *dt, *A2, *B, *C, *D, *dt_bias; /* A2 [H]: A · log2 e */
-    int64_t ld_x, ld_dt, ld_B, ld_C;
-    float low, high;     /* limits of the steps */
-    const float *before; /* [b, H, N, P], or none: zeros */
-    float *state, *y;    /* [b, H, N, P], what is left after the last token; [b, l, H, P] */
-    float *steps;        /* scratch [b, l, H] */
-    float *scratch;      /* G times `ssd_scratch` floats */
-} Ssd;
+#include "ssd.h"
 
 enum {
     CHUNK = 64, /* tokens of a chunk, a multiple of LANES */
@@ -158,6 +147,35 @@ static void advance_part(const Ssd *s, const Head *head, const float *decays, co
     copy_part(head->state + n * head->P + p, h, count);
 }
 
+/* Some rows of the state of one head, a token further, and what they add to y: in the order of memory. */
+INLINE void advance_rows(const Head *head, float decay, int64_t n, int rows) {
+    const int64_t P = head->P;
+    float *state = head->state + n * P;
+    for (int64_t p = 0; p < P; p += WIDTH) {
+        const int64_t left = P - p;
+        const Register in = get_part(head->x + p, left) * head->steps[0];
+        Register sum = get_part(head->y + p, left);
+        UNROLL
+        for (int r = 0; r < rows; r++) {
+            Register h = in * head->B[n + r];
+            if (head->before) h += get_part(head->before + (n + r) * P + p, left) * decay;
+            sum += h * head->C[n + r];
+            put_part(state + r * P + p, h, left);
+        }
+        put_part(head->y + p, sum, left);
+    }
+}
+
+/* One token of one head: all that counts is to read and write the state as fast as memory can. */
+static void step_of_head(const Ssd *s, int64_t b, int64_t h) {
+    const Head head = head_of(s, b, h, 0, 1);
+    const float decay = exp2_of(get(head.logs))[0];
+    for (int64_t p = 0; p < head.P; p++) head.y[p] = head.x[p] * head.D;
+    int64_t n = 0;
+    for (; n + 4 <= head.N; n += 4) advance_rows(&head, decay, n, 4);
+    for (; n < head.N; n++) advance_rows(&head, decay, n, 1);
+}
+
 /* Tokens of one head, one after another. */
 static void steps_of_head(const Ssd *s, int64_t b, int64_t h, int64_t from, int64_t tokens) {
     const Head head = head_of(s, b, h, from, tokens);
@@ -254,28 +272,38 @@ static void chunk_of_head(const Ssd *s, const Shared *shared, int64_t b, int64_t
     }
 }
 
+/* A chunk of one sequence, all heads; a few tokens one after another, wherever a sequence is cut into passes. */
+static void chunk_of_sequence(const Ssd *s, int64_t b, int64_t from, int64_t tokens, int threads) {
+    const int64_t size = ssd_scratch(s->states);
+    if (tokens > FEW) {
+#pragma omp parallel for num_threads(threads) if (threads > 1 && s->groups > 1) schedule(static)
+        for (int64_t g = 0; g < s->groups; g++) {
+            const Shared shared = {s->scratch + g * size, s->scratch + g * size + CHUNK * s->states};
+            share(s, &shared, b, g, from, tokens);
+        }
+    }
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
+    for (int64_t h = 0; h < s->heads; h++) {
+        const int64_t g = h / (s->heads / s->groups);
+        const Shared shared = {s->scratch + g * size, s->scratch + g * size + CHUNK * s->states};
+        if (tokens > FEW) chunk_of_head(s, &shared, b, h, from, tokens);
+        else steps_of_head(s, b, h, from, tokens);
+    }
+}
+
 void ssd_scan(const Ssd *s, int threads) {
     const int64_t all = s->batch * s->length, heads = s->heads;
 #pragma omp parallel for num_threads(threads) if (threads > 1 && s->length > FEW) schedule(static)
     for (int64_t token = 0; token < all; token++) steps_of_token(s, token);
     if (s->length <= FEW) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t w = 0; w < s->batch * heads; w++) steps_of_head(s, w / heads, w % heads, 0, s->length);
+        for (int64_t w = 0; w < s->batch * heads; w++) {
+            if (s->length == 1) step_of_head(s, w / heads, w % heads);
+            else steps_of_head(s, w / heads, w % heads, 0, s->length);
+        }
         return;
     }
     for (int64_t b = 0; b < s->batch; b++)
-        for (int64_t from = 0; from < s->length; from += CHUNK) {
-            const int64_t tokens = least(s->length - from, CHUNK), size = ssd_scratch(s->states);
-#pragma omp parallel for num_threads(threads) if (threads > 1 && s->groups > 1) schedule(static)
-            for (int64_t g = 0; g < s->groups; g++) {
-                const Shared shared = {s->scratch + g * size, s->scratch + g * size + CHUNK * s->states};
-                share(s, &shared, b, g, from, tokens);
-            }
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-            for (int64_t h = 0; h < heads; h++) {
-                const int64_t g = h / (heads / s->groups);
-                const Shared shared = {s->scratch + g * size, s->scratch + g * size + CHUNK * s->states};
-                chunk_of_head(s, &shared, b, h, from, tokens);
-            }
-        }
+        for (int64_t from = 0; from < s->length; from += CHUNK)
+            chunk_of_sequence(s, b, from, least(s->length - from, CHUNK), threads);
 }

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from ssm_mp.modules.embedding import Embedding
 from ssm_mp.modules.linear import Linear
 from ssm_mp.modules.norm import Norm
 from ssm_mp.precisions.matrix import Matrix
-from ssm_mp.precisions.stored import Stored
+from ssm_mp.precisions.stored import FloatTensor, Stored
 
 _MOST_LAID = 1 << 22
 """Bytes up to which a weight is laid out whole, by each thread, once for all passes; larger ones panel by panel."""
@@ -50,6 +51,11 @@ class Value:
     def part(self, start: int, width: int) -> Value:
         """Some neighbouring columns."""
         return replace(self, column=self.column + start, width=width)
+
+    def split(self, widths: Sequence[int]) -> list[Value]:
+        """Neighbouring columns, of so many each."""
+        ends = list(accumulate(widths))
+        return [self.part(end - width, width) for end, width in zip(ends, widths, strict=True)]
 
     @property
     def structure(self) -> kernels.Rows:
@@ -131,9 +137,12 @@ class Program:
 
     def matrix(self, module: nn.Module) -> matrices.Matrix:
         """A weight's structure. The module may make its own anew at any time: this one lives on here."""
-        if not isinstance(module, Linear | Embedding):
+        if isinstance(module, Stored):  # a bare value, which computes as it is or, stored in another way, unpacked
+            matrix = Matrix.of(module) or Matrix.of(FloatTensor(module.tensor()))
+        elif isinstance(module, Linear | Embedding):
+            matrix = module.matrix()
+        else:
             raise NotCompiledError(f"{type(module).__name__} in place of a projection")
-        matrix = module.matrix()
         if matrix is None:
             raise UnknownWeightError(
                 f"the kernels do not know a weight that is stored as {type(module.weight).__name__}"
@@ -144,7 +153,7 @@ class Program:
         return matrix.structure
 
     def product(self, module: nn.Module, x: Value, into: Into | None = None) -> Value:
-        """`module(x)`, a projection."""
+        """`module(x)`, a projection; of a bare value `[n, k]`, its products with x."""
         matrix = self.matrix(module)
         if matrix.k != x.width:
             raise NotCompiledError(f"a product of {matrix.k} inputs with {x.width}")
