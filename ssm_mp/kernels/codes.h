@@ -69,21 +69,13 @@ INLINE Register scales_of_unit(const float *scales, const int halves, const int 
 
 /* WIDTH codes of sixteen, one a lane, with anything above them. */
 INLINE Integers codes_in_order(const uint8_t *p, const int bits, const int piece) {
-    Integers codes;
-#if defined(__AVX512F__)
-    (void)piece;
-    codes = (Integers)splat_words(word_of_two(p, bits, 0), word_of_two(p, bits, 1));
-    for (int i = 0; i < WIDTH; i++) codes[i] >>= bits * (i % 8);
-#else
-    const uint32_t word = word_of_two(p, bits, piece * WIDTH / 8);
     Integers shift;
-    for (int i = 0; i < WIDTH; i++) {
-        codes[i] = (int32_t)word;
-        shift[i] = bits * ((piece * WIDTH + i) % 8);
-    }
-    codes = codes >> shift;
+    for (int i = 0; i < WIDTH; i++) shift[i] = bits * ((piece * WIDTH + i) % 8);
+#if defined(__AVX512F__)
+    return (Integers)splat_words(word_of_two(p, bits, 0), word_of_two(p, bits, 1)) >> shift;
+#else
+    return ((Integers){0} + (int32_t)word_of_two(p, bits, piece * WIDTH / 8)) >> shift;
 #endif
-    return codes;
 }
 
 /* A single code; it may reach into the next byte. */
