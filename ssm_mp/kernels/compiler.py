@@ -30,6 +30,7 @@ _SOURCES = (
     "scan.c",
     "ssd.c",
     "delta.c",
+    "delta_step.c",
     "elementwise.c",
     "likelihood.c",
     "matrix.c",
@@ -39,6 +40,7 @@ _SOURCES = (
     "mamba1.c",
     "shared_step.c",
     "mamba2.c",
+    "delta_rule.c",
     "gates.c",
     "bus_error.c",
     "weights.c",
@@ -56,6 +58,7 @@ _HEADERS = (
     "register.h",
     "scan.h",
     "ssd.h",
+    "delta.h",
     "program.h",
 )
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fPIC", "-ffp-contract=fast", "-fno-math-errno")
