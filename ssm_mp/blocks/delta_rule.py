@@ -16,10 +16,14 @@ from torch import Tensor, nn
 
 from ssm_mp.blocks.block import Block, Mixing, Parts, Scan, State
 from ssm_mp.blocks.folding import Folding
+from ssm_mp.kernels import delta_rule as kernels
+from ssm_mp.kernels.calls import MOST_KEYS
 from ssm_mp.kernels.delta import delta_rule, delta_rule_chunked
-from ssm_mp.modules.norm import NormForm
+from ssm_mp.kernels.gates import GatedNorm
+from ssm_mp.modules.norm import Norm, NormForm
 from ssm_mp.modules.parameter import Parameter
 from ssm_mp.modules.unpacked import Unpacked
+from ssm_mp.programs.program import Carried, Into, NotCompiledError, Program, Value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +127,45 @@ class DeltaRuleMixing(Mixing):
         *qkv_parts, z = qkvz.split((n, n, ratio * m, ratio * m), dim=-1)
         b, a = ba.split((ratio, ratio), dim=-1)
         return torch.cat([part.flatten(2) for part in qkv_parts], dim=-1), z.flatten(2), b.flatten(2), a.flatten(2)
+
+    def emit(self, program: Program, u: Value, into: Into) -> None:
+        groups, heads, n, m = self.sizes
+        if self.scan is not delta_rule:
+            raise NotCompiledError("another scan is asked for")
+        if n > MOST_KEYS:
+            raise NotCompiledError(f"heads of {n} keys, and the kernel takes up to {MOST_KEYS}")
+        qkv, z, b, a = self._emit_projected(program, u)
+        q, k, v = program.convolution(self.conv1d, qkv).split((groups * n, groups * n, heads * m))
+        y = program.new(heads * m)
+        what = kernels.DeltaRule(
+            *(value.structure for value in (q, k, v, b, a, y)), groups, heads, n, m,
+            program.floats(self._rate(self.A_log)), program.floats(self._offset(self.dt_bias)),
+            program.state(Carried(lambda batch, capacity: (batch, heads, n, m))),
+        )  # fmt: skip
+        program.call("delta_rule", what)
+        assert isinstance(self.norm, Norm)
+        factors = program.floats(self.norm.factors().repeat(heads))  # the heads share them
+        gated = GatedNorm(y.structure, z.structure, y.width, heads, True, factors, self.norm.eps)
+        program.call("gated_norm", gated, self.norm)
+        program.product(self.out_proj, y, into)
+
+    def _emit_projected(self, program: Program, u: Value) -> tuple[Value, ...]:
+        projected = [program.product(projection, u) for projection in self.in_projs]
+        if len(projected) == 4:
+            return tuple(projected)
+        groups, heads, n, m = self.sizes
+        values, ratio = heads * m, heads // groups
+        qkvz = self._emit_regrouped(program, projected[0], (n, n, ratio * m, ratio * m))
+        ba = self._emit_regrouped(program, projected[1], (ratio, ratio))
+        channels = qkvz.width - values
+        return qkvz.part(0, channels), qkvz.part(channels, values), ba.part(0, heads), ba.part(heads, heads)
+
+    def _emit_regrouped(self, program: Program, x: Value, widths: tuple[int, ...]) -> Value:
+        """Rows by key head, of so many columns of each kind → by kind, its columns of all key heads side by side."""
+        groups = self.sizes[0]
+        y, stride = program.new(x.width), x.width // groups
+        pieces = y.split([groups * width for width in widths])
+        for first, piece in zip(x.part(0, stride).split(widths), pieces, strict=True):
+            what = kernels.Regrouped(first.structure, piece.structure, groups, stride, first.width)
+            program.call("regrouped", what)
+        return y

@@ -8,17 +8,7 @@
  */
 #include <math.h>
 
-#include "vector.h"
-
-typedef struct {
-    int64_t batch, length, key_heads, value_heads, keys, values;
-    const float *q, *k, *v; /* [b, l, G, n] twice, [b, l, H, m] */
-    int64_t ld_q, ld_k, ld_v; /* floats between tokens */
-    const float *g, *beta;  /* [b, l, H] */
-    const float *state;     /* [b, H, n, m]; NULL: zeros */
-    float *last;            /* [b, H, n, m] */
-    float *y;               /* [b, l, H, m] */
-} Delta;
+#include "delta.h"
 
 enum { TILE = LANES }; /* tokens that are prepared at once */
 
@@ -34,8 +24,6 @@ enum { WIDTH = 4, FEW = 2 };
 enum { WIDE = 2, COLUMNS = WIDE * WIDTH };
 typedef float vec __attribute__((vector_size(WIDTH * sizeof(float))));
 typedef float unaligned __attribute__((vector_size(WIDTH * sizeof(float)), aligned(4), may_alias));
-
-#define NORM_EPS 1e-6f
 
 /* What a few tokens have to do with each other, whatever the column. */
 typedef struct {
@@ -227,6 +215,11 @@ static void head(const Delta *d, int64_t b, int64_t h) {
     float *last = d->last + at;
     for (int64_t begin = 0; begin < l; begin += TILE) {
         const int tokens = l - begin < TILE ? (int)(l - begin) : TILE;
+        const float *from = begin > 0 ? last : d->state ? d->state + at : NULL;
+        if (tokens == 1) { /* wherever a sequence is cut into passes */
+            delta_step(d, b, h, begin, from);
+            continue;
+        }
         const int64_t row = b * l + begin;
         const float *q = d->q + row * d->ld_q + key_head * n, *k = d->k + row * d->ld_k + key_head * n;
         const float *v = d->v + row * d->ld_v + h * m;
@@ -236,7 +229,6 @@ static void head(const Delta *d, int64_t b, int64_t h) {
         for (int t = 0; t < tokens; t += FEW)
             prepare(n, q + t * d->ld_q, d->ld_q, k + t * d->ld_k, d->ld_k, decay + t, beta + t,
                     tokens - t < FEW ? tokens - t : FEW, groups + t / FEW, mixed + t * 2 * n);
-        const float *from = begin > 0 ? last : d->state ? d->state + at : NULL;
         for (int64_t c = 0; c < m; c += COLUMNS) {
             const int count = m - c < COLUMNS ? (int)(m - c) : COLUMNS;
             tile_columns(n, m, tokens, groups, mixed, v + c, d->ld_v, from ? from + c : NULL, last + c,

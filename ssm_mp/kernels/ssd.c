@@ -167,8 +167,8 @@ INLINE void advance_rows(const Head *head, float decay, int64_t n, int rows) {
 }
 
 /* One token of one head: all that counts is to read and write the state as fast as memory can. */
-static void step_of_head(const Ssd *s, int64_t b, int64_t h) {
-    const Head head = head_of(s, b, h, 0, 1);
+static void step_of_head(const Ssd *s, int64_t b, int64_t h, int64_t from) {
+    const Head head = head_of(s, b, h, from, 1);
     const float decay = exp2_of(get(head.logs))[0];
     for (int64_t p = 0; p < head.P; p++) head.y[p] = head.x[p] * head.D;
     int64_t n = 0;
@@ -176,8 +176,12 @@ static void step_of_head(const Ssd *s, int64_t b, int64_t h) {
     for (; n < head.N; n++) advance_rows(&head, decay, n, 1);
 }
 
-/* Tokens of one head, one after another. */
+/* A few tokens of one head, one after another. */
 static void steps_of_head(const Ssd *s, int64_t b, int64_t h, int64_t from, int64_t tokens) {
+    if (tokens == 1) {
+        step_of_head(s, b, h, from);
+        return;
+    }
     const Head head = head_of(s, b, h, from, tokens);
     float decays[CHUNK];
     for (int64_t t = 0; t < tokens; t += WIDTH) put(decays + t, exp2_of(get(head.logs + t)));
@@ -297,10 +301,7 @@ void ssd_scan(const Ssd *s, int threads) {
     for (int64_t token = 0; token < all; token++) steps_of_token(s, token);
     if (s->length <= FEW) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-        for (int64_t w = 0; w < s->batch * heads; w++) {
-            if (s->length == 1) step_of_head(s, w / heads, w % heads);
-            else steps_of_head(s, w / heads, w % heads, 0, s->length);
-        }
+        for (int64_t w = 0; w < s->batch * heads; w++) steps_of_head(s, w / heads, w % heads, 0, s->length);
         return;
     }
     for (int64_t b = 0; b < s->batch; b++)

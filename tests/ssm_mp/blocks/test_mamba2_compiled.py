@@ -39,7 +39,8 @@ def test_it_gives_so_at_every_precision(precision: str, split: bool, many: bool)
 
 @pytest.mark.parametrize("length", [5, 64, 257, 516, 700])
 def test_threads_change_nothing(length: int) -> None:
-    require_no_change_by_threads(compiled(branch_of(SMALL)), 3, length, SMALL.d_model)
+    block = BLOCKS["one group, heads of sixteen"]
+    require_no_change_by_threads(compiled(branch_of(block)), 3, length, block.d_model)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
