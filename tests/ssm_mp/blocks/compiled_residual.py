@@ -78,8 +78,8 @@ def by_module(branch: Residual, x: Tensor) -> Tensor:
 
 
 def assert_near(found: Tensor, expected: Tensor, weights: Weights = "fp32") -> None:
-    """`[b, l, d]` equal to float32 rounding; where inputs are rounded, one on the edge may fall to the other side, and a
-    token's expert may be another one, which moves a token in a hundred by a step of int8."""
+    """`[b, l, d]` equal to float32 rounding; where inputs are rounded, one on the edge may fall to the other side,
+    and a token's expert may be another one, which moves a token in a hundred by a step of int8."""
     scale = max(1.0, float(expected.abs().max()))
     error = (found - expected).abs().amax(dim=-1) / scale
     if weights in ("int8 dynamic", "int8 static", "nf4", "mixed"):
