@@ -8,22 +8,29 @@
 #include "register.h"
 
 enum {
-    KEYS = 64,  /* of a block, a multiple of four */
-    HEADS = 3,  /* that are multiplied with four keys at a time */
-    ROWS = 4,   /* heads that are multiplied with sixteen numbers of a value at a time */
+    KEYS = 64,   /* of a block, a multiple of four */
+    HEADS = 3,   /* that are multiplied with four keys at a time */
+    ROWS = 4,    /* heads that are multiplied with sixteen numbers of a value at a time */
+    STREAMS = 8, /* values that are read side by side, each in the order of memory */
+    AHEAD = 16,  /* keys and values that are fetched before they are read */
 };
 
 /* What the heads found so far, each in a row of its own. */
 typedef struct {
     const Queries *queries;
-    float *q, *y;                  /* [s, e] */
-    float *scores;                 /* [s, KEYS] */
-    float *top, *total, *factor;   /* [s] */
+    float *q, *y;       /* [s, e] */
+    float *scores;      /* [s, KEYS] */
+    float *top, *total; /* [s] */
 } Found;
 
-int64_t token_floats(int64_t shared, int64_t width) { return shared * (2 * width + KEYS + 3); }
+int64_t token_floats(int64_t shared, int64_t width) { return shared * (2 * width + KEYS + 2); }
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Has memory brought near that is read soon. */
+INLINE void expect(const float *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) __builtin_prefetch(from + i);
+}
 
 /* The totals of four registers. */
 INLINE void totals(const Register x[4], float *to) {
@@ -90,9 +97,11 @@ static void score(const Found *f, const float *keys, int count, float *scores) {
     if (left) scores_of(1, width, q, keys, scores);
 }
 
-/* One head's scores become weights; its largest score and their sum are of all keys so far. */
+/* One head's scores become weights; its largest score and their sum are of all keys so far, and what it found before is
+ * worth less where there is a larger score. */
 static void weigh(const Found *f, int64_t head, int64_t count) {
-    float *scores = f->scores + head * KEYS;
+    const int64_t width = f->queries->width;
+    float *scores = f->scores + head * KEYS, *y = f->y + head * width;
     const Register lowest = (Register){0} - FLT_MAX;
     float top = f->top[head];
     for (int64_t k = count; k < least(KEYS, (count + WIDTH - 1) / WIDTH * WIDTH); k++) scores[k] = -FLT_MAX;
@@ -105,19 +114,19 @@ static void weigh(const Found *f, int64_t head, int64_t count) {
         for (int64_t i = count - k; i < WIDTH; i++) scores[k + i] = 0;
         total += get(scores + k);
     }
-    f->factor[head] = decay_of((Register){0} + (f->top[head] - top))[0];
-    f->total[head] = f->total[head] * f->factor[head] + total_of(total);
+    const Register factor = decay_of((Register){0} + (f->top[head] - top));
+    for (int64_t d = 0; d < width; d += WIDTH) put_part(y + d, get_part(y + d, width - d) * factor, width - d);
+    f->total[head] = f->total[head] * factor[0] + total_of(total);
     f->top[head] = top;
 }
 
-/* Sixteen numbers of some heads with those of `count` further values. */
-INLINE void gather_of(const int heads, int64_t width, int64_t count, const float *scores, const float *factor,
-                      const float *values, float *y) {
+/* Sixteen numbers of some heads, and those of `count` further values. */
+INLINE void gather_of(const int heads, int64_t width, int64_t count, const float *scores, const float *values, float *y) {
     Register held[ROWS][PIECES];
     UNROLL
     for (int h = 0; h < heads; h++)
         UNROLL
-        for (int i = 0; i < PIECES; i++) held[h][i] = get(y + h * width + i * WIDTH) * factor[h];
+        for (int i = 0; i < PIECES; i++) held[h][i] = get(y + h * width + i * WIDTH);
     for (int64_t k = 0; k < count; k++) {
         Register value[PIECES];
         UNROLL
@@ -133,30 +142,27 @@ INLINE void gather_of(const int heads, int64_t width, int64_t count, const float
         for (int i = 0; i < PIECES; i++) put(y + h * width + i * WIDTH, held[h][i]);
 }
 
-/* What all heads found with what they find in `count` further values [count, e]. */
-static void gather(const Found *f, const float *values, int64_t count) {
+/* What all heads find in `count` further values [count, e] of weights from `scores` on. */
+static void gather(const Found *f, const float *scores, const float *values, int64_t count) {
     const int64_t width = f->queries->width, shared = f->queries->shared;
     int64_t d = 0;
     for (; d + LANES <= width; d += LANES) {
-        int64_t h = 0;
-        for (; h + 4 <= shared; h += 4)
-            gather_of(4, width, count, f->scores + h * KEYS, f->factor + h, values + d, f->y + h * width + d);
-        for (; h + 2 <= shared; h += 2)
-            gather_of(2, width, count, f->scores + h * KEYS, f->factor + h, values + d, f->y + h * width + d);
-        if (h < shared) gather_of(1, width, count, f->scores + h * KEYS, f->factor + h, values + d, f->y + h * width + d);
+        const float *weights = scores;
+        float *y = f->y + d;
+        int64_t left = shared;
+        for (; left >= 4; left -= 4, weights += 4 * KEYS, y += 4 * width) gather_of(4, width, count, weights, values + d, y);
+        for (; left >= 2; left -= 2, weights += 2 * KEYS, y += 2 * width) gather_of(2, width, count, weights, values + d, y);
+        if (left) gather_of(1, width, count, weights, values + d, y);
     }
     for (int64_t h = 0; h < shared; h++)
-        for (int64_t c = d; c < width; c++) {
-            float sum = f->y[h * width + c] * f->factor[h];
-            for (int64_t k = 0; k < count; k++) sum += f->scores[h * KEYS + k] * values[k * width + c];
-            f->y[h * width + c] = sum;
-        }
+        for (int64_t c = d; c < width; c++)
+            for (int64_t k = 0; k < count; k++) f->y[h * width + c] += scores[h * KEYS + k] * values[k * width + c];
 }
 
 void attend_token(const Queries *queries, float *scratch) {
     const int64_t shared = queries->shared, width = queries->width, seen = queries->before + 1;
     float *y = scratch + shared * width, *scores = y + shared * width, *top = scores + shared * KEYS;
-    const Found f = {queries, scratch, y, scores, top, top + shared, top + 2 * shared};
+    const Found f = {queries, scratch, y, scores, top, top + shared};
     for (int64_t h = 0; h < shared; h++) {
         const float *q = queries->q + h * queries->apart;
         for (int64_t d = 0; d < width; d++) f.q[h * width + d] = q[d] * queries->scale;
@@ -166,10 +172,16 @@ void attend_token(const Queries *queries, float *scratch) {
     }
     for (int64_t from = 0; from < seen; from += KEYS) {
         const int64_t count = least(seen - from, KEYS);
-        for (int64_t k = 0; k < count; k += 4)
-            score(&f, queries->keys + (from + k) * width, (int)least(count - k, 4), f.scores + k);
+        const float *keys = queries->keys + from * width, *values = queries->values + from * width;
+        for (int64_t k = 0; k < count; k += 4) {
+            expect(keys + (k + AHEAD) * width, 4 * width);
+            score(&f, keys + k * width, (int)least(count - k, 4), f.scores + k);
+        }
         for (int64_t h = 0; h < shared; h++) weigh(&f, h, count);
-        gather(&f, queries->values + from * width, count);
+        for (int64_t k = 0; k < count; k += STREAMS) {
+            expect(values + (k + AHEAD) * width, STREAMS * width);
+            gather(&f, f.scores + k, values + k * width, least(count - k, STREAMS));
+        }
     }
     for (int64_t h = 0; h < shared; h++) {
         const float *gate = queries->q + h * queries->apart + queries->gate;
