@@ -1,0 +1,73 @@
+"""The tests of kernels, run once more in a process of their own on kernels that were compiled in another way."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssm_mp.kernels import compiler
+
+ROOT = Path(__file__).parents[3]
+MACHINE = platform.machine()
+SOURCES = ROOT / "ssm_mp" / "kernels"
+_NOT_THESE = ("cuda", "triton", "mamba_ssm", "compiler", "library_cache")
+_OTHER_TESTS = ("precisions/test_compensate.py", "precisions/test_matrix.py", "precisions/test_slices.py",
+                "conversion/test_one_pass.py")  # fmt: skip
+# what computes without kernels, slowly
+_LEFT_OUT = ("[reference", "[chunked", "mse-False", "no_float32_copy", "(test_compensate and not the_kernel)",
+             "(test_one_pass and not the_kernel)")  # fmt: skip
+TESTS = tuple(
+    str(path.relative_to(ROOT))
+    for folder, pattern in (("kernels", "test_*.py"), ("blocks", "test_*compiled*.py"), ("decoding", "test_comp*.py"))
+    for path in sorted((ROOT / "tests" / "ssm_mp" / folder).glob(pattern))
+    if not any(name in path.name for name in _NOT_THESE)
+) + tuple(f"tests/ssm_mp/{name}" for name in _OTHER_TESTS)
+"""Those that compute with the kernels of a CPU; those of them that are slow start processes, and are left out."""
+
+SCRIPT = """
+import sys
+import pytest
+from hypothesis import settings
+from ssm_mp.kernels.compiler import library
+assert library() is not None
+settings.register_profile("few", deadline=None, max_examples=12)
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+OPTIONS = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
+           "--hypothesis-profile=few", "-k", " and ".join(f"not {name}" for name in _LEFT_OUT))  # fmt: skip
+
+
+def run_tests(
+    cache: Path, command: Sequence[str], tests: Sequence[str] = TESTS, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Tests on the kernels that a compiler's command makes, which are kept in a folder of their own."""
+    held = {**os.environ, "CC": shlex.join(command), "XDG_CACHE_HOME": str(cache), **environment}
+    return run([sys.executable, "-c", SCRIPT, *OPTIONS, *tests], **held)
+
+
+def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """A command in the folder of the repository, and all that it says."""
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", cwd=ROOT,
+        env={**os.environ, **environment}, check=False,
+    )  # fmt: skip
+
+
+def build(command: Sequence[str], to: Path, *sources: Path) -> Path:
+    """A library of C files, those of all kernels where none are named, by this compiler and without OpenMP."""
+    files = sources or tuple(sorted(SOURCES.glob("*.c")))
+    compiled = [*command, *compiler.FLAGS, "-shared", *map(str, files), "-lm", "-o", str(to)]
+    done = run(compiled)
+    assert done.returncode == 0, done.stdout
+    return to
+
+
+def found(compiler_name: str) -> str:
+    """The path of a compiler or another program; empty where there is none."""
+    return shutil.which(compiler_name) or ""
