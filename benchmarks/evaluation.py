@@ -1,18 +1,20 @@
 """Candidates an hour: the plain way, ours without and with racing, and the limit of this machine, in one run.
 
     python -m benchmarks.evaluation [--json] [--choices fp16 int8 …]   # needs transformers; some minutes on two cores
-    python -m benchmarks.evaluation --device cuda
+    python -m benchmarks.evaluation --device cuda [--only reference]
 
-The checkpoint is the reference in a Hugging Face folder, the study has the reference study's windows and scheme (scales
-from the largest magnitude, as a plain script takes them). First a search of that study runs, as `ssm-mp search` would,
-with racing: its maps, in its order, are the candidates, so that racing sees the maps and the rivals that it sees in
-use. Then all ways evaluate the same maps in turn, the plain way a few of them, spread over the search.
+The checkpoints are the reference in a Hugging Face folder and the hybrid reference, `studies/hybrid`; the study has the
+reference study's windows and scheme (scales from the largest magnitude, as a plain script takes them). First a search
+of that study runs, as `ssm-mp search` would, with racing: its maps, in its order, are the candidates, so that racing
+sees the maps and the rivals that it sees in use. Then all ways evaluate the same maps in turn, the plain way a few of
+them, spread over the search.
 
 A way's candidates an hour are its candidates over the sum of their times. What is made once a study (calibration, each
 component at each precision) is outside of the times, for the plain way its input scales as well. `limit_fraction` is
 the median, map by map, of the limit's time over ours where every map computes all of its layers;
 `limit_fraction_sharing` where it may take layers that a map before has computed, as in a search, which is how `ours` is
-measured. `least_seconds` are the shortest times, the ones that other load disturbed least.
+measured. `least_seconds` are the shortest times, the ones that other load disturbed least. The limit is that of a
+Mamba; the hybrid has none. In JSON the figures of the reference stand at the top, the hybrid's under `hybrid`.
 
 The sampler `front` proposes maps so near to the front that few can be left before their last window; `windows_raced`
 counts them. Other samplers (`--sampler`) try more that are far from it.
@@ -28,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,7 +38,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.huggingface import plain_perplexity, quiet, write_reference
+from benchmarks.huggingface import Convert, plain_convert, plain_perplexity, quiet, write_reference
+from benchmarks.plain_hybrid import HYBRID, convert_hybrid, transformers_hybrid
 from benchmarks.speed_limit import Limit, SpeedLimit
 from search.base.stop import Stop
 from search.measure.objective import Measured, Objective
@@ -52,13 +56,12 @@ from ssm_mp.families.mamba import MambaConfig
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.precisions.registry import PRECISIONS
 
-TOKENIZER = Path("studies/reference/tokenizer.json")
 PLAIN_CANDIDATES = 8
 T = TypeVar("T")
 
 _STUDY = """
 [checkpoint]
-path = "checkpoint"
+path = {checkpoint}
 [data]
 tokenizer = {tokenizer}
 window = 128
@@ -75,6 +78,33 @@ device = "{device}"
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A checkpoint that is evaluated.
+
+    open: its Hugging Face folder and its model in `transformers`, given where one may be written. convert: how that
+    model is rounded by a map, the plain way.
+    """
+
+    tokenizer: Path
+    open: Callable[[Path], tuple[Path, nn.Module]]
+    convert: Convert
+
+
+def _reference(folder: Path) -> tuple[Path, nn.Module]:
+    return folder / "checkpoint", write_reference(folder / "checkpoint")
+
+
+def _hybrid(folder: Path) -> tuple[Path, nn.Module]:
+    return HYBRID.resolve(), transformers_hybrid(HYBRID)
+
+
+SUBJECTS = {
+    "reference": Subject(Path("studies/reference/tokenizer.json"), _reference, plain_convert),
+    "hybrid": Subject(HYBRID / "tokenizer.json", _hybrid, convert_hybrid),
+}
+
+
+@dataclass(frozen=True)
 class Candidate:
     """A map that a search tried; `races`: against the maps finished before it, which seeds do not."""
 
@@ -84,7 +114,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Timed:
-    """One map by every way: seconds, and what they found; the plain way is None where it was not asked.
+    """One map by every way: seconds, and what they found; the plain way is None where it was not asked, the limit where
+    none is known.
 
     unshared: ours without the layers that maps before have computed for it.
     """
@@ -92,7 +123,7 @@ class Timed:
     ours: float
     unshared: float
     racing: float
-    limit: Limit
+    limit: Limit | None
     windows_raced: int
     perplexity: float
     plain: float | None
@@ -100,16 +131,24 @@ class Timed:
 
 
 def write_study(
-    folder: Path, trials: int, choices: Sequence[str], sampler: str, device: str = "cpu"
+    folder: Path,
+    subject: Subject,
+    trials: int,
+    choices: Sequence[str],
+    sampler: str,
+    device: str = "cpu",
+    overrides: Sequence[str] = (),
 ) -> tuple[StudySpec, nn.Module]:
-    """The study file with its checkpoint, and the checkpoint's model in `transformers`."""
-    model = write_reference(folder / "checkpoint")
+    """The study file with its checkpoint, and the checkpoint's model in `transformers`; `overrides` as `--set` has
+    them."""
+    checkpoint, model = subject.open(folder)
     study = folder / "huggingface.toml"
-    tokenizer = json.dumps(str(TOKENIZER.resolve()))
-    said = {"tokenizer": tokenizer, "trials": trials, "choices": json.dumps(list(choices)), "sampler": sampler}
+    paths = {"checkpoint": checkpoint, "tokenizer": subject.tokenizer.resolve()}
+    said = {name: json.dumps(str(path)) for name, path in paths.items()}
+    said |= {"trials": str(trials), "choices": json.dumps(list(choices)), "sampler": sampler}
     said["device"] = device
     study.write_text(_STUDY.format(**said), encoding="utf-8")
-    return load_spec(study), model.to(device)
+    return load_spec(study, overrides), model.to(device)
 
 
 def searched(spec: StudySpec, run: RunDirectory) -> tuple[Prepared, list[Candidate]]:
@@ -123,13 +162,14 @@ def searched(spec: StudySpec, run: RunDirectory) -> tuple[Prepared, list[Candida
     return prepared, [Candidate(space.map(map_of(trial)), trial.user_attrs.get(ORIGIN) in SAMPLERS) for trial in trials]
 
 
-def measure(prepared: Prepared, model: nn.Module, candidates: Sequence[Candidate]) -> list[Timed]:
+def measure(prepared: Prepared, model: nn.Module, convert: Convert, candidates: Sequence[Candidate]) -> list[Timed]:
     """Every map by every way in turn."""
     workspace = prepared.workspace
     windows = workspace.splits.search
     config = workspace.checkpoint.config
-    assert isinstance(config, MambaConfig)
-    limit = SpeedLimit(config, workspace.space.components, windows, workspace.model.device)
+    limit = None
+    if isinstance(config, MambaConfig):
+        limit = SpeedLimit(config, workspace.space.components, windows, workspace.model.device)
     scales = input_scales(workspace)
     # each has a cache of its own: what one keeps, the others do not see
     whole, racer = (Objective(workspace, prepared.baseline) for _ in range(2))
@@ -141,7 +181,7 @@ def measure(prepared: Prepared, model: nn.Module, candidates: Sequence[Candidate
         held = candidate.map.to_json()
         plain, expected = None, None
         if number in asked:
-            plain, expected = _timed(lambda held=held: plain_perplexity(model, held, scales, windows))  # type: ignore[misc]
+            plain, expected = _timed(partial(plain_perplexity, model, held, scales, windows, convert))
         ours, measured = _timed(lambda c=candidate: whole(c.map))  # type: ignore[misc]
         unshared, _ = _timed(lambda c=candidate: alone(c.map))  # type: ignore[misc]
         racing, raced = _timed(lambda c=candidate: _race(racer, workspace, c, finished))  # type: ignore[misc]
@@ -152,7 +192,7 @@ def measure(prepared: Prepared, model: nn.Module, candidates: Sequence[Candidate
                 ours,
                 unshared,
                 racing,
-                limit.measure(held),
+                None if limit is None else limit.measure(held),
                 raced.increase.windows,
                 measured.perplexity,
                 plain,
@@ -191,12 +231,29 @@ def _timed(run: Callable[[], T]) -> tuple[float, T]:
     return time.perf_counter() - began, result
 
 
+def limits(timed: Sequence[Timed]) -> dict[str, Any]:
+    """The figures of the limit; none where it is not known."""
+    pairs = [(t, t.limit) for t in timed if t.limit is not None]
+    if not pairs:
+        return {}
+    return {
+        "limit": 3600 / statistics.mean(limit.seconds for _, limit in pairs),
+        "limit_fraction": statistics.median(limit.seconds / t.unshared for t, limit in pairs),
+        "limit_fraction_sharing": statistics.median(limit.seconds / t.ours for t, limit in pairs),
+        "limit_seconds": {
+            part: statistics.median(getattr(limit, part) for _, limit in pairs)
+            for part in ("products", "exponentials", "logits")
+        },
+    }
+
+
 def summarise(timed: Sequence[Timed], windows: int, length: int) -> dict[str, Any]:
     """The figures of the run; `length` tokens a window."""
     plain = statistics.mean(t.plain for t in timed if t.plain is not None)
     ours, unshared = statistics.mean(t.ours for t in timed), statistics.mean(t.unshared for t in timed)
     racing = statistics.mean(t.racing for t in timed)
     raced = statistics.mean(t.windows_raced for t in timed)
+    least_limit = {"limit": min(t.limit.seconds for t in timed if t.limit)} if all(t.limit for t in timed) else {}
     differences = [
         abs(t.plain_perplexity / t.perplexity - 1) for t in timed if t.plain_perplexity is not None
     ]  # fmt: skip
@@ -206,20 +263,14 @@ def summarise(timed: Sequence[Timed], windows: int, length: int) -> dict[str, An
         "ours_racing": 3600 / racing,
         "ratio": plain / ours,
         "ratio_racing": plain / racing,
-        "limit": 3600 / statistics.mean(t.limit.seconds for t in timed),
-        "limit_fraction": statistics.median(t.limit.seconds / t.unshared for t in timed),
-        "limit_fraction_sharing": statistics.median(t.limit.seconds / t.ours for t in timed),
+        **limits(timed),
         "ours_unshared": 3600 / unshared,
-        "limit_seconds": {
-            part: statistics.median(getattr(t.limit, part) for t in timed)
-            for part in ("products", "exponentials", "logits")
-        },
         "seconds": {"plain": plain, "ours": ours, "ours_unshared": unshared, "ours_racing": racing},
         "least_seconds": {
             "plain": min(t.plain for t in timed if t.plain is not None),
             "ours": min(t.ours for t in timed),
             "ours_unshared": min(t.unshared for t in timed),
-            "limit": min(t.limit.seconds for t in timed),
+            **least_limit,
         },
         "tokens_per_second": {
             "plain": windows * length / plain,
@@ -247,9 +298,23 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr)
 
 
-def _print(found: dict[str, Any]) -> None:
+def evaluated(
+    name: str, trials: int, choices: Sequence[str], sampler: str, device: str, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The figures of one checkpoint: its study searched, then its maps by every way."""
+    subject = SUBJECTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        spec, model = write_study(Path(folder), subject, trials, choices, sampler, device, overrides)
+        prepared, candidates = searched(spec, RunDirectory(Path(folder) / "run"))
+        windows = prepared.workspace.splits.search
+        found = summarise(measure(prepared, model, subject.convert, candidates), len(windows), windows.length)
+    found["device"] = "cpu" if device == "cpu" else torch.cuda.get_device_name(device)
+    return found
+
+
+def _print(name: str, found: dict[str, Any]) -> None:
     cpu = f"{found['threads']} threads, {found['cpu_capability']}"
-    print(f"{cpu if found['device'] == 'cpu' else found['device']}, torch {found['torch']}")
+    print(f"{name}: {cpu if found['device'] == 'cpu' else found['device']}, torch {found['torch']}")
     print(f"{found['candidates']} candidates ({found['plain_candidates']} the plain way), {found['windows']} windows")
     print("             candidates/hour  seconds  tokens/s  over plain")
     for way, ratio in (("plain", 1.0), ("ours", found["ratio"]), ("ours_racing", found["ratio_racing"])):
@@ -257,9 +322,10 @@ def _print(found: dict[str, Any]) -> None:
             f"{way:12} {found[way]:16.0f} {found['seconds'][way]:8.3f} {found['tokens_per_second'][way]:9.0f}"
             f" {ratio:10.1f}×"
         )
-    parts = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in found["limit_seconds"].items())
-    print(f"limit        {found['limit']:16.0f}   {parts}; ours reaches {found['limit_fraction']:.2f} of it,")
-    print(f"             {found['limit_fraction_sharing']:.2f} with the layers that maps share")
+    if "limit" in found:
+        parts = ", ".join(f"{part} {seconds:.3f} s" for part, seconds in found["limit_seconds"].items())
+        print(f"limit        {found['limit']:16.0f}   {parts}; ours reaches {found['limit_fraction']:.2f} of it,")
+        print(f"             {found['limit_fraction_sharing']:.2f} with the layers that maps share")
     print(f"windows seen before a race ended: {found['windows_raced']}")
     print(
         f"perplexities differ from the plain way's by at most {found['largest_relative_difference_of_perplexity']:.1e}"
@@ -267,25 +333,24 @@ def _print(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Measure and print a table, or one JSON object."""
+    """Measure and print a table for each checkpoint, or one JSON object."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--json", action="store_true")
+    arguments.add_argument("--only", nargs="+", choices=tuple(SUBJECTS), default=tuple(SUBJECTS))
     arguments.add_argument("--trials", type=int, default=64)
     arguments.add_argument("--choices", nargs="+", choices=list(PRECISIONS), default=["fp16", "int8"])
     arguments.add_argument("--sampler", choices=SAMPLERS, default="front")
     arguments.add_argument("--device", default="cpu")
     given = arguments.parse_args()
     quiet()
-    with tempfile.TemporaryDirectory() as folder:
-        spec, model = write_study(Path(folder), given.trials, given.choices, given.sampler, given.device)
-        prepared, candidates = searched(spec, RunDirectory(Path(folder) / "run"))
-        windows = prepared.workspace.splits.search
-        found = summarise(measure(prepared, model, candidates), len(windows), windows.length)
-        found["device"] = "cpu" if given.device == "cpu" else torch.cuda.get_device_name(given.device)
+    found = {
+        name: evaluated(name, given.trials, given.choices, given.sampler, given.device) for name in given.only
+    }  # fmt: skip
     if given.json:
-        print(json.dumps(found))
-    else:
-        _print(found)
+        print(json.dumps({**found.pop("reference", {}), **found}))
+        return
+    for name, figures in found.items():
+        _print(name, figures)
 
 
 if __name__ == "__main__":

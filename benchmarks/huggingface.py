@@ -92,11 +92,20 @@ def their_name(name: str) -> str:
     return name.replace("embedding", "backbone.embeddings", 1).replace("norm", "backbone.norm_f", 1)
 
 
+Convert = Callable[[nn.Module, Mapping[str, str], Mapping[str, float]], nn.Module]
+"""A model, a map and the scales of inputs → a copy that is rounded."""
+
+
 def plain_perplexity(
-    model: nn.Module, precision_map: Mapping[str, str], input_scales: Mapping[str, float], windows: Windows
+    model: nn.Module,
+    precision_map: Mapping[str, str],
+    input_scales: Mapping[str, float],
+    windows: Windows,
+    convert: Convert | None = None,
 ) -> float:
-    """One candidate by the plain way: `model` copied, converted by the map, run on all windows."""
-    converted = plain_convert(model, precision_map, input_scales)
+    """One candidate by the plain way: `model` copied, converted by the map (by default as a Mamba), run on all
+    windows."""
+    converted = (convert or plain_convert)(model, precision_map, input_scales)
     total = 0.0
     with torch.inference_mode():
         device = next(converted.parameters()).device
@@ -116,21 +125,22 @@ def plain_convert(model: nn.Module, precision_map: Mapping[str, str], input_scal
     for name, precision in precision_map.items():
         kind = name.rsplit(".", 1)[-1]
         if kind in ("A_log", "D"):
-            _set(converted.get_parameter(their_name(name)), lambda value: value.half())
+            set_rounded(converted.get_parameter(their_name(name)), lambda value: value.half())
             continue
         module = converted.get_submodule(their_name(name))
         for leaf, parameter in module.named_parameters():
-            _set(parameter, _rounding(precision) if leaf == "weight" else Tensor.half)
+            set_rounded(parameter, rounding(precision) if leaf == "weight" else Tensor.half)
         if precision == "int8" and name in input_scales:
             _hook(converted, name, kind, input_scales[name])
     return converted
 
 
-def _set(parameter: nn.Parameter, rounded: Callable[[Tensor], Tensor]) -> None:
+def set_rounded(parameter: nn.Parameter, rounded: Callable[[Tensor], Tensor]) -> None:
+    """Round a parameter in place, float32 as before."""
     parameter.data = rounded(parameter.data).float()
 
 
-def _rounding(precision: str) -> Callable[[Tensor], Tensor]:
+def rounding(precision: str) -> Callable[[Tensor], Tensor]:
     """How a weight is rounded; below 8 bits in groups, by the code that stores them."""
     if precision == "fp16":
         return Tensor.half

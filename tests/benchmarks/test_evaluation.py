@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.evaluation import Timed, summarise
+from benchmarks.evaluation import PLAIN_CANDIDATES, Timed, evaluated, summarise
 from benchmarks.speed_limit import Limit
 
 
@@ -23,3 +25,22 @@ def test_candidates_an_hour_are_those_of_all_the_time_spent() -> None:
     assert found["tokens_per_second"]["ours"] == pytest.approx(128 * 100 / 0.5)
     assert found["tokens_per_second"]["ours_racing"] == pytest.approx(64 * 100 / 0.25)
     assert found["largest_relative_difference_of_perplexity"] == pytest.approx(0.01)
+
+
+def test_without_a_known_limit_there_are_no_figures_of_it() -> None:
+    one = timed(0.5, 0.25, 64, 4.0)
+    found = summarise([replace(one, limit=None)], 128, 100)
+    assert not any("limit" in key for key in found)
+    assert "limit" not in found["least_seconds"]
+    assert summarise([one], 128, 100)["least_seconds"]["limit"] == pytest.approx(0.2)
+    assert found["ours"] == pytest.approx(3600 / 0.5)
+
+
+@pytest.mark.slow
+def test_the_hybrid_is_searched_and_evaluated_by_every_way() -> None:
+    pytest.importorskip("transformers")
+    few = ['search.probe="none"', "data.search_windows=4", "data.calibration_windows=8"]
+    found = evaluated("hybrid", PLAIN_CANDIDATES, ["fp16", "int8"], "random", "cpu", few)
+    assert found["candidates"] >= found["plain_candidates"] == PLAIN_CANDIDATES
+    assert found["largest_relative_difference_of_perplexity"] < 2e-3
+    assert found["tokens_per_second"]["ours"] > 0
