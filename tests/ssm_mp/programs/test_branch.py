@@ -70,6 +70,7 @@ RULES = {
     "int8": {"*": "int8"},
     "fp16": {"*": "fp16"},
     "mixed": {"*": "int8", "*.in_proj": "fp16", "*.dt_proj": "fp16"},
+    "codes": {"*": "nf4", "*.x_proj": "int3", "*.dt_proj": "int8", "*.conv1d": "fp16"},
 }
 
 
