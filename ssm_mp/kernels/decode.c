@@ -3,6 +3,7 @@
  * Dimensions: b batch, d model, I inner, N state, R step rank, K convolution kernel, V vocabulary.
  */
 #include "layer.h"
+#include "register.h"
 
 typedef struct {
     int64_t batch, width, inner, states, rank, kernel, vocabulary, layers, heads;
@@ -31,15 +32,14 @@ static void convolve(const Model *m, const Layer *layer, int64_t b, int64_t from
 
 /* One step of the scan for one channel: its N states lie side by side. */
 INLINE float scan_channel(float *h, const float *A2, const float *B, const float *C, int64_t N, float delta, float driven) {
-    v16 sum = splat(0);
-    for (int64_t n = 0; n < N; n += LANES) {
-        const int count = N - n < LANES ? (int)(N - n) : LANES;
-        const v16 next = load_part(h + n, count) * exp2_16(splat(delta) * load_part(A2 + n, count)) +
-                         splat(driven) * load_part(B + n, count);
-        store_part(h + n, next, count);
-        sum = sum + next * load_part(C + n, count);
+    Register sum = {0};
+    for (int64_t n = 0; n < N; n += WIDTH) {
+        const Register decay = decay_of(get_part(A2 + n, N - n) * delta); /* A2 is negative */
+        const Register next = get_part(h + n, N - n) * decay + get_part(B + n, N - n) * driven;
+        put_part(h + n, next, N - n);
+        sum += next * get_part(C + n, N - n);
     }
-    return sum16(sum);
+    return sum_of(sum);
 }
 
 static void scan_step(const Model *m, const Layer *layer, int64_t b, int64_t from, int count, const float *a,
