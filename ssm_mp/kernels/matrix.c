@@ -21,7 +21,8 @@ void quantize_dynamic(int64_t m, int64_t k, const float *x, int64_t ld, float sm
 enum { FLOATS, INTEGERS, UNITS, FIXED, SIXTEENS };
 
 static int way_of(const Matrix *w) {
-    if (w->kind <= INT8) return w->inputs == INPUTS_AS_THEY_ARE ? FLOATS : INTEGERS;
+    if (w->kind == INT8 && w->inputs != INPUTS_AS_THEY_ARE) return INTEGERS;
+    if (w->kind <= INT8) return FLOATS;
     /* rows of whole units, each in one group or in two halves */
     if (w->k % UNIT != 0 || w->group_bits < HALF_BITS) return SIXTEENS;
 #ifdef HAS_FIXED
