@@ -70,6 +70,8 @@ def test_what_it_does_not_know_is_left_to_others() -> None:
     with torch.inference_mode():
         itera, mamba = random_model(ITERA), random_model(MAMBA)
         ids = torch.zeros(MOST_SEQUENCES + 1, 2, dtype=torch.long)
-        assert CompiledDecoder.of(itera, itera.carry(ids[:1])[1], 2) is None
+        assert CompiledDecoder.of(itera, itera.carry(ids[:1])[1], 2) is not None
+        unknown = _converted(mamba, "int6", "none")
+        assert CompiledDecoder.of(unknown, unknown.carry(ids[:1])[1], 2) is None
         assert CompiledDecoder.of(mamba, mamba.carry(ids)[1], 2) is None
         assert CompiledDecoder.of(mamba, mamba.carry(ids[:MOST_SEQUENCES])[1], 2) is not None
