@@ -61,7 +61,7 @@ class Memory:
             self.note(address := asked(tensor), tensor)
             return address
 
-        Tensor.data_ptr = data_ptr  # type: ignore[method-assign]
+        Tensor.data_ptr = data_ptr  # type: ignore[assignment, method-assign]
         torch.empty, torch.empty_like = _filled(torch.empty), _filled(torch.empty_like)
         Tensor.new_empty = _filled(Tensor.new_empty)  # type: ignore[method-assign]
 
