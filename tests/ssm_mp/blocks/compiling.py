@@ -17,7 +17,7 @@ from ssm_mp.decoding.compiled import CompiledDecoder
 from ssm_mp.families.hybrid import HybridConfig
 from ssm_mp.model import LanguageModel, Residual
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
-from ssm_mp.modules.norm import NormForm
+from ssm_mp.modules.norm import Norm, NormForm
 from ssm_mp.modules.parameter import Form
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.precisions.registry import get_precision
@@ -28,9 +28,8 @@ from ssm_mp.scheme import ScaleRule, Scheme
 from tests.ssm_mp.blocks.making import AT, tensors_of
 from tests.tiny import random_model
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8 static", "int8 dynamic", "nf4", "int3", "int6")
-"""int6 is none that the kernels know."""
-KNOWN = PRECISIONS[:-1]
+KNOWN = ("fp32", "fp16", "int8", "int8 static", "int8 dynamic", "nf4", "int3")
+"""Precisions that the kernels know, and how their inputs are quantised; int6 is none."""
 QUANTISED_INPUTS = ("int8 static", "int8 dynamic")
 TOLERANCE, STEP = 1e-4, 2e-2
 """Largest error over the largest value, and where a quantised input is another."""
@@ -67,8 +66,9 @@ def _inputs(scheme: str) -> InputQuantizer | None:
 
 def compiled(branch: Residual, *, many: bool = False) -> CompiledBranch:
     """The branch as a program, for few rows or for many; skips where this CPU has no such products."""
-    norm = branch.norm
-    program = Program(norm.weight.shape[0], many=many)  # type: ignore[index,operator,union-attr]
+    assert isinstance(branch.norm, Norm)
+    (width,) = branch.norm.weight.shape
+    program = Program(width, many=many)
     try:
         counts = branch.emit(program)
     except NotCompiledError as error:
