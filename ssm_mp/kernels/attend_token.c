@@ -32,22 +32,25 @@ INLINE void expect(const float *from, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) __builtin_prefetch(from + i);
 }
 
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
 /* The totals of four registers. */
 INLINE void totals(const Register x[4], float *to) {
-#if defined(__AVX__)
-    __m256 half[4];
+#if defined(__AVX__) && !defined(__AVX512F__)
+    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps((__m256)x[0], (__m256)x[1]), _mm256_hadd_ps((__m256)x[2], (__m256)x[3]));
+    *(Four *)to = (Four)_mm256_castps256_ps128(sums) + (Four)_mm256_extractf128_ps(sums, 1);
+#else
+    Four sum[4], total = {0};
+    UNROLL
     for (int i = 0; i < 4; i++) {
-#if defined(__AVX512F__)
-        half[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)x[i]),
-                                _mm256_castpd_ps(_mm512_extractf64x4_pd((__m512d)x[i], 1)));
-#else
-        half[i] = (__m256)x[i];
-#endif
+        float held[WIDTH];
+        put(held, x[i]);
+        sum[i] = *(const Four *)held;
+        for (int j = 4; j < WIDTH; j += 4) sum[i] += *(const Four *)(held + j);
     }
-    const __m256 sums = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
-    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
-#else
-    for (int i = 0; i < 4; i++) to[i] = total_of(x[i]);
+    UNROLL
+    for (int j = 0; j < 4; j++) total += (Four){sum[0][j], sum[1][j], sum[2][j], sum[3][j]};
+    *(Four *)to = total;
 #endif
 }
 
