@@ -156,7 +156,8 @@ class ExpertsMixing(Mixing):
         components, to which those that are new are added."""
         found = []
         for module, inputs in (*((inward, width) for inward in self.inward), (self.outward, self.hidden.size)):
-            assert isinstance(module, EachExpert | ExpertsLinear)
+            if not isinstance(module, EachExpert | ExpertsLinear):
+                raise NotCompiledError(f"{type(module).__name__} in place of projections of experts")
             linear, above = module.part(expert)
             matrix, component = program.matrix(linear), module.component(expert)
             if matrix.k != inputs:

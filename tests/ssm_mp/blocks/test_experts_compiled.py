@@ -178,6 +178,22 @@ def test_another_way_to_compute_experts_is_not_compiled() -> None:
         compiled(branch)
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_projections_that_are_watched_are_not_compiled(together: bool) -> None:
+    class Watched(nn.Module):
+        pass
+
+    branch = residual_of(replace(PLAIN, together=together))
+    mixing = mixing_of(branch)
+    if together:
+        mixing.outward = Watched()
+    else:
+        assert isinstance(mixing.outward, EachExpert)
+        mixing.outward.projections[1] = Watched()
+    with pytest.raises(NotCompiledError, match="Watched in place of"):
+        compiled(branch)
+
+
 def routed(routing: Routing, logits: Tensor, correction: Tensor | None, top_k: int) -> Tensor:
     """The kernels' weights `[m, X]` of logits `[m, X]`, zero for experts that are not chosen."""
     kernels, (m, experts) = library(), logits.shape
