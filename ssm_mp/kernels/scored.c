@@ -69,11 +69,16 @@ APART void scale_side(Side *side, int64_t panel, int64_t rows) {
     }
 }
 
-/* A row's scores above its top; nothing of what lies beyond the outputs. */
-INLINE void above_top(const Side *side, int64_t panel, int64_t row, float top, Register above[VECTORS]) {
+/* A row's scores above its top; nothing of what lies beyond the outputs. Where one is not finite the sum becomes NaN. */
+INLINE void above_top(const Side *side, int64_t panel, int64_t row, LogSum *sum, Register above[VECTORS]) {
     const float *score = (const float *)side->sums + row * PANEL;
+    Register spoilt = {0};
     UNROLL
-    for (int v = 0; v < VECTORS; v++) above[v] = get(score + v * WIDTH) - top;
+    for (int v = 0; v < VECTORS; v++) {
+        above[v] = get(score + v * WIDTH) - sum->top;
+        spoilt += above[v] * 0.0f;
+    }
+    sum->sum.recent[0] += spoilt;
     const int64_t left = left_of(side->work->plan.of, panel, 0);
     if (__builtin_expect(left < PANEL, 0)) {
         float held[PANEL];
@@ -85,7 +90,7 @@ INLINE void above_top(const Side *side, int64_t panel, int64_t row, float top, R
 
 /* A panel's scores of one row enter its log-sum-exp; `term`: what each adds to it. */
 INLINE void score_row(const Side *side, int64_t panel, int64_t row, LogSum *sum, Register term[VECTORS]) {
-    above_top(side, panel, row, sum->top, term);
+    above_top(side, panel, row, sum, term);
     add_scores(sum, term, panel == 0);
 }
 

@@ -73,7 +73,7 @@ class Matrix:
             self._optional(known.levels), SMALLEST_SCALE if inputs == "dynamic" else input_scale,
         )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
-        self.is_small = self.structure.n * self.structure.k <= _SMALL
+        self.is_small: bool = n * k <= _SMALL
         self.suits_many = self.takes_many and self._is_fast()
         # within a program inputs are still near, so that small products are worth it, too
         self.suits_program = self.suits_many or (self.takes_many and self.is_small and known.kind != matrices.FLOAT32)
@@ -85,7 +85,8 @@ class Matrix:
             return False  # as fast
         if self._multiplies_integers:
             return self.is_small or not matrices.has_vnni()
-        return not matrices.multiplies_by_amx() or (n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1])
+        large: bool = n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1]
+        return large or not matrices.multiplies_by_amx()
 
     @classmethod
     def of(
