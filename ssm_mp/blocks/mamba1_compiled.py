@@ -109,7 +109,7 @@ class CompiledBranch:
 
     @classmethod
     def of(cls, branch: Branch) -> CompiledBranch | None:
-        """None where there is no compiled way: not on a CPU, no compiler or instructions, another precision, or so
+        """None where there is no compiled way: not on a CPU, no compiler, another precision, or so
         large that torch's products are faster."""
         norm, conv = branch.norm, branch.conv1d
         if not isinstance(norm, Norm) or norm.one_plus or not isinstance(conv, DepthwiseConv):
@@ -120,7 +120,9 @@ class CompiledBranch:
             if not isinstance(module, Linear) or module.weight.device.type != "cpu" or not calls.compiled():
                 return None
             matrix = module.matrix()
-            if matrix is None or not matrix.takes_many or not matrix.is_small:
+            if matrix is None or matrix.structure.kind == matrices.FLOAT32:
+                return None
+            if not (matrix.suits_many or matrix.is_small):
                 return None
         return cls(branch)
 

@@ -65,9 +65,8 @@ def _kernels() -> ctypes.CDLL:
     assert found is not None, "asked for kernels that are not there"
     found.decode_scratch.argtypes, found.decode_scratch.restype = (POINTER(Model),), c_int64
     found.decode_step.argtypes = (POINTER(Model), c_int)
-    if hasattr(found, "layer_many"):  # else this CPU lacks the instructions
-        found.layer_many.argtypes = (POINTER(Layer), POINTER(Tokens), c_int)
-        found.layer_scratch.argtypes, found.layer_scratch.restype = (POINTER(Layer), POINTER(Tokens), c_int), c_int64
+    found.layer_many.argtypes = (POINTER(Layer), POINTER(Tokens), c_int)
+    found.layer_scratch.argtypes, found.layer_scratch.restype = (POINTER(Layer), POINTER(Tokens), c_int), c_int64
     return found
 
 

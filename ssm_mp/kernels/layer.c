@@ -8,8 +8,6 @@
 #include "layer.h"
 #include "scan.h"
 
-#ifdef HAS_VNNI
-
 enum { GROUP_TOKENS = 256 }; /* of one thread, at least one sequence */
 
 typedef struct {
@@ -93,20 +91,20 @@ static void layer_group(const Layer *layer, const Tokens *t, const Products *pro
     spent(t, -1, &since);
     normalise(&layer->norm, m, d, x, u, threads);
     spent(t, NORM, &since);
-    multiply_packed(&layer->in_proj, products->packed[0], m, u, d, NULL, xz, products->inputs, threads);
+    multiply_packed(&layer->in_proj, products->packed[0], m, u, d, NULL, xz, 2 * I, products->inputs, threads);
     spent(t, IN_PROJ, &since);
     conv_silu(count, t->length, I, K, xz, 2 * I, layer->taps, layer->conv_bias, conv, a, threads);
     for (int64_t b = 0; b < count; b++) keep_inputs(t, xz + b * t->length * 2 * I, 2 * I, conv + b * (K - 1) * I);
     spent(t, CONV, &since);
-    multiply_packed(&layer->x_proj, products->packed[1], m, a, I, NULL, p, products->inputs, threads);
+    multiply_packed(&layer->x_proj, products->packed[1], m, a, I, NULL, p, wide, products->inputs, threads);
     spent(t, X_PROJ, &since);
-    multiply_packed(&layer->dt_proj, products->packed[2], m, p, wide, NULL, dt, products->inputs, threads);
+    multiply_packed(&layer->dt_proj, products->packed[2], m, p, wide, NULL, dt, I, products->inputs, threads);
     spent(t, DT_PROJ, &since);
     const Scan scan = {count, t->length, I, N, a, dt, layer->A2, p + t->rank, p + t->rank + N, layer->D, xz + I,
                        I, wide, wide, 2 * I, layer->state + from * I * N, a};
     selective_scan(&scan, threads);
     spent(t, -1, &since);
-    multiply_packed(&layer->out_proj, products->packed[3], m, a, I, x, y, products->inputs, threads);
+    multiply_packed(&layer->out_proj, products->packed[3], m, a, I, x, y, d, products->inputs, threads);
     spent(t, OUT_PROJ, &since);
 }
 
@@ -122,5 +120,3 @@ void layer_many(const Layer *layer, const Tokens *t, int threads) {
     for (int64_t from = 0; from < t->batch; from += count)
         layer_group(layer, t, &products, from, t->batch - from < count ? t->batch - from : count, threads);
 }
-
-#endif

@@ -1,56 +1,99 @@
 /* A log-sum-exp that grows by 64 scores at a time, from a top that follows the largest of them.
  *
- * Scores are logits · log2 e; what is added is 2^(score − top). AVX-512 only.
+ * Scores are logits · log2 e; what is added is 2^(score − top).
  */
 #ifndef SSM_MP_LOG_SUM_H
 #define SSM_MP_LOG_SUM_H
 
 #include <math.h>
 
-#include "matrix.h"
+#include "plan.h"
 
-#ifdef HAS_VNNI
+/* Sixteen sums, of numbers each of which is added to one of them. */
+typedef struct {
+    Register recent[PIECES]; /* what was added since it was last moved to the others */
+    double total[LANES];
+} Sum;
 
-/* One row's sum of 2^(score − top) over the panels so far; scores are logits · log2 e. */
+/* One row's sum of 2^(score − top) over the panels so far. */
 typedef struct {
     float top;
-    v16 recent; /* of the panels since it was last added to the others */
-    __m512d total[2];
+    Sum sum;
 } LogSum;
 
 enum { RECENT = 16 };  /* panels that float32 adds well */
 #define HEADROOM 64.0f /* how far above `top` a score may be */
 
-INLINE void add_recent(LogSum *sum) {
-    sum->total[0] = _mm512_add_pd(sum->total[0], _mm512_cvtps_pd(_mm512_castps512_ps256((__m512)sum->recent)));
-    sum->total[1] = _mm512_add_pd(sum->total[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)sum->recent, 1)));
-    sum->recent = splat(0.0f);
+INLINE void add_recent(Sum *sum) {
+    for (int p = 0; p < PIECES; p++) {
+        for (int i = 0; i < WIDTH; i++) sum->total[p * WIDTH + i] += (double)sum->recent[p][i];
+        sum->recent[p] = (Register){0};
+    }
 }
 
-/* Measure from `higher` above the old top; what there is, none at the `first` panel, shrinks with it. */
-static void raise_top(LogSum *sum, float higher, int first) {
-    const __m512d factor = _mm512_set1_pd(first ? 0.0 : exp2(-(double)higher));
+/* What there is shrinks. */
+static __attribute__((noinline)) void shrink(Sum *sum, double factor) {
     add_recent(sum);
-    for (int half = 0; half < 2; half++) sum->total[half] = _mm512_mul_pd(sum->total[half], factor);
-    sum->top += higher;
+    for (int i = 0; i < LANES; i++) sum->total[i] *= factor;
+}
+
+/* Add 64 numbers. */
+INLINE void add_terms(Sum *sum, const Register term[VECTORS]) {
+    UNROLL
+    for (int p = 0; p < PIECES; p++)
+        sum->recent[p] += (term[p] + term[PIECES + p]) + (term[2 * PIECES + p] + term[3 * PIECES + p]);
+}
+
+/* The largest of 64 numbers; NaN may be passed over. */
+INLINE float largest_of(const Register x[VECTORS]) {
+    Register largest = x[0];
+    UNROLL
+    for (int v = 1; v < VECTORS; v++) largest = larger(largest, x[v]);
+    float top = largest[0];
+    for (int i = 1; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
+    return top;
+}
+
+/* Whether one of 64 numbers is above a bound. */
+INLINE int is_above(const Register x[VECTORS], float bound) {
+    Register largest = x[0];
+    UNROLL
+    for (int v = 1; v < VECTORS; v++) largest = larger(largest, x[v]);
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)largest, (__m512)splat(bound), _CMP_GT_OQ) != 0;
+#elif defined(__AVX__)
+    return _mm256_movemask_ps((__m256)((Integers)(largest > (Register){0} + bound))) != 0;
+#else
+    const Integers above = largest > (Register){0} + bound;
+    int any = 0;
+    for (int i = 0; i < WIDTH; i++) any |= above[i];
+    return any;
+#endif
 }
 
 /* Add a panel's scores, given above the row's top; what is added, 2^(score − top), takes their place. */
-INLINE void add_scores(LogSum *sum, v16 above[4], int first) {
-    const __m512 largest = _mm512_max_ps(_mm512_max_ps((__m512)above[0], (__m512)above[1]),
-                                         _mm512_max_ps((__m512)above[2], (__m512)above[3]));
-    if (__builtin_expect(first || _mm512_cmp_ps_mask(largest, (__m512)splat(HEADROOM), _CMP_GT_OQ), 0)) {
-        const float higher = _mm512_reduce_max_ps(largest);
-        raise_top(sum, higher, first);
-        for (int v = 0; v < 4; v++) above[v] = above[v] - splat(higher);
+INLINE void add_scores(LogSum *row, Register above[VECTORS], int first) {
+    if (__builtin_expect(first || is_above(above, HEADROOM), 0)) { /* measure from a higher top */
+        const float higher = largest_of(above);
+        shrink(&row->sum, first ? 0.0 : exp2(-(double)higher));
+        row->top += higher;
+        for (int v = 0; v < VECTORS; v++) above[v] = above[v] - higher;
     }
-    for (int v = 0; v < 4; v++) above[v] = exp2_16(above[v]);
-    sum->recent = sum->recent + ((above[0] + above[1]) + (above[2] + above[3]));
+    UNROLL
+    for (int v = 0; v < VECTORS; v++) above[v] = decay_of(above[v]);
+    add_terms(&row->sum, above);
 }
 
-/* The whole sum, measured from its top, once nothing is recent; and its natural logarithm, top included. */
-INLINE double whole_of(const __m512d total[2]) { return _mm512_reduce_add_pd(_mm512_add_pd(total[0], total[1])); }
-INLINE double log_of(const LogSum *sum) { return log(whole_of(sum->total)) + sum->top * M_LN2; }
+/* The whole sum once nothing is recent. */
+INLINE double whole_of(const Sum *sum) {
+    double total[LANES];
+    memcpy(total, sum->total, sizeof total);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++) total[i] += total[half + i];
+    return total[0];
+}
 
-#endif
+/* The natural logarithm of a row's sum, top included. */
+INLINE double log_of(const LogSum *row) { return log(whole_of(&row->sum)) + row->top * M_LN2; }
+
 #endif

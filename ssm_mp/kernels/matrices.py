@@ -9,7 +9,6 @@ Dimensions: `m` inputs, `k` inner and `n` outputs of a product.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from ctypes import POINTER, byref, c_float, c_int, c_int64, c_void_p
 from functools import cache
 
@@ -43,14 +42,15 @@ def _kernels() -> ctypes.CDLL:
     found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
     found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     found.takes_many.argtypes, found.takes_many.restype = (POINTER(Matrix),), c_int
-    if hasattr(found, "multiply_many"):  # else this CPU lacks the instructions
-        for scratch in (found.many_scratch_bytes, found.scored_scratch_bytes):
-            scratch.argtypes, scratch.restype = (POINTER(Matrix), c_int), c_int64
-        found.multiply_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
-        found.nll_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int)
-        found.divergence_many.argtypes = (
-            POINTER(Matrix), POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, c_int
-        )  # fmt: skip
+    found.inputs_bytes.argtypes, found.inputs_bytes.restype = (POINTER(Matrix), c_int), c_int64
+    found.packed_bytes.argtypes, found.packed_bytes.restype = (POINTER(Matrix),), c_int64
+    found.pack_many.argtypes = (POINTER(Matrix), c_void_p, c_int)
+    found.multiply_many.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
+    found.scored_scratch_bytes.argtypes = (POINTER(Matrix), POINTER(Matrix), c_int64, c_int)
+    found.scored_scratch_bytes.restype = c_int64
+    head = (POINTER(Matrix), c_void_p)
+    found.nll_many.argtypes = (*head, c_int64, c_void_p, c_int64, *[c_void_p] * 3, c_int)
+    found.divergence_many.argtypes = (*head, *head, c_int64, *(c_void_p, c_int64) * 2, *[c_void_p] * 4, c_int)
     return found
 
 
@@ -71,53 +71,73 @@ def takes_many(matrix: Matrix) -> bool:
 
 
 def multiplies_by_amx() -> bool:
-    """Whether float16 weights are multiplied by AMX, whose rounding is another than torch's."""
+    """Whether floats are multiplied by AMX, whose rounding is another than torch's."""
     return bool(_kernels().multiplies_by_amx())
+
+
+def has_vnni() -> bool:
+    """Whether oneDNN finds AVX-512's instructions for integers on this CPU, and perhaps AMX's."""
+    return bool(_kernels().has_vnni())
 
 
 def multiply_many(matrix: Matrix, inputs: Tensor) -> Tensor:
     """`multiply` for many inputs."""
     _require(matrix, inputs)
-    m = inputs.shape[0]
-    found, scratch = torch.empty(m, matrix.n), _scratch(_kernels().many_scratch_bytes, matrix)
-    if m > 0:
-        _kernels().multiply_many(
-            byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+    m, threads = inputs.shape[0], torch.get_num_threads()
+    found, scratch = torch.empty(m, matrix.n), _bytes(_kernels().inputs_bytes(byref(matrix), threads))
+    _kernels().multiply_many(
+        byref(matrix), m, inputs.data_ptr(), inputs.stride(0), found.data_ptr(), scratch.data_ptr(), threads
+    )
     return found
 
 
-def nll_many(matrix: Matrix, inputs: Tensor, targets: Tensor) -> Tensor:
+def packed_bytes(matrix: Matrix) -> int:
+    """What a whole matrix takes laid out."""
+    return int(_kernels().packed_bytes(byref(matrix)))
+
+
+def packed(matrix: Matrix) -> Tensor:
+    """A whole matrix laid out for `nll_many` and `divergence_many`."""
+    found = _bytes(packed_bytes(matrix))
+    _kernels().pack_many(byref(matrix), found.data_ptr(), torch.get_num_threads())
+    return found
+
+
+Head = tuple[Matrix, Tensor | None]
+"""A matrix, and the same laid out whole; None: it is laid out on the way, some outputs at a time."""
+
+
+def nll_many(head: Head, inputs: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of `targets [m]`, int64, where those products are logits, never held: float64 `[m]`."""
+    matrix, laid = head
     _require(matrix, inputs, targets)
-    m, targets, scratch = inputs.shape[0], targets.contiguous(), _scratch(_kernels().scored_scratch_bytes, matrix)
+    m, threads, targets = inputs.shape[0], torch.get_num_threads(), targets.contiguous()
+    scratch = _bytes(_kernels().scored_scratch_bytes(byref(matrix), None, m, threads))
     nll = torch.empty(m, dtype=torch.float64)
-    if m > 0:
-        _kernels().nll_many(
-            byref(matrix), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(),
-            scratch.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+    _kernels().nll_many(
+        byref(matrix), _at(laid), m, inputs.data_ptr(), inputs.stride(0), targets.data_ptr(), nll.data_ptr(),
+        scratch.data_ptr(), threads,
+    )  # fmt: skip
     return nll
 
 
 def divergence_many(
-    matrix: Matrix, inputs: Tensor, targets: Tensor, expected: Matrix, theirs: Tensor
+    head: Head, inputs: Tensor, targets: Tensor, expected: Head, theirs: Tensor
 ) -> tuple[Tensor, Tensor]:
     """`nll_many`, and KL of these logits from those that `expected` makes of `theirs [m, k]`: float64 `[m]` each."""
+    (matrix, laid), (other, other_laid) = head, expected
     _require(matrix, inputs, targets)
-    _require(expected, theirs, targets)
-    if matrix.n != expected.n:
-        raise ValueError(f"{matrix.n} outputs beside {expected.n}: as many are wanted")
-    m, targets = inputs.shape[0], targets.contiguous()
-    scratch = _scratch(_kernels().scored_scratch_bytes, matrix, expected)
+    _require(other, theirs, targets)
+    if matrix.n != other.n:
+        raise ValueError(f"{matrix.n} outputs beside {other.n}: as many are wanted")
+    m, threads, targets = inputs.shape[0], torch.get_num_threads(), targets.contiguous()
+    scratch = _bytes(_kernels().scored_scratch_bytes(byref(matrix), byref(other), m, threads))
     nll, kl = torch.empty(m, dtype=torch.float64), torch.empty(m, dtype=torch.float64)
-    if m > 0:
-        _kernels().divergence_many(
-            byref(matrix), byref(expected), m, inputs.data_ptr(), inputs.stride(0), theirs.data_ptr(),
-            theirs.stride(0), targets.data_ptr(), nll.data_ptr(), kl.data_ptr(), scratch.data_ptr(),
-            torch.get_num_threads(),
-        )  # fmt: skip
+    _kernels().divergence_many(
+        byref(matrix), _at(laid), byref(other), _at(other_laid), m, inputs.data_ptr(), inputs.stride(0),
+        theirs.data_ptr(), theirs.stride(0), targets.data_ptr(), nll.data_ptr(), kl.data_ptr(), scratch.data_ptr(),
+        threads,
+    )  # fmt: skip
     return nll, kl
 
 
@@ -133,10 +153,13 @@ def _require(matrix: Matrix, inputs: Tensor, targets: Tensor | None = None) -> N
         raise ValueError(f"targets from {int(targets.min())} to {int(targets.max())} of {matrix.n} outputs")
 
 
-def _scratch(needed: Callable[..., int], *heads: Matrix) -> Tensor:
-    """Memory in which the functions for many inputs lay out weights and inputs; `needed` tells the bytes for each."""
-    threads = torch.get_num_threads()
-    return torch.empty(sum(needed(byref(matrix), threads) for matrix in heads), dtype=torch.int8)
+def _bytes(count: int) -> Tensor:
+    """Memory that functions work in."""
+    return torch.empty(count, dtype=torch.int8)
+
+
+def _at(held: Tensor | None) -> int | None:
+    return None if held is None else held.data_ptr()
 
 
 def row_sums(values: Tensor) -> Tensor:

@@ -26,17 +26,14 @@ void multiply(const Matrix *matrix, int64_t m, const float *x, int64_t ld_x, flo
               int threads);
 int64_t scratch_bytes(const Matrix *matrix, int64_t m);
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-#define HAS_VNNI 1
-
-/* For many inputs a weight is laid out anew first (many.c), if `takes_many` says so.
- * y [m, n] = x times the matrix transposed, plus bias, plus `residual` [m, n], or none. */
+/* For many inputs a weight is laid out anew first (many.c), if `takes_many` says so: whole, in `packed`, or, where that is
+ * NULL, some outputs at a time. y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias,
+ * plus `residual`, which lies like y and may be it, or none. `inputs`: `inputs_bytes` of scratch, aligned to 64 bytes. */
 int takes_many(const Matrix *w);
 int64_t packed_bytes(const Matrix *w);
-int64_t inputs_bytes(const Matrix *w, int threads); /* of scratch for the inputs */
 void pack_many(const Matrix *w, void *packed, int threads);
-void multiply_packed(const Matrix *w, void *packed, int64_t m, const float *x, int64_t ld, const float *residual, float *y,
-                     void *inputs, int threads);
-#endif
+int64_t inputs_bytes(const Matrix *w, int threads);
+void multiply_packed(const Matrix *w, void *packed, int64_t m, const float *x, int64_t ld_x, const float *residual,
+                     float *y, int64_t ld_y, void *inputs, int threads);
 
 #endif

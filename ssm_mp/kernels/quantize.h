@@ -22,6 +22,12 @@ INLINE Register quotient_of(Register x, float scale, float inverse) {
 INLINE void put_int8(int8_t *p, Integers x, int64_t count) {
 #if defined(__AVX512F__)
     store_int8(p, (v16i)x, count < LANES ? (int)count : LANES);
+#elif defined(__AVX2__)
+    /* by halves, or compilers take one number after another */
+    const __m256i low = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(255));
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    const int64_t bytes = _mm_cvtsi128_si64(_mm_packus_epi16(words, words));
+    memcpy(p, &bytes, count < WIDTH ? count : WIDTH);
 #else
     typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
     const Bytes bytes = __builtin_convertvector(x, Bytes);
@@ -39,23 +45,26 @@ INLINE void quantize_row(const float *x, int64_t k, float scale, int offset, int
     for (int64_t c = 0; c < k; c += WIDTH) {
         const Register value = get_part(x + c, k - c);
         spoilt += value * 0.0f;
-        Register bounded = quotient_of(value, scale, inverse);
-        bounded = choose(bounded < lowest, lowest, bounded);
-        bounded = choose(bounded > highest, highest, bounded);
+        const Register bounded = smaller(larger(quotient_of(value, scale, inverse), lowest), highest);
         put_int8(q + c, (Integers)(bounded + ROUNDING) - origin, k - c);
     }
     *poison += total_of(spoilt);
 }
 
+INLINE Register size_of(Register x) { return (Register)((Integers)x & INT32_MAX); }
+
 /* The scale of a row by its largest magnitude, at least `smallest`. */
 INLINE float scale_of_row(const float *x, int64_t k, float smallest) {
-    Register largest = {0};
-    for (int64_t c = 0; c < k; c += WIDTH) {
-        const Register value = (Register)((Integers)get_part(x + c, k - c) & INT32_MAX);
-        largest = choose(value > largest, value, largest);
-    }
+    enum { APART = 4 }; /* so that one need not wait for another */
+    Register largest[APART] = {{0}};
+    int64_t c = 0;
+    for (; c + APART * WIDTH <= k; c += APART * WIDTH)
+        UNROLL
+        for (int i = 0; i < APART; i++) largest[i] = larger(size_of(get(x + c + i * WIDTH)), largest[i]);
+    for (; c < k; c += WIDTH) largest[0] = larger(size_of(get_part(x + c, k - c)), largest[0]);
+    largest[0] = larger(larger(largest[0], largest[1]), larger(largest[2], largest[3]));
     float top = 0;
-    for (int i = 0; i < WIDTH; i++) top = largest[i] > top ? largest[i] : top;
+    for (int i = 0; i < WIDTH; i++) top = largest[0][i] > top ? largest[0][i] : top;
     const float scale = top / 127.0f;
     return scale < smallest ? smallest : scale;
 }

@@ -19,7 +19,7 @@ from ssm_mp.kernels import calls, cuda
 from ssm_mp.kernels.chosen import kernels_for
 from ssm_mp.modules.inputs import InputQuantizer, Rounding, StaticInput
 from ssm_mp.modules.likelihood import likelihood_of, token_divergence, token_nll
-from ssm_mp.precisions.matrix import FEW_ROWS, Inputs, Matrix
+from ssm_mp.precisions.matrix import FEW_ROWS, Head, Inputs, Matrix
 from ssm_mp.precisions.stored import FloatTensor, IntegerTensor, RowsOf, Stored
 
 _MOST_UNPACKED = 1 << 27
@@ -68,12 +68,12 @@ def rescaled(sums: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -
 class Projection:
     """Products with the same inputs side by side, each `(weight, bias, input quantiser)`, ready for many calls.
 
-    matrix: of a single product, where kernels take it straight from its inputs to likelihoods. rounding: of the inputs
-    of all of them, before anything else.
+    head: of a single product, where kernels take it straight from its inputs to likelihoods. rounding: of the inputs of
+    all of them, before anything else.
     """
 
     parts: Sequence[tuple[Stored, Stored | None, InputQuantizer | None]]
-    matrix: Matrix | None = None
+    head: Head | None = None
     rounding: Rounding | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -97,8 +97,8 @@ class Projection:
         return x if self.rounding is None else self.rounding(x)
 
     def _product(self, x: Tensor) -> Tensor:
-        if self.matrix is not None and self.matrix.suits_many and calls.usable(x):
-            return self.matrix.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+        if self.head is not None and self.head.matrix.suits_many and calls.usable(x):
+            return self.head.matrix.product(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
         found = [linear(x, *part) for part in self.parts]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
@@ -110,8 +110,8 @@ class Projection:
         return self._nll_of(self._rounded(x), columns, held)
 
     def _nll_of(self, x: Tensor, columns: Tensor, held: int) -> Tensor:
-        if self.matrix is not None and calls.usable(x):
-            return self.matrix.nll(x, columns)
+        if self.head is not None and calls.usable(x):
+            return self.head.nll(x, columns)
         tokens = min(_TOKENS, x.shape[0])
         if (
             (held < tokens or self._is_packed)
@@ -130,8 +130,8 @@ class Projection:
 
         Logits are those of `x [m, k]` here and of `expected [m, k]` there.
         """
-        if self.matrix is not None and reference.matrix is not None and calls.usable(x, expected):
-            return self.matrix.divergence(self._rounded(x), columns, reference.matrix, reference._rounded(expected))
+        if self.head is not None and reference.head is not None and calls.usable(x, expected):
+            return self.head.divergence(self._rounded(x), columns, reference.head, reference._rounded(expected))
         chunks = zip(x.split(held), expected.split(held), strict=True)
         own, other = self._unpacked, reference._unpacked
         kl = torch.cat([token_divergence(own(ours), other(theirs)) for ours, theirs in chunks])
@@ -272,10 +272,10 @@ class Multiplier(nn.Module):
 
     def projection(self) -> Projection:
         """`multiply` for many calls."""
-        if self.bias is None and not self._is_float32 and self.weight.device.type == "cpu" and calls.compiled():
+        if self.bias is None and self.weight.device.type == "cpu" and calls.compiled():
             matrix = self._own_matrix()
-            if matrix is not None and matrix.scores_many:
-                return Projection([(self.weight, self.bias, self.inputs)], matrix, self.rounding)
+            if matrix is not None and matrix.takes_many:
+                return Projection([(self.weight, self.bias, self.inputs)], Head(matrix), self.rounding)
         weight = self.weight if self._is_cut_packed else self._to_multiply()
         return Projection([(weight, self.bias, self.inputs)], rounding=self.rounding)
 

@@ -7,6 +7,7 @@ Dimensions: `m` rows, `k` inputs and `n` outputs of a product.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Lock
 from typing import Literal
 
 import torch
@@ -32,10 +33,10 @@ SMALLEST_SCALE = 1e-12
 _SMALL = 1 << 18
 """Values of a matrix up to which an integer product here is faster than oneDNN's, measured with AMX."""
 _LEAST_FLOATS = (256, 64)
-"""Outputs and inputs from which on splitting the inputs of a float16 product pays, measured with AMX."""
-_PACKED_BYTES = {matrices.INT8: 1, matrices.FLOAT16: 4}
+"""Outputs and inputs from which on splitting the inputs of a product of floats pays, measured with AMX."""
 _MOST_PACKED = 3 << 26
-"""Bytes up to which each thread may lay out a whole head of its own, anew for its every share of the windows."""
+"""Bytes up to which a head may be laid out whole; of a larger one some outputs at a time are, for every share of the
+windows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,10 +73,18 @@ class Matrix:
             self._optional(known.levels), SMALLEST_SCALE if inputs == "dynamic" else input_scale,
         )  # fmt: skip
         self.takes_many = matrices.takes_many(self.structure)
-        self.scores_many = self.takes_many and n * k * _PACKED_BYTES[kind] <= _MOST_PACKED
-        self.is_small = n * k <= _SMALL
-        faster = self.is_small if kind == matrices.INT8 else n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1]
-        self.suits_many = self.takes_many and faster
+        self.is_small: bool = n * k <= _SMALL
+        self.suits_many = self.takes_many and self._is_fast()
+
+    def _is_fast(self) -> bool:
+        """Whether a product of many inputs here is faster than torch's, its unpacking of the weight included."""
+        n, k = self.structure.n, self.structure.k
+        if self.structure.kind == matrices.FLOAT32:
+            return False  # as fast
+        if self._multiplies_integers:
+            return self.is_small or not matrices.has_vnni()
+        large: bool = n >= _LEAST_FLOATS[0] and k >= _LEAST_FLOATS[1]
+        return large or not matrices.multiplies_by_amx()
 
     @classmethod
     def of(
@@ -96,23 +105,23 @@ class Matrix:
         assert self.takes_many
         return matrices.multiply_many(self.structure, _rows(x))
 
-    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of `targets [m]` where the products of `x [m, k]` are logits: float64 `[m]`.
-
-        Only where `takes_many`, of a weight without bias; best where `scores_many`.
-        """
-        return matrices.nll_many(self.structure, _rows(x), targets)
-
-    def divergence(self, x: Tensor, targets: Tensor, reference: Matrix, expected: Tensor) -> tuple[Tensor, Tensor]:
-        """`nll`, and KL(reference ‖ this) of the logits of `x [m, k]` here, of `expected [m, k]` there: float64 `[m]`.
-
-        Only where both `takes_many`, of weights without bias.
-        """
-        return matrices.divergence_many(self.structure, _rows(x), targets, reference.structure, _rows(expected))
-
     def unpacked(self) -> Tensor:
         """The weight as float32 `[n, k]`, the very numbers of `Stored.tensor`."""
         return matrices.unpack(self.structure)
+
+    @property
+    def _multiplies_integers(self) -> bool:
+        return self.structure.kind == matrices.INT8 and self.structure.inputs != matrices.AS_THEY_ARE
+
+    def laid_out(self) -> Tensor | None:
+        """The whole weight as products of many rows read it; None where those lay it out on the way just as well."""
+        slow = matrices.has_vnni() if self._multiplies_integers else matrices.multiplies_by_amx()
+        return matrices.packed(self.structure) if slow and self.packed_bytes <= _MOST_PACKED else None
+
+    @property
+    def packed_bytes(self) -> int:
+        """What it takes laid out whole."""
+        return matrices.packed_bytes(self.structure)
 
     def _at(self, values: Tensor) -> int:
         """Where these values lie, kept alive."""
@@ -122,6 +131,33 @@ class Matrix:
     def _optional(self, values: Tensor | None) -> int | None:
         """The same of values that may be missing."""
         return None if values is None else self._at(values)
+
+
+class Head:
+    """A weight without bias whose products are logits, never held; laid out once, by the first thread that asks."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        """Only of one that `takes_many`."""
+        self.matrix = matrix
+        self._lock = Lock()
+        self._laid: tuple[Tensor | None] | None = None
+
+    def _held(self) -> matrices.Head:
+        with self._lock:
+            if self._laid is None:
+                self._laid = (self.matrix.laid_out(),)
+            return self.matrix.structure, self._laid[0]
+
+    def nll(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of `targets [m]` where the products of `x [m, k]` are logits: float64 `[m]`."""
+        return matrices.nll_many(self._held(), _rows(x), targets)
+
+    def divergence(self, x: Tensor, targets: Tensor, reference: Head, expected: Tensor) -> tuple[Tensor, Tensor]:
+        """`nll`, the very same numbers, and KL(reference ‖ this) of each token's logits: float64 `[m]` each.
+
+        Logits are those of `x [m, k]` here and of `expected [m, k]` there.
+        """
+        return matrices.divergence_many(self._held(), _rows(x), targets, reference._held(), _rows(expected))
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -215,7 +215,7 @@ def test_the_kernels_know_none_from_outside_and_torch_multiplies(precision: Prec
     weight = matrix_of(precision, 30, 64)
     assert Matrix.of(weight) is None
     assert Linear(weight).matrix() is None
-    assert Linear(weight).projection().matrix is None
+    assert Linear(weight).projection().head is None
 
 
 def test_a_class_derived_from_one_that_the_kernels_know_is_asked_for_its_own_tensor() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ssm_mp.modules.linear
-import ssm_mp.precisions.matrix
+from ssm_mp.kernels import matrices
 from ssm_mp.modules.convolution import DepthwiseConv
 from ssm_mp.modules.embedding import Embedding
 from ssm_mp.modules.inputs import DynamicInput, InputQuantizer, StaticInput
 from ssm_mp.modules.likelihood import token_nll
 from ssm_mp.modules.linear import Linear, linear
 from ssm_mp.precisions.int8 import Int8Tensor
-from ssm_mp.precisions.matrix import FEW_ROWS, Matrix
+from ssm_mp.precisions.matrix import FEW_ROWS, Head, Matrix
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.precisions.stored import FloatTensor, Stored
 from ssm_mp.scheme import ActivationScheme, ScaleRule
@@ -214,13 +216,16 @@ def test_no_inputs_give_nothing_and_sizes_that_do_not_fit_are_refused(kind: str)
     layers = [
         integer_linear(n, 30, "dynamic", False, g) if kind == "int8" else float16_linear(n, 30, g) for n in (70, 40)
     ]
-    head, other = (known(layer.matrix()) for layer in layers)
+    one = known(layers[0].matrix())
+    head, other = (Head(known(layer.matrix())) for layer in layers)
     none, x = torch.empty(0, 30), torch.randn(20, 30)
     no_targets, targets = torch.empty(0, dtype=torch.int64), torch.zeros(20, dtype=torch.int64)
+    assert one.product(none).shape[0] == 0
+    assert matrices.multiply_many(one.structure, none).shape[0] == 0
     assert head.nll(none, no_targets).shape == (0,)
     assert head.divergence(none, no_targets, head, none)[1].shape == (0,)
     wrong_calls: list[Callable[[], torch.Tensor]] = [
-        lambda: head.product(x[:, :29].contiguous()),
+        lambda: one.product(x[:, :29].contiguous()),
         lambda: head.nll(x[:, :29].contiguous(), targets),
         lambda: head.nll(x, targets[:19]),
         lambda: head.nll(x, targets.int()),
@@ -234,23 +239,43 @@ def test_no_inputs_give_nothing_and_sizes_that_do_not_fit_are_refused(kind: str)
             wrong()
 
 
-def test_a_head_too_large_for_each_thread_to_lay_out_is_scored_by_its_logits(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, targets = torch.randn(20, 30), torch.arange(20)
-    found = []
-    for most in (3 << 26, 100):
-        monkeypatch.setattr(ssm_mp.precisions.matrix, "_MOST_PACKED", most)
-        head = integer_linear(40, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
-        assert (head.matrix is None) == (most == 100)
-        found.append(head.divergence(x, targets, head, x + 0.1, held=7))
-    for fused, logits in zip(*found, strict=True):
-        torch.testing.assert_close(fused, logits, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
+def test_a_head_has_the_same_likelihoods_laid_out_whole_and_some_outputs_at_a_time(
+    precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n, k = 20000, 70  # more than are laid out at a time
+    g = torch.Generator().manual_seed(0)
+    weight = PRECISIONS[precision].store(weights(n, k, g), "weight", ScaleRule())
+    x, targets, found = torch.randn(30, k, generator=g), torch.randint(n, (30,), generator=g), []
+    reference = Linear(FloatTensor(torch.randn(n, k, generator=g))).projection()
+    for lay_out in (lambda own: matrices.packed(own.structure), lambda _: None):
+        monkeypatch.setattr(Matrix, "laid_out", lay_out)
+        head = Linear(weight, None, DynamicInput() if precision == "int8" else None).projection()
+        found.append((head.nll(x, targets, held=7), *head.divergence(x, targets, reference, x + 0.1, held=7)))
+    for whole, some in zip(*found, strict=True):
+        assert torch.equal(whole, some)
+
+
+def test_threads_share_a_head_that_is_laid_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    laid = list[Matrix]()
+
+    def lay_out(own: Matrix) -> torch.Tensor:
+        laid.append(own)
+        return matrices.packed(own.structure)
+
+    monkeypatch.setattr(Matrix, "laid_out", lay_out)
+    head = integer_linear(700, 30, "dynamic", False, torch.Generator().manual_seed(0)).projection()
+    x, targets = torch.randn(8, 20, 30), torch.randint(700, (8, 20))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda i: head.nll(x[i], targets[i], 7), range(8)))
+    assert len(laid) == 1
+    assert torch.equal(torch.cat(found), head.nll(x.flatten(0, 1), targets.flatten(), 7))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "nf4"])
 def test_a_head_too_large_to_stay_unpacked_is_unpacked_once_for_all_divergences(
     precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssm_mp.precisions.matrix, "_MOST_PACKED", 100)
     monkeypatch.setattr(ssm_mp.modules.linear, "_MOST_UNPACKED", 100)
     n, k = 50, 64
     weight = PRECISIONS[precision].store(torch.randn(n, k), "weight", ScaleRule())
@@ -264,7 +289,7 @@ def test_a_head_too_large_to_stay_unpacked_is_unpacked_once_for_all_divergences(
 
     monkeypatch.setattr(kind, "tensor", counted)
     x, targets = torch.randn(20, k), torch.arange(20)
-    head, other = Linear(weight).projection(), Linear(weight).projection()
+    head, other = (replace(Linear(weight).projection(), head=None) for _ in range(2))
     for _ in range(3):
         nll, kl = head.divergence(x, targets, other, x + 0.1, held=1)
     assert len(whole) == 2  # of either side
