@@ -28,9 +28,8 @@ from ssm_mp.scheme import ScaleRule, Scheme
 from tests.ssm_mp.blocks.making import AT, tensors_of
 from tests.tiny import random_model
 
-PRECISIONS = ("fp32", "fp16", "int8", "int8 static", "int8 dynamic", "nf4", "int3", "int6")
-"""int6 is none that the kernels know."""
-KNOWN = PRECISIONS[:-1]
+KNOWN = ("fp32", "fp16", "int8", "int8 static", "int8 dynamic", "nf4", "int3")
+"""Precisions that the kernels know, and how their inputs are quantised; int6 is none."""
 QUANTISED_INPUTS = ("int8 static", "int8 dynamic")
 TOLERANCE, STEP = 1e-4, 2e-2
 """Largest error over the largest value, and where a quantised input is another."""
