@@ -7,7 +7,8 @@
 #include "register.h"
 
 typedef struct {
-    Rows q, k, v, b, a, y; /* [m, G · n] twice, [m, H · v]; what β and the decay come from, [m, H]; y is as wide as its rows */
+    Rows q, k, v; /* [m, G · n] twice, [m, H · v] */
+    Rows b, a, y; /* what β and the decay come from, [m, H]; y is as wide as its rows */
     int64_t key_heads, value_heads, keys, values;
     const float *rate, *offset; /* [H] each: the decay is e^(rate · softplus(a + offset)) */
     int64_t state;              /* [b, H, n, v] */

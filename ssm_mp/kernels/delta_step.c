@@ -1,5 +1,5 @@
-/* One token of the gated delta rule: twice through a head's state in the order of memory, the second time where the first
- * has left it near the core.
+/* One token of the gated delta rule: twice through a head's state in the order of memory, the second time where the
+ * first has left it near the core.
  *
  * Dimensions: b batch, G key heads, H value heads, n keys and m values of a head.
  */
@@ -17,8 +17,8 @@ INLINE float dot(const float *x, const float *y, int64_t n) {
 }
 
 /* What key and query read of some rows, `ld` apart: of `count` columns. */
-INLINE void read_rows(const float *state, int64_t ld, const float *k, const float *q, int rows, float *known, float *asked,
-                      int64_t count) {
+INLINE void read_rows(const float *state, int64_t ld, const float *k, const float *q, int rows, float *known,
+                      float *asked, int64_t count) {
     for (int64_t c = 0; c < count; c += WIDTH) {
         Register from_key = get(known + c), from_query = get(asked + c);
         UNROLL
@@ -33,9 +33,11 @@ INLINE void read_rows(const float *state, int64_t ld, const float *k, const floa
 }
 
 void delta_step(const Delta *d, int64_t b, int64_t h, int64_t token, const float *before) {
-    const int64_t n = d->keys, m = d->values, H = d->value_heads, row = b * d->length + token, key_head = h / (H / d->key_heads);
+    const int64_t n = d->keys, m = d->values, H = d->value_heads;
+    const int64_t row = b * d->length + token, key_head = h / (H / d->key_heads);
     const float *q = d->q + row * d->ld_q + key_head * n, *k = d->k + row * d->ld_k + key_head * n;
-    const float q_factor = 1.0f / sqrtf((dot(q, q, n) + NORM_EPS) * (float)n), k_factor = 1.0f / sqrtf(dot(k, k, n) + NORM_EPS);
+    const float q_factor = 1.0f / sqrtf((dot(q, q, n) + NORM_EPS) * (float)n);
+    const float k_factor = 1.0f / sqrtf(dot(k, k, n) + NORM_EPS);
     const float decay = expf(d->g[row * H + h]), beta = d->beta[row * H + h], both = dot(k, q, n) * k_factor * q_factor;
     for (int64_t from = 0; from < m; from += COLUMNS) {
         const int64_t count = m - from < COLUMNS ? m - from : COLUMNS;

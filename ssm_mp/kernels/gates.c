@@ -17,6 +17,6 @@ typedef struct {
 void gated_norm_run(const void *what, const Pass *pass) {
     const GatedNorm *g = what;
     float *y = rows_at(pass, &g->y);
-    gated_norm(pass->rows, g->inner, g->groups, y, rows_at(pass, &g->z), g->z.ld, g->weight, g->eps, g->norm_first != 0, y,
-               threads_for(pass, pass->rows * g->inner));
+    gated_norm(pass->rows, g->inner, g->groups, y, rows_at(pass, &g->z), g->z.ld, g->weight, g->eps,
+               g->norm_first != 0, y, threads_for(pass, pass->rows * g->inner));
 }

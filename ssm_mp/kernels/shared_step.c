@@ -31,7 +31,7 @@ INLINE float step_of(const float *dt, int64_t inner) {
     return total / (float)inner;
 }
 
-/* Some states of one sequence: h_t = 2^(step_t · A2) ∘ h_{t−1} + step_t · driven_t, from `h` on, which is then the last. */
+/* Some states of one sequence: h_t = 2^(step_t · A2) ∘ h_{t−1} + step_t · driven_t, from `h`, which is then the last. */
 INLINE void recur(const SharedStep *s, int64_t length, const float *steps, float *driven, float *h, int64_t n) {
     const int64_t left = s->states - n;
     const Register A2 = get_part(s->A2 + n, left);

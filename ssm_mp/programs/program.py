@@ -137,8 +137,10 @@ class Program:
 
     def matrix(self, module: nn.Module) -> matrices.Matrix:
         """A weight's structure. The module may make its own anew at any time: this one lives on here."""
-        if isinstance(module, Stored):  # a bare value, which computes as it is or, stored in another way, unpacked
-            matrix = Matrix.of(module) or Matrix.of(FloatTensor(module.tensor()))
+        if isinstance(module, Stored):  # a bare value: small enough to be unpacked where it cannot be read as it is
+            matrix = Matrix.of(module)
+            if matrix is None or (self.many and not matrix.suits_program):
+                matrix = Matrix.of(FloatTensor(module.tensor()))
         elif isinstance(module, Linear | Embedding):
             matrix = module.matrix()
         else:
