@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.inference import in_turn
+from benchmarks.inference_ways import in_turn
 from ssm_mp.precisions.grouped import Grouped, GroupedTensor
 from ssm_mp.precisions.int8 import Int8Tensor
 from ssm_mp.precisions.matrix import Matrix

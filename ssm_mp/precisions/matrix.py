@@ -113,7 +113,8 @@ class Matrix:
 
     @property
     def _multiplies_integers(self) -> bool:
-        return self.structure.kind == matrices.INT8 and self.structure.inputs != matrices.AS_THEY_ARE
+        structure = self.structure
+        return bool(structure.kind == matrices.INT8 and structure.inputs != matrices.AS_THEY_ARE)
 
     def laid_out(self) -> Tensor | None:
         """The whole weight as products of many rows read it; None where those lay it out on the way just as well."""

@@ -137,22 +137,33 @@ class Program:
 
     def matrix(self, module: nn.Module) -> matrices.Matrix:
         """A weight's structure. The module may make its own anew at any time: this one lives on here."""
-        if isinstance(module, Stored):  # a bare value: small enough to be unpacked where it cannot be read as it is
-            matrix = Matrix.of(module)
-            if matrix is None or (self.many and not matrix.suits_program):
-                matrix = Matrix.of(FloatTensor(module.tensor()))
+        if isinstance(module, Stored):
+            matrix = self._of_value(module)
         elif isinstance(module, Linear | Embedding):
-            matrix = module.matrix()
+            matrix = self._of_projection(module)
         else:
             raise NotCompiledError(f"{type(module).__name__} in place of a projection")
-        if matrix is None:
-            raise UnknownWeightError(
-                f"the kernels do not know a weight that is stored as {type(module.weight).__name__}"
-            )
-        if self.many and not matrix.suits_program:
-            raise NotCompiledError("torch multiplies many rows faster")
         self._held.append(matrix)
         return matrix.structure
+
+    def _of_projection(self, module: Linear | Embedding) -> Matrix:
+        if module.rounding is not None:
+            raise NotCompiledError("inputs are rounded as another runtime rounds them")
+        matrix = module.matrix()
+        if matrix is None:
+            stored = type(module.weight).__name__
+            raise UnknownWeightError(f"the kernels do not know a weight that is stored as {stored}")
+        if self.many and not matrix.suits_program:
+            raise NotCompiledError("torch multiplies many rows faster")
+        return matrix
+
+    def _of_value(self, value: Stored) -> Matrix:
+        """A bare value is small enough to be unpacked where it cannot be read as it is."""
+        matrix = Matrix.of(value)
+        if matrix is None or (self.many and not matrix.suits_program):
+            matrix = Matrix.of(FloatTensor(value.tensor()))
+        assert matrix is not None
+        return matrix
 
     def product(self, module: nn.Module, x: Value, into: Into | None = None) -> Value:
         """`module(x)`, a projection; of a bare value `[n, k]`, its products with x."""

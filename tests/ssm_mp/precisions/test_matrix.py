@@ -439,7 +439,7 @@ def test_products_of_many_do_not_depend_on_the_number_of_threads() -> None:
 def test_a_float32_product_equals_torch() -> None:
     weight, x = torch.randn(7, 133), torch.randn(2, 133)
     for inputs in ("none", "static"):  # which are quantised for int8 only
-        found = known(Matrix.of(FloatTensor(weight), None, inputs, 0.02)).product(x)  # type: ignore[arg-type]
+        found = known(Matrix.of(FloatTensor(weight), None, inputs, 0.02)).product(x)
         torch.testing.assert_close(found, x @ weight.t(), rtol=1e-5, atol=1e-5)
 
 
