@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssm_mp.kernels import calls
-from ssm_mp.kernels.program import RESULT
+from ssm_mp.kernels.program import RESULT, Prepared
 from ssm_mp.model import LanguageModel, Layer, LayerState, Residual
 from ssm_mp.modules.embedding import BlockedEmbedding, Embedding
 from ssm_mp.modules.linear import Linear
@@ -34,7 +34,7 @@ class CompiledDecoder:
         batch, self._capacity = former[0].shape[0], position + _ROOM
         self._states = held_states(program.carried, former, batch, position, self._capacity)
         self._logits = torch.empty(batch, 1, model.config.vocabulary)
-        self._memory: Tensor | None = None
+        self._calls: Prepared | None = None
 
     @classmethod
     def of(cls, model: LanguageModel, states: Sequence[LayerState], position: int) -> CompiledDecoder | None:
@@ -55,9 +55,10 @@ class CompiledDecoder:
             x = self._model.embed(tokens[:, None], self.position)  # [b, 1, d], a tensor of its own
             if self.position == self._capacity:
                 self._grow()
-            self._memory = self._program.calls.run(
-                x, self._logits, self._states, self.position, self._capacity, few=True, memory=self._memory
-            )
+            if self._calls is None:
+                held = self._states
+                self._calls = self._program.calls.prepared(x, self._logits, held, self._capacity, few=True)
+            self._calls.run(x, self.position)
             self.position += 1
             embedding = self._model.embedding
             if self._model.lm_head is None and isinstance(embedding, BlockedEmbedding):
@@ -66,7 +67,7 @@ class CompiledDecoder:
 
     def _grow(self) -> None:
         """Room for twice as many tokens in the states that grow."""
-        self._capacity *= 2
+        self._calls, self._capacity = None, 2 * self._capacity
         for i, carried in enumerate(self._program.carried):
             if carried.grows:
                 former = carried.view(self._states[i], self.position)

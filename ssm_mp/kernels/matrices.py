@@ -41,6 +41,8 @@ def _kernels() -> ctypes.CDLL:
     found.multiply_once.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int)
     found.scratch_bytes.argtypes, found.scratch_bytes.restype = (POINTER(Matrix), c_int64), c_int64
     found.row_sums.argtypes = (c_int64, c_int64, c_void_p, c_void_p)
+    found.look_up.argtypes = (POINTER(Matrix), c_int64, c_void_p, c_void_p)
+    found.look_up.restype = c_int64
     found.unpack.argtypes = (POINTER(Matrix), c_void_p, c_int)
     found.takes_many.argtypes, found.takes_many.restype = (POINTER(Matrix),), c_int
     found.inputs_bytes.argtypes, found.inputs_bytes.restype = (POINTER(Matrix), c_int), c_int64
@@ -170,6 +172,16 @@ def row_sums(values: Tensor) -> Tensor:
     sums = torch.empty(n, dtype=torch.int32)
     _kernels().row_sums(n, k, values.data_ptr(), sums.data_ptr())
     return sums
+
+
+def look_up(matrix: Matrix, index: Tensor) -> Tensor:
+    """The rows `index [m]`, int64, as float32 `[m, k]`. Raises IndexError for a row that is not there."""
+    index = index.contiguous()
+    found = torch.empty(index.numel(), matrix.k)
+    wrong = _kernels().look_up(byref(matrix), index.numel(), index.data_ptr(), found.data_ptr())
+    if wrong >= 0:
+        raise IndexError(f"row {int(index[wrong])} of {matrix.n}")
+    return found
 
 
 def unpack(matrix: Matrix) -> Tensor:

@@ -266,20 +266,32 @@ INLINE void unpack_stored(const Matrix *w, const int kind, int64_t row, float *y
         put_part(y + c, stored_part(kind, w->values, row * w->k + c, w->k - c) * scale, w->k - c);
 }
 
+/* One row as float32, y [k]. */
+static void unpack_row(const Matrix *w, int64_t row, float *y) {
+    switch (w->kind) {
+    case FLOAT32: unpack_stored(w, FLOAT32, row, y); break;
+    case FLOAT16: unpack_stored(w, FLOAT16, row, y); break;
+    case INT8: unpack_stored(w, INT8, row, y); break;
+    case CODES4: unpack_codes(w, 4, row * w->k, y); break;
+    case CODES3: unpack_codes(w, 3, row * w->k, y); break;
+    case CODES2: unpack_codes(w, 2, row * w->k, y); break;
+    }
+}
+
 /* The whole matrix as float32, y [n, k]. */
 void unpack(const Matrix *w, float *y, int threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1) schedule(static)
-    for (int64_t row = 0; row < w->n; row++) {
-        const int64_t at = row * w->k;
-        switch (w->kind) {
-        case FLOAT32: unpack_stored(w, FLOAT32, row, y + at); break;
-        case FLOAT16: unpack_stored(w, FLOAT16, row, y + at); break;
-        case INT8: unpack_stored(w, INT8, row, y + at); break;
-        case CODES4: unpack_codes(w, 4, at, y + at); break;
-        case CODES3: unpack_codes(w, 3, at, y + at); break;
-        case CODES2: unpack_codes(w, 2, at, y + at); break;
-        }
+    for (int64_t row = 0; row < w->n; row++) unpack_row(w, row, y + row * w->k);
+}
+
+/* The rows of these numbers [m] as float32, y [m, k]. The place of the first number that no row has, or −1: then all are
+ * there. */
+int64_t look_up(const Matrix *w, int64_t m, const int64_t *rows, float *y) {
+    for (int64_t i = 0; i < m; i++) {
+        if (rows[i] < 0 || rows[i] >= w->n) return i;
+        unpack_row(w, rows[i], y + i * w->k);
     }
+    return -1;
 }
 
 /* The sum of each row of int8 values [n, k]. */

@@ -143,23 +143,41 @@ class Calls:
 
     def run(
         self, stream: Tensor, result: Tensor | None, states: Sequence[Tensor], position: int, capacity: int, *,
-        few: bool, seconds: Tensor | None = None, memory: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        few: bool, seconds: Tensor | None = None,
+    ) -> None:  # fmt: skip
         """The stream `[b, l, d]` is changed in place, as are the states.
 
         position: tokens of each sequence before these. capacity: tokens that states have room for. few: multiply
-        weights as they are stored. seconds: float64, to which the time of each part is added. memory: what a former
-        run of so many tokens returned.
+        weights as they are stored. seconds: float64, to which the time of each part is added.
         """
+        self.prepared(stream, result, states, capacity, few=few, seconds=seconds).run(stream, position)
+
+    def prepared(
+        self, stream: Tensor, result: Tensor | None, states: Sequence[Tensor], capacity: int, *,
+        few: bool, seconds: Tensor | None = None,
+    ) -> Prepared:  # fmt: skip
+        """`run` for many streams of this one's shape, with the same result, states and threads."""
         b, length = stream.shape[:2]
         held = (c_void_p * len(states))(*(state.data_ptr() for state in states))
         tokens = _Tokens(
-            b, length, position, capacity, few, stream.data_ptr(), None if result is None else result.data_ptr(),
-            ctypes.addressof(held), None, None if seconds is None else seconds.data_ptr(),
+            b, length, 0, capacity, few, None, None if result is None else result.data_ptr(), ctypes.addressof(held),
+            None, None if seconds is None else seconds.data_ptr(),
         )  # fmt: skip
-        threads, program = torch.get_num_threads(), byref(self._structure)
-        if memory is None:
-            memory = torch.empty(_kernels().program_bytes(program, byref(tokens), threads), dtype=torch.int8)
+        threads = torch.get_num_threads()
+        size = _kernels().program_bytes(byref(self._structure), byref(tokens), threads)
+        memory = torch.empty(size, dtype=torch.int8)
         tokens.memory = memory.data_ptr()
-        _kernels().run_program(program, byref(tokens), threads)
-        return memory
+        return Prepared(self._structure, tokens, threads, (self, result, states, held, memory, seconds))
+
+
+class Prepared:
+    """Calls with all that they work in, for one thread at a time."""
+
+    def __init__(self, program: _Program, tokens: _Tokens, threads: int, held: object) -> None:
+        """Made by `Calls.prepared`; held: what the addresses are of."""
+        self._program, self._tokens, self._threads, self._held = byref(program), tokens, threads, held
+
+    def run(self, stream: Tensor, position: int) -> None:
+        """As `Calls.run`."""
+        self._tokens.stream, self._tokens.position = stream.data_ptr(), position
+        _kernels().run_program(self._program, byref(self._tokens), self._threads)

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ssm_mp.kernels import calls
 from ssm_mp.modules.inputs import InputQuantizer
 from ssm_mp.modules.linear import Multiplier, Projection
 from ssm_mp.modules.parameter import Parameter, weight
+from ssm_mp.modules.unpacked import Unpacked
 from ssm_mp.precisions.groups import unpack_reference
 from ssm_mp.precisions.stored import ByteTensor, Stored
 
@@ -32,7 +34,11 @@ class Embedding(Multiplier):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Token ids `[b, l]` → `[b, l, d]`."""
-        return self.weight.rows(ids)
+        by_kernel = not self._is_float32 and not self.weight.is_trained and self.weight.device.type == "cpu"
+        matrix = self._own_matrix() if by_kernel and type(ids) is Tensor and calls.compiled() else None
+        if matrix is None:
+            return self.weight.rows(ids)
+        return matrix.rows(ids.flatten().long()).reshape(*ids.shape, -1)
 
     def project(self, x: Tensor) -> Tensor:
         """The tied head: `x [..., d]` → logits `[..., V]`."""
@@ -82,10 +88,11 @@ class PositionEmbedding(nn.Module):
     def __init__(self, weight: Stored) -> None:
         super().__init__()
         self.weight = weight
+        self._table = Unpacked()  # of some hundred positions, while every token needs one
 
     def forward(self, length: int, start: int = 0) -> Tensor:
         """The positions `start` … `length` − 1: `[l − start, d]`."""
-        return self.weight.rows(torch.arange(start, length, device=self.weight.device))
+        return self._table(self.weight)[start:length]
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,10 @@ class Matrix:
         assert self.takes_many
         return matrices.multiply_many(self.structure, _rows(x))
 
+    def rows(self, index: Tensor) -> Tensor:
+        """The rows `index [m]`, int64, as float32 `[m, k]`, the very numbers of `Stored.rows`."""
+        return matrices.look_up(self.structure, index)
+
     def unpacked(self) -> Tensor:
         """The weight as float32 `[n, k]`, the very numbers of `Stored.tensor`."""
         return matrices.unpack(self.structure)
