@@ -38,7 +38,7 @@ class Embedding(Multiplier):
         matrix = self._own_matrix() if by_kernel and type(ids) is Tensor and calls.compiled() else None
         if matrix is None:
             return self.weight.rows(ids)
-        return matrix.rows(ids.flatten().long()).reshape(*ids.shape, -1)
+        return matrix.rows(ids.flatten().long()).reshape(*ids.shape, matrix.structure.k)
 
     def project(self, x: Tensor) -> Tensor:
         """The tied head: `x [..., d]` → logits `[..., V]`."""

@@ -88,7 +88,7 @@ def test_on_arm_kernels_compute_what_the_references_do(tmp_path: Path, compiler:
 @pytest.mark.parametrize("watched", [True, False], ids=["valgrind", "guarded"])
 def test_copies_of_too_much_are_found(tmp_path: Path, watched: bool) -> None:
     watch, fault = valgrind(tmp_path) if watched else (), HERE / "faults" / "copies_too_much.h"
-    status, said = run_elsewhere(tmp_path, ("cc",), ("-include", str(fault)), watch, CALLS)
+    status, said = run_elsewhere(tmp_path, ("cc",), ("-include", str(fault)), watch, "-x", CALLS)
     assert status != 0
     assert ("Invalid read of size" if watched else "a kernel wrote behind an array") in said, said
 
