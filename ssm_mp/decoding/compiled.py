@@ -10,10 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssm_mp.errors import DataError
 from ssm_mp.kernels import calls
 from ssm_mp.kernels.program import RESULT, Prepared
 from ssm_mp.model import LanguageModel, Layer, LayerState, Residual
-from ssm_mp.modules.embedding import BlockedEmbedding, Embedding
+from ssm_mp.modules.embedding import BlockedEmbedding, Embedding, PositionEmbedding
 from ssm_mp.modules.linear import Linear
 from ssm_mp.programs.branch import held_states
 from ssm_mp.programs.program import Into, NotCompiledError, Program, Value, say_once
@@ -33,6 +34,7 @@ class CompiledDecoder:
         former = [tensor for layer in states for state in layer for tensor in state]
         batch, self._capacity = former[0].shape[0], position + _ROOM
         self._states = held_states(program.carried, former, batch, position, self._capacity)
+        self._x = torch.empty(batch, 1, model.config.d_model)
         self._logits = torch.empty(batch, 1, model.config.vocabulary)
         self._calls: Prepared | None = None
 
@@ -51,18 +53,19 @@ class CompiledDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """The next token of every sequence, `[b]` → logits `[b, V]` in the order of the token ids."""
+        model, most = self._model, self._model.config.max_tokens
         with torch.inference_mode():
-            x = self._model.embed(tokens[:, None], self.position)  # [b, 1, d], a tensor of its own
+            if most is not None and self.position >= most:
+                raise DataError(f"a sequence of {self.position + 1} tokens, but {model.config.limit}")
             if self.position == self._capacity:
                 self._grow()
             if self._calls is None:
                 held = self._states
-                self._calls = self._program.calls.prepared(x, self._logits, held, self._capacity, few=True)
-            self._calls.run(x, self.position)
+                self._calls = self._program.calls.prepared(self._x, self._logits, held, self._capacity, few=True)
+            self._calls.run(self._x, self.position, tokens.long().contiguous())
             self.position += 1
-            embedding = self._model.embedding
-            if self._model.lm_head is None and isinstance(embedding, BlockedEmbedding):
-                return self._logits[:, 0].index_select(-1, embedding.column_of)
+            if model.lm_head is None and isinstance(model.embedding, BlockedEmbedding):
+                return self._logits[:, 0].index_select(-1, model.embedding.column_of)
             return self._logits[:, 0].clone()
 
     def _grow(self) -> None:
@@ -78,6 +81,9 @@ def program_of(model: LanguageModel) -> Program:
     """From the embedding to the logits. Raises NotCompiledError where the kernels cannot compute it."""
     config = model.config
     program = Program(config.d_model, many=False)
+    table = model.position_embedding
+    positions = table(config.max_tokens) if isinstance(table, PositionEmbedding) else None
+    program.lookup(model.embedding, config.embedding_multiplier, positions)
     for layer in model.layers:
         assert isinstance(layer, Layer)
         for residual in layer.branches:

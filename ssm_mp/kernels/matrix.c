@@ -284,8 +284,6 @@ void unpack(const Matrix *w, float *y, int threads) {
     for (int64_t row = 0; row < w->n; row++) unpack_row(w, row, y + row * w->k);
 }
 
-/* The rows of these numbers [m] as float32, y [m, k]. The place of the first number that no row has, or −1: then all are
- * there. */
 int64_t look_up(const Matrix *w, int64_t m, const int64_t *rows, float *y) {
     for (int64_t i = 0; i < m; i++) {
         if (rows[i] < 0 || rows[i] >= w->n) return i;

@@ -31,6 +31,10 @@ void multiply(const Matrix *matrix, int64_t m, const float *x, int64_t ld_x, flo
               int threads);
 int64_t scratch_bytes(const Matrix *matrix, int64_t m);
 
+/* The rows of these numbers [m] as float32, y [m, k]. The place of the first number that no row has, or −1: then all are
+ * there. */
+int64_t look_up(const Matrix *w, int64_t m, const int64_t *rows, float *y);
+
 /* For many inputs a weight is laid out anew first (many.c), if `takes_many` says so: whole, in `packed`, or, where that is
  * NULL, some outputs at a time. y [m, n] (`ld_y` between rows) = x [m, k] (`ld_x`) times the matrix transposed, plus bias,
  * plus `residual`, which lies like y and may be it, or none. `inputs`: `inputs_bytes` of scratch, aligned to 64 bytes. */

@@ -24,6 +24,7 @@ typedef struct {
 
 typedef struct {
     int64_t batch, length, position, capacity, few;
+    const int64_t *ids;  /* [b, l], or none */
     float *stream;       /* [b, l, d], in and out */
     float *result;       /* [b, l, results] */
     void *const *states;
@@ -96,6 +97,7 @@ void run_program(const Program *program, const Tokens *t, int threads) {
             pass.length = tokens_of(&whole, t->length - from);
             pass.rows = pass.sequences * pass.length;
             pass.position = t->position + from;
+            pass.ids = t->ids ? t->ids + row : NULL;
             pass.stream = t->stream + row * program->width;
             pass.result = t->result + row * program->results;
             run_calls(program, &pass);

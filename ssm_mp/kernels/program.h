@@ -24,6 +24,7 @@ typedef struct {
     int few;                         /* so few rows that weights are multiplied as they are stored */
     int threads;
     int64_t room;                    /* rows that the shared memory has room for */
+    const int64_t *ids;              /* of the rows, where a program begins with them; or none */
     float *memory, *stream, *result;
     void *const *states;             /* by number, each of all sequences */
     int8_t *packed;                  /* weights that are laid out, where rows are many */

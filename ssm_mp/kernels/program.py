@@ -56,6 +56,15 @@ class Scaled(ctypes.Structure):
     _fields_ = (("x", Rows), ("y", Rows), ("width", c_int64), ("factor", c_float), ("adds", c_int64))
 
 
+class Lookup(ctypes.Structure):
+    """Rows of one or several weights by the ids of tokens, times a factor, with the rows of their positions added."""
+
+    _fields_ = (
+        ("blocks", POINTER(Matrix)), ("block_of", c_void_p), ("row_of", c_void_p), ("vocabulary", c_int64),
+        ("width", c_int64), ("y", Rows), ("factor", c_float), ("positions", c_void_p),
+    )  # fmt: skip
+
+
 class SelectiveScan(ctypes.Structure):
     """`SelectiveScan` of mamba1.c; `state`: the number of its states."""
 
@@ -83,7 +92,7 @@ class _Program(ctypes.Structure):
 class _Tokens(ctypes.Structure):
     _fields_ = (
         *((name, c_int64) for name in ("batch", "length", "position", "capacity", "few")),
-        *((name, c_void_p) for name in ("stream", "result", "states", "memory", "seconds")),
+        *((name, c_void_p) for name in ("ids", "stream", "result", "states", "memory", "seconds")),
     )
 
 
@@ -160,8 +169,8 @@ class Calls:
         b, length = stream.shape[:2]
         held = (c_void_p * len(states))(*(state.data_ptr() for state in states))
         tokens = _Tokens(
-            b, length, 0, capacity, few, None, None if result is None else result.data_ptr(), ctypes.addressof(held),
-            None, None if seconds is None else seconds.data_ptr(),
+            b, length, 0, capacity, few, None, None, None if result is None else result.data_ptr(),
+            ctypes.addressof(held), None, None if seconds is None else seconds.data_ptr(),
         )  # fmt: skip
         threads = torch.get_num_threads()
         size = _kernels().program_bytes(byref(self._structure), byref(tokens), threads)
@@ -177,7 +186,8 @@ class Prepared:
         """Made by `Calls.prepared`; held: what the addresses are of."""
         self._program, self._tokens, self._threads, self._held = byref(program), tokens, threads, held
 
-    def run(self, stream: Tensor, position: int) -> None:
-        """As `Calls.run`."""
+    def run(self, stream: Tensor, position: int, ids: Tensor | None = None) -> None:
+        """As `Calls.run`; ids: int64 `[b, l]`, contiguous, of a program that begins with them."""
+        self._tokens.ids = None if ids is None else ids.data_ptr()
         self._tokens.stream, self._tokens.position = stream.data_ptr(), position
         _kernels().run_program(self._program, byref(self._tokens), self._threads)

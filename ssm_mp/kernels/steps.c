@@ -2,6 +2,8 @@
  *
  * Dimensions: b sequences, l tokens of each, m rows (b · l); d width, K convolution kernel.
  */
+#include <math.h>
+
 #include "program.h"
 #include "register.h"
 
@@ -84,6 +86,33 @@ void convolution_run(const void *what, const Pass *pass) {
     (c->silu ? conv_silu : convolve)(pass->sequences, l, c->width, c->kernel, x, c->x.ld, c->taps, c->bias, before,
                                      rows_at(pass, &c->y), threads_for(pass, pass->rows * c->width));
     for (int64_t b = 0; b < pass->sequences; b++) keep_inputs(c, l, x + b * l * c->x.ld, before + b * size);
+}
+
+typedef struct {
+    const Matrix *blocks;            /* of rows, one after another; or a single one */
+    const int64_t *block_of, *row_of; /* of each token, or none: it is the number of its row */
+    int64_t vocabulary, width;
+    Rows y;
+    float factor;
+    const float *positions; /* [positions, width], added; or none */
+} Lookup;
+
+/* A token's row, y [width]. Whether there is one. */
+INLINE int found_row(const Lookup *e, int64_t id, float *y) {
+    if (id < 0 || id >= e->vocabulary) return 0;
+    const int64_t row = e->row_of ? e->row_of[id] : id;
+    return look_up(e->blocks + (e->block_of ? e->block_of[id] : 0), 1, &row, y) < 0;
+}
+
+/* The embedding of each row's token into y; a token that is none has NaN. Without ids y is what it should be already. */
+void lookup_run(const void *what, const Pass *pass) {
+    const Lookup *e = what;
+    for (int64_t i = 0; i < pass->rows && pass->ids; i++) {
+        float *y = rows_at(pass, &e->y) + i * e->y.ld;
+        const float factor = found_row(e, pass->ids[i], y) ? e->factor : NAN;
+        const float *position = e->positions ? e->positions + (pass->position + i % pass->length) * e->width : NULL;
+        for (int64_t c = 0; c < e->width; c++) y[c] = y[c] * factor + (position ? position[c] : 0.0f);
+    }
 }
 
 typedef struct {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssm_mp.kernels import matrices
 from ssm_mp.kernels import program as kernels
 from ssm_mp.modules.convolution import DepthwiseConv
-from ssm_mp.modules.embedding import Embedding
+from ssm_mp.modules.embedding import BlockedEmbedding, Embedding
 from ssm_mp.modules.linear import Linear
 from ssm_mp.modules.norm import Norm
 from ssm_mp.precisions.matrix import Matrix
@@ -208,6 +208,27 @@ class Program:
         )  # fmt: skip
         self.call("convolution", what, conv)
         return y
+
+    def lookup(self, embedding: nn.Module, factor: float, positions: Tensor | None) -> None:
+        """The embedded tokens · factor, and the rows of their positions of `positions [T, d]`, into the stream."""
+        block_of = row_of = None
+        modules = [embedding]
+        if isinstance(embedding, BlockedEmbedding):
+            modules = list(embedding.blocks)
+            block_of, row_of = self._integers(embedding.block_of), self._integers(embedding.row_of)
+        blocks = [self.matrix(module) for module in modules]
+        held = (matrices.Matrix * len(blocks))(*blocks)
+        table = None if positions is None else self.floats(positions)
+        vocabulary = sum(block.n for block in blocks)
+        what = kernels.Lookup(
+            held, block_of, row_of, vocabulary, self.stream.width, self.stream.structure, factor, table
+        )
+        self.call("lookup", what)
+
+    def _integers(self, values: Tensor) -> int:
+        """Where a copy of these int64 values lies."""
+        self._held.append(values.clone(memory_format=torch.contiguous_format))
+        return self._held[-1].data_ptr()  # type: ignore[union-attr]
 
     def scaled(self, x: Value, factor: float, into: Into | None = None) -> Value:
         """`x · factor`; into: may be x."""
