@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ssm_mp.blocks.attention import Attention
+from ssm_mp.blocks.rotary import Rotary
 from ssm_mp.components import find_components
 from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
@@ -13,6 +15,7 @@ from ssm_mp.decoding.compiled import MOST_SEQUENCES, CompiledDecoder
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
+from tests.ssm_mp.blocks.compiling import model_of
 from tests.tiny import ITERA, MAMBA, MAMBAS, VOCABULARY, random_model, some_windows
 
 
@@ -75,3 +78,23 @@ def test_what_it_does_not_know_is_left_to_others() -> None:
         assert CompiledDecoder.of(unknown, unknown.carry(ids[:1])[1], 2) is None
         assert CompiledDecoder.of(mamba, mamba.carry(ids)[1], 2) is None
         assert CompiledDecoder.of(mamba, mamba.carry(ids[:MOST_SEQUENCES])[1], 2) is not None
+
+
+def test_states_that_grow_get_more_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssm_mp.decoding.compiled._ROOM", 2)
+    model = model_of(Attention(d_model=16, n_heads=4, n_kv_heads=2, head_dim=8, rotary=Rotary(8, 1e4)), "fp32")
+    ids = torch.randint(0, 40, (2, 14), generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        states = model.carry(ids[:, :2])[1]
+        decoder = CompiledDecoder.of(model, states, 2)
+        assert decoder is not None
+        found = torch.stack([decoder.step(ids[:, t]) for t in range(2, 14)], dim=1)
+        torch.testing.assert_close(found, model(ids)[:, 2:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_token_that_is_none_has_no_finite_logits() -> None:
+    model, ids = random_model(MAMBA), some_windows(1).ids
+    with torch.inference_mode():
+        decoder = CompiledDecoder.of(model, model.carry(ids[:, :3])[1], 3)
+        assert decoder is not None
+        assert decoder.step(torch.tensor([VOCABULARY])).isnan().all()
