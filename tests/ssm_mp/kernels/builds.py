@@ -29,6 +29,8 @@ TESTS = tuple(
     if not any(name in path.name for name in _NOT_THESE)
 ) + tuple(f"tests/ssm_mp/{name}" for name in _OTHER_TESTS)
 """Those that compute with the kernels of a CPU; those of them that are slow start processes, and are left out."""
+CALLED_ONE_BY_ONE = tuple(name for name in TESTS if "compiled" not in name)
+"""Those that call each kernel from Python, and not by its address from a program."""
 
 SCRIPT = """
 import sys

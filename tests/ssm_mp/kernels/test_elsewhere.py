@@ -70,7 +70,7 @@ def run_elsewhere(
 
 def test_under_valgrind_no_kernel_leaves_its_arrays_or_reads_what_was_not_written(tmp_path: Path) -> None:
     watched = valgrind(tmp_path)
-    status, said = run_elsewhere(tmp_path, ("cc",), (VALGRIND_KNOWS,), watched, *builds.TESTS)
+    status, said = run_elsewhere(tmp_path, ("cc",), (VALGRIND_KNOWS,), watched, *builds.CALLED_ONE_BY_ONE)
     assert status == 0, said
 
 
@@ -81,7 +81,7 @@ def test_on_arm_kernels_compute_what_the_references_do(tmp_path: Path, compiler:
     if not builds.found(command[0]):
         pytest.skip(f"{command[0]} is not installed")
     emulator = (debian.program("qemu-aarch64"), "-L", ARM_LIBRARIES)
-    status, said = run_elsewhere(tmp_path, command, (ARM,), emulator, *builds.TESTS)
+    status, said = run_elsewhere(tmp_path, command, (ARM,), emulator, *builds.CALLED_ONE_BY_ONE)
     assert status == 0, said
 
 

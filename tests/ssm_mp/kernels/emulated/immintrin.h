@@ -95,6 +95,15 @@ EMULATED int _mm512_reduce_add_epi32(__m512i a) {
     EACH(16) sum += (uint32_t)a[i];
     return (int)sum;
 }
+/* Two products of words of 16 bits are added to each other. */
+EMULATED __m512i _mm512_madd_epi16(__m512i a, __m512i b) {
+    int16_t x[32], y[32];
+    __m512i sums;
+    memcpy(x, &a, 64);
+    memcpy(y, &b, 64);
+    EACH(16) sums[i] = x[2 * i] * y[2 * i] + x[2 * i + 1] * y[2 * i + 1];
+    return sums;
+}
 /* Four products of unsigned with signed bytes are added to each sum, without saturation. */
 EMULATED __m512i _mm512_dpbusd_epi32(__m512i sum, __m512i a, __m512i b) {
     uint8_t x[64];
