@@ -128,6 +128,8 @@ class _Call:
         if of is ctypes.c_void_p:
             return _numbers(ord("p"), *self.place(value))
         if isinstance(of, type) and issubclass(of, ctypes._Pointer):
+            if value is None:
+                return _numbers(ord("p"), *self.place(None))
             structure = getattr(value, "_obj", value)  # of `byref`
             self._add(arrays_of(structures_of(structure)))
             return _numbers(ord("p"), *self.place(ctypes.addressof(structure)))
