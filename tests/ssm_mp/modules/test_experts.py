@@ -51,7 +51,8 @@ def test_a_product_is_that_of_a_component_with_the_same_numbers(
             own = PRECISIONS["int8"].restore({k: v[rows].clone() for k, v in held.items()}, (outputs, width), "weight")
         with torch.no_grad():
             found, expected = module(x, e), Linear(own, None, INPUTS[inputs])(x)
-        torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5 * float(expected.abs().max()))
+        tolerance = 2e-4 if "4" in precision else 2e-5  # codes of 4 bits are multiplied in fixed point on some CPUs
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
 @given(st.integers(1, 5), st.integers(1, 70), st.integers(1, 200), st.sampled_from(["fp16", "int8", "nf4", "int3"]))

@@ -61,14 +61,15 @@ def test_a_product_is_that_of_its_rounded_inputs(precision: str, rows: int) -> N
     x = normal(1, rows, 64)
     expected = F.linear(rounded(quantizer, x), weight.tensor())
     linear = Linear(weight, None, quantizer)
-    torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(linear.projection()(x), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(copy.deepcopy(linear)(x), expected, rtol=1e-5, atol=1e-5)
+    near = 1e-3 if precision == "int4" else 1e-5  # multiplied in fixed point on some CPUs
+    torch.testing.assert_close(linear(x), expected, rtol=near, atol=near)
+    torch.testing.assert_close(linear.projection()(x), expected, rtol=near, atol=near)
+    torch.testing.assert_close(copy.deepcopy(linear)(x), expected, rtol=near, atol=near)
     assert not torch.allclose(linear(x), F.linear(x, weight.tensor()), rtol=1e-6, atol=1e-6)
     columns = torch.arange(rows) % 24
     nll = F.cross_entropy(expected.double(), columns, reduction="none")
     for held in (1, 1000):
-        torch.testing.assert_close(linear.projection().nll(x, columns, held), nll, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(linear.projection().nll(x, columns, held), nll, rtol=near, atol=near)
 
 
 def test_experts_round_their_inputs() -> None:
