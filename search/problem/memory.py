@@ -25,6 +25,7 @@ from ssm_mp.conversion.forms import Scratch
 from ssm_mp.errors import MachineError
 from ssm_mp.evaluation.memory import Limit, memory_limit
 from ssm_mp.files.mapped import spilled
+from ssm_mp.precisions.matrix import head_bytes
 from ssm_mp.shards import shard_tokens, token_bytes
 
 GIB = 1 << 30
@@ -110,7 +111,7 @@ def needs_of(spec: StudySpec, checkpoint: Checkpoint, components: Sequence[Compo
     held = _STATES[spec.search.probe] + (spec.search.metric == "kl")  # FP32's last
     running = held * states + tokens * token_bytes(config)
     if spec.search.probe != "gradient":  # which keeps more in any case
-        running += 2 * 4 * config.vocabulary * config.d_model  # divergences unpack both heads
+        running += 2 * head_bytes(config.vocabulary, config.d_model)  # divergences hold FP32's beside a map's
     if spec.search.probe == "gradient":
         running += _GRADIENTS + 4 * 3 * max(_stage_counts(components).values(), default=0)
     return Needs(

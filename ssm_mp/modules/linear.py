@@ -272,7 +272,8 @@ class Multiplier(nn.Module):
 
     def projection(self) -> Projection:
         """`multiply` for many calls."""
-        if self.bias is None and self.weight.device.type == "cpu" and calls.compiled():
+        on_cpu = self.weight.device.type == "cpu" and not self.weight.is_trained
+        if self.bias is None and on_cpu and calls.compiled():
             matrix = self._own_matrix()
             if matrix is not None and matrix.takes_many:
                 return Projection([(self.weight, self.bias, self.inputs)], Head(matrix), self.rounding)

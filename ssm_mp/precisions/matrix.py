@@ -167,6 +167,13 @@ class Head:
         return matrices.divergence_many(self._held(), _rows(x), targets, reference._held(), _rows(expected))
 
 
+def head_bytes(n: int, k: int) -> int:
+    """Upper bound of what a head `[n, k]` takes beside its weight, once for all threads: laid out whole, in up to three
+    pieces of 16 bits a value, or unpacked in float32 where no kernel knows it or it is in blocks.
+    """
+    return max(4 * n * k, min(6 * n * k, _MOST_PACKED))
+
+
 def _rows(x: Tensor) -> Tensor:
     """The same matrix with each row in one piece."""
     return x if x.stride(1) == 1 else x.contiguous()

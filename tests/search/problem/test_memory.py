@@ -160,5 +160,5 @@ def test_probes_that_are_measured_need_both_ends_states_and_divergence_those_of_
     states = 4 * max(study(tmp_path).data.search_windows, study(tmp_path).data.certify_windows) * LENGTH * MAMBA.d_model
     assert measured - none == 3 * states
     assert judged - none == states
-    heads = 2 * 4 * MAMBA.vocabulary * MAMBA.d_model  # unpacked, where the winner is held against FP32
+    heads = 2 * 6 * MAMBA.vocabulary * MAMBA.d_model  # laid out whole, where the winner is held against FP32
     assert none >= 3 * states + heads

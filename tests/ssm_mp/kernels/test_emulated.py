@@ -20,6 +20,7 @@ from ssm_mp.kernels.compiler import library
 FOLDER = Path(__file__).parent / "emulated"
 TESTS = (
     "tests/ssm_mp/precisions/test_matrix.py",
+    "tests/ssm_mp/precisions/test_many.py",
     "tests/ssm_mp/programs/test_branch.py",
     "tests/ssm_mp/kernels/test_scan.py",
     "tests/ssm_mp/kernels/test_ssd.py",
@@ -45,7 +46,7 @@ sys.exit(pytest.main(["-q", "-rs", "-p", "no:cacheprovider", *sys.argv[1:]]))
 @pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="emulates x86 under Linux")
 @pytest.mark.parametrize(
     ("instructions", "tests", "integers", "floats"),
-    [(AVX512, TESTS[:1], False, False), (VNNI, TESTS, True, False), (AMX, TESTS, True, True)],
+    [(AVX512, TESTS[:2], False, False), (VNNI, TESTS, True, False), (AMX, TESTS, True, True)],
     ids=["avx512", "vnni", "amx"],
 )
 def test_kernels_for_other_cpus_pass_the_tests_of_kernels(
@@ -78,9 +79,7 @@ def test_kernels_for_other_cpus_pass_the_tests_of_kernels(
     ],
     ids=["avx2", "avx-vnni", "avx", "sse2"],
 )
-def test_products_of_few_rows_are_right_on_cpus_with_less(
-    tmp_path: Path, flags: tuple[str, ...], told: str, lacks: str
-) -> None:
+def test_products_are_right_on_cpus_with_less(tmp_path: Path, flags: tuple[str, ...], told: str, lacks: str) -> None:
     if library() is None:
         pytest.skip("no C compiler was found")
     command = ("cc", *flags, "-Wno-psabi")
@@ -93,7 +92,7 @@ def test_products_of_few_rows_are_right_on_cpus_with_less(
         "__import__('pytest').main(['-q', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, TESTS[0]],
+        [sys.executable, "-c", script, *TESTS[:2]],
         capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[3], check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

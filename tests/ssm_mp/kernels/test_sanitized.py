@@ -21,7 +21,11 @@ FAULTS = Path(__file__).parent / "faults"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 EMULATED = ("-mno-avx512f", "-mno-amx-tile", f"-I{FOLDER}", "-Wno-psabi", *(f"-D__{name}__=1" for name in AMX))
 CALLS = "tests/ssm_mp/kernels/test_calls.py"
-MANY = ("tests/ssm_mp/precisions/test_matrix.py", "tests/ssm_mp/programs/test_branch.py")
+MANY = (
+    "tests/ssm_mp/precisions/test_matrix.py",
+    "tests/ssm_mp/precisions/test_many.py",
+    "tests/ssm_mp/programs/test_branch.py",
+)
 
 pytestmark = [
     pytest.mark.slow,
