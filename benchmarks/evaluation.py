@@ -81,12 +81,12 @@ device = "{device}"
 class Subject:
     """A checkpoint that is evaluated.
 
-    open: its Hugging Face folder and its model in `transformers`, given where one may be written. convert: how that
+    load: its Hugging Face folder and its model in `transformers`, given where one may be written. convert: how that
     model is rounded by a map, the plain way.
     """
 
     tokenizer: Path
-    open: Callable[[Path], tuple[Path, nn.Module]]
+    load: Callable[[Path], tuple[Path, nn.Module]]
     convert: Convert
 
 
@@ -141,7 +141,7 @@ def write_study(
 ) -> tuple[StudySpec, nn.Module]:
     """The study file with its checkpoint, and the checkpoint's model in `transformers`; `overrides` as `--set` has
     them."""
-    checkpoint, model = subject.open(folder)
+    checkpoint, model = subject.load(folder)
     study = folder / "huggingface.toml"
     paths = {"checkpoint": checkpoint, "tokenizer": subject.tokenizer.resolve()}
     said = {name: json.dumps(str(path)) for name, path in paths.items()}

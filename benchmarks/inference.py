@@ -55,7 +55,7 @@ _FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512_vnni
 
 def measure(name: str, case: Case, runs: Path, device: str, batch: int, with_memory: bool = True) -> dict[str, Any]:
     """One case: speeds, and on a CPU peers and memory."""
-    checkpoint = case.open()
+    checkpoint = case.load()
     ids = random_windows(checkpoint.config.vocabulary, batch, case.prompt).ids
     winner = winner_of(runs / case.study, device) if case.study else None
     converted = convert_all(checkpoint, case.ways, winner, device, boundaries_of(case))

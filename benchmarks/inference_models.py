@@ -58,7 +58,7 @@ class Case:
     name of the one whose finished run has its winner; empty where the winner, if any, is made by a rule.
     """
 
-    open: Callable[[], Checkpoint]
+    load: Callable[[], Checkpoint]
     prompt: int
     steps: int
     rounds: int
