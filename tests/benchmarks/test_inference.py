@@ -116,7 +116,7 @@ def test_every_case_is_of_a_model_that_its_ways_and_rivals_can_be_made_of() -> N
     for case in CASES.values():
         assert set(case.exported) <= set(case.ways) <= set(CONVERTED)
         assert case.prompt // 4 >= case.steps
-    assert 1.6e6 < sum(t.numel() for t in CASES["itera"].open().tensors.values()) < 1.8e6
+    assert 1.6e6 < sum(t.numel() for t in CASES["itera"].load().tensors.values()) < 1.8e6
 
 
 def test_experts_are_measured_without_peers_that_know_none(tmp_path: Path) -> None:
