@@ -63,6 +63,8 @@ _HEADERS = (
     "scan_block.h",
     "matrix.h",
     "quantize.h",
+    "stored.h",
+    "threads.h",
     "rescale.h",
     "transpose.h",
     "lay_values.h",

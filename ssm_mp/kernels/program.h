@@ -45,8 +45,6 @@ INLINE float *state_at(const Pass *pass, int64_t number, int64_t size) {
 /* Threads for work on so many numbers: few are done before a second thread has woken up. */
 INLINE int threads_for(const Pass *pass, int64_t numbers) { return numbers > 1 << 14 ? pass->threads : 1; }
 
-INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 /* Seconds from some moment on, where anybody wants to know. */
 INLINE double seconds_of(const Pass *pass) {
     struct timespec now = {0};
