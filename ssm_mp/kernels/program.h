@@ -27,7 +27,7 @@ typedef struct {
     const int64_t *ids;              /* of the rows, where a program begins with them; or none */
     float *memory, *stream, *result;
     void *const *states;             /* by number, each of all sequences */
-    int8_t *packed;                  /* weights that are laid out, where rows are many */
+    int8_t *packed;                  /* weights that are laid out beforehand, if any */
     int8_t *scratch;                 /* of the call that runs, aligned to 64 */
     double *seconds;                 /* of each part, added up; or none */
 } Pass;

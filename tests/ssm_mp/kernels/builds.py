@@ -22,14 +22,16 @@ _OTHER_TESTS = ("precisions/test_compensate.py", "precisions/test_many.py", "pre
 # what computes without kernels, slowly
 _LEFT_OUT = ("[reference", "[chunked", "mse-False", "no_float32_copy", "(test_compensate and not the_kernel)",
              "(test_one_pass and not the_kernel)")  # fmt: skip
+_FOLDERS = (("kernels", "test_*.py"), ("blocks", "test_*compiled*.py"), ("decoding", "test_comp*.py"),
+            ("programs", "test_*.py"))  # fmt: skip
 TESTS = tuple(
     str(path.relative_to(ROOT))
-    for folder, pattern in (("kernels", "test_*.py"), ("blocks", "test_*compiled*.py"), ("decoding", "test_comp*.py"))
+    for folder, pattern in _FOLDERS
     for path in sorted((ROOT / "tests" / "ssm_mp" / folder).glob(pattern))
     if not any(name in path.name for name in _NOT_THESE)
 ) + tuple(f"tests/ssm_mp/{name}" for name in _OTHER_TESTS)
 """Those that compute with the kernels of a CPU; those of them that are slow start processes, and are left out."""
-CALLED_ONE_BY_ONE = tuple(name for name in TESTS if "compiled" not in name)
+CALLED_ONE_BY_ONE = tuple(name for name in TESTS if "compiled" not in name and "programs" not in name)
 """Those that call each kernel from Python, and not by its address from a program."""
 
 SCRIPT = """
@@ -37,7 +39,9 @@ import sys
 import pytest
 from hypothesis import settings
 from ssm_mp.kernels.compiler import library
+from ssm_mp.kernels.matrices import has_vnni, multiplies_by_amx
 assert library() is not None
+print(f"integers by VNNI {has_vnni()}, floats by AMX {multiplies_by_amx()}", flush=True)
 settings.register_profile("few", deadline=None, max_examples=12)
 sys.exit(pytest.main(sys.argv[1:]))
 """

@@ -14,18 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.ssm_mp.kernels import builds
-from tests.ssm_mp.kernels.test_emulated import AMX, FOLDER
+from tests.ssm_mp.kernels.test_emulated import AMX, MANY, emulating
 
 FAULTS = Path(__file__).parent / "faults"
 # vectors are read at any multiple of their numbers' size, which their types say: nothing has to be switched off for it
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
-EMULATED = ("-mno-avx512f", "-mno-amx-tile", f"-I{FOLDER}", "-Wno-psabi", *(f"-D__{name}__=1" for name in AMX))
+EMULATED = emulating(AMX)
 CALLS = "tests/ssm_mp/kernels/test_calls.py"
-MANY = (
-    "tests/ssm_mp/precisions/test_matrix.py",
-    "tests/ssm_mp/precisions/test_many.py",
-    "tests/ssm_mp/programs/test_branch.py",
-)
 
 pytestmark = [
     pytest.mark.slow,
