@@ -76,10 +76,15 @@ class Page:
         """The rows of the tables whose first cell is `head`, cell by cell."""
         inside = False
         for line in self.text.splitlines():
-            cells = tuple(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
+            cells = cells_of(line)
             inside = bool(cells) and (inside or cells[0] == head)
             if inside and cells[0] != head and not set(cells[0]) <= set(":-"):
                 yield cells
+
+
+def cells_of(line: str) -> tuple[str, ...]:
+    """The cells of a table's line; none of another line."""
+    return tuple(cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1])
 
 
 def page(name: str) -> Page:

@@ -111,6 +111,8 @@ def test_the_lines_of_the_readme_and_of_docs_do_what_they_say(
         newcomer.run(line)
     for made in ("runs/mine/report.md", "exports/mine/model.safetensors", "mine-mlx/config.json", "drift.png"):
         assert (newcomer.folder / made).stat().st_size > 0
+    said = {code.rstrip("/") for code in page("docs/report.md").codes}
+    assert {path.name for path in (newcomer.folder / "runs" / "mine").iterdir()} - said == set()
 
 
 def loaded(block: Block, folder: Path) -> StudySpec | PrecisionMap:

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from tests.docs.pages import NAMES, PAGES, ROOT, Page
+from tests.docs.pages import NAMES, PAGES, ROOT, Page, cells_of
 
 ELSEWHERE = ("https://", "mailto:")
 """Not looked up: a test needs no network."""
@@ -63,6 +63,18 @@ def test_anchors_are_those_of_github() -> None:
         "# What `cp` does: 10, 1000 and 10 000\n\n## A [link](b.md), a *word*\n## a link a word\n```sh\n# none\n```\n"
     )
     assert Page("a.md", text).anchors == {"what-cp-does-10-1000-and-10-000", "a-link-a-word", "a-link-a-word-1"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_rows_of_a_table_are_as_wide_as_its_head(name: str) -> None:
+    lines = [line for line in PAGES[name].sentences.splitlines() if not line or line.startswith("|")]
+    before = ["", *lines]
+    wrong = [
+        line
+        for line, previous in zip(lines, before, strict=False)
+        if line and previous and len(cells_of(line)) != len(cells_of(previous))
+    ]
+    assert wrong == []
 
 
 def test_the_readme_is_short() -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 
 from search.problem.spec import SAMPLERS, StudySpec
 from ssm_mp.families.registry import FAMILIES
+from ssm_mp.precision_map import PRESETS
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.runtimes.registry import FORMATS
 from tests.docs.lines import (
@@ -111,8 +112,9 @@ def test_every_model_type_is_in_the_table_of_families(name: str) -> None:
     assert {kind for family in FAMILIES.values() for kind in family.model_types} - rows == set()
 
 
-def test_every_sampler_and_every_format_has_its_page() -> None:
+def test_every_sampler_preset_and_format_has_its_page() -> None:
     assert [name for name in SAMPLERS if f"`{name}`" not in NOW["docs/sampler.md"].text] == []
+    assert [name for name in PRESETS if f"`{name}`" not in NOW["docs/studies.md"].text] == []
     assert [name for name in FORMATS if f"--target {name}" not in NOW["docs/formats.md"].text] == []
 
 
