@@ -23,7 +23,7 @@ from tests.docs.lines import (
     options_of_module,
     require_path,
 )
-from tests.docs.pages import NOW, PAGES, ROOT, Page
+from tests.docs.pages import NOW, ROOT, Page
 
 TOP = ("ssm_mp/", "search/", "studies/", "jobs/", "benchmarks/", "tests/", "docs/", ".ci/")
 TO_WRITE = ("ssm_mp/families/ripple.py",)
@@ -138,9 +138,3 @@ def test_every_key_of_a_study_is_there_with_its_default(section: str) -> None:
         else:
             said = tomllib.loads(f"value = {rows[name]}")["value"]
             assert said == (list(default) if isinstance(default, tuple) else default), name
-
-
-def test_the_pages_are_all_of_docs() -> None:
-    assert {path.name for path in (ROOT / "docs").iterdir() if path.suffix != ".png"} == {
-        name.removeprefix("docs/") for name in PAGES if name.startswith("docs/")
-    }
