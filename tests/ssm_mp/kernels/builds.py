@@ -43,6 +43,7 @@ from ssm_mp.kernels.matrices import has_vnni, multiplies_by_amx
 assert library() is not None
 print(f"integers by VNNI {has_vnni()}, floats by AMX {multiplies_by_amx()}", flush=True)
 settings.register_profile("few", deadline=None, max_examples=12)
+settings.register_profile("fewest", deadline=None, max_examples=4)
 sys.exit(pytest.main(sys.argv[1:]))
 """
 OPTIONS = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
@@ -66,12 +67,23 @@ def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProce
 
 
 def build(command: Sequence[str], to: Path, *sources: Path) -> Path:
-    """A library of C files, those of all kernels where none are named, by this compiler and without OpenMP."""
+    """A library of C files, those of all kernels where none are named, by this compiler and without OpenMP.
+
+    Options behind the compiler's name come last, so that they may say otherwise than the project's own."""
     files = sources or tuple(sorted(SOURCES.glob("*.c")))
-    compiled = [*command, *compiler.FLAGS, "-shared", *map(str, files), "-lm", "-o", str(to)]
+    compiled = [command[0], *compiler.FLAGS, *command[1:], "-shared", *map(str, files), "-lm", "-o", str(to)]
     done = run(compiled)
     assert done.returncode == 0, done.stdout
     return to
+
+
+def optimising_little(folder: Path, compiler_name: str) -> str:
+    """The compiler, a quarter as long over a file whatever it is told before: with what sanitizers add, or emulated
+    instructions, it would take minutes."""
+    script = folder / compiler_name
+    script.write_text(f'#!/bin/sh\nexec {compiler_name} "$@" -O1\n', encoding="utf-8")
+    script.chmod(0o755)
+    return str(script)
 
 
 def found(compiler_name: str) -> str:

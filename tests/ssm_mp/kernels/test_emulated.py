@@ -55,7 +55,9 @@ def emulating(instructions: tuple[str, ...]) -> tuple[str, ...]:
 def test_kernels_for_other_cpus_pass_the_tests_of_kernels(
     tmp_path: Path, instructions: tuple[str, ...], tests: tuple[str, ...], integers: bool, floats: bool
 ) -> None:
-    done = builds.run_tests(tmp_path, ("cc", *emulating(instructions)), ("-rs", *tests))
+    done = builds.run_tests(
+        tmp_path, (builds.optimising_little(tmp_path, "cc"), *emulating(instructions)), ("-rs", *tests)
+    )
     assert f"integers by VNNI {integers}, floats by AMX {floats}\n" in done.stdout, done.stdout
     assert done.returncode == 0, done.stdout
     assert "SKIPPED" not in done.stdout, done.stdout
