@@ -104,7 +104,7 @@ def edge_of(block: Block, precision: str) -> float:
     return STEP if precision in ("int8 static", "int8 dynamic", "mixed") else TOLERANCE
 
 
-def require_near(found: Tensor, expected: Tensor, edge: float = TOLERANCE) -> None:
+def require_same_outputs(found: Tensor, expected: Tensor, edge: float = TOLERANCE) -> None:
     """Outputs `[b, l, d]` equal but for rounding; edge: as `edge_of` says."""
     largest = max(1.0, float(expected.abs().max()))
     off = (found - expected).abs().amax(dim=-1)  # [b, l]
@@ -120,7 +120,7 @@ def require_same(
     for one, other in zip(states, others, strict=True):
         largest = float(other.abs().max()) if other.numel() else 0.0  # a convolution of one tap carries nothing
         torch.testing.assert_close(one, other, rtol=TOLERANCE, atol=TOLERANCE * max(1.0, largest))
-    require_near(found[0], expected[0], edge)
+    require_same_outputs(found[0], expected[0], edge)
 
 
 def require_what_modules_give(
@@ -161,8 +161,15 @@ def require_no_change_by_threads(
             assert all(torch.equal(a, b) for a, b in zip(states, others, strict=True))
 
 
-def require_own_sequence_spoilt(program: CompiledBranch, x: Tensor, bad: float) -> None:
-    """By a token of `x [3, l, d]` that is not finite: itself, all after it where a state is carried, nothing else."""
+def require_own_sequence_spoilt(block: Block, precision: str, lengths: Sequence[int]) -> None:
+    """By a token that is not finite: itself, all after it where a state is carried, nothing else."""
+    program = compiled(branch_of(block, precision))
+    for length in lengths:
+        for bad in (torch.nan, torch.inf):
+            _require_own_sequence_spoilt(program, torch.randn(3, length, block.d_model), bad)
+
+
+def _require_own_sequence_spoilt(program: CompiledBranch, x: Tensor, bad: float) -> None:
     at = x.shape[1] // 2
     with torch.inference_mode():
         good, (states,) = program(x, None)
@@ -202,12 +209,12 @@ def converted(model: LanguageModel, precision: str) -> LanguageModel:
 def require_steps_of_the_model(model: LanguageModel, edge: float = TOLERANCE) -> None:
     """Tokens decoded in compiled calls, after a few that were read, against the layers one after another."""
     vocabulary = model.config.vocabulary
-    ids = torch.randint(0, vocabulary, (3, 12), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(0, vocabulary, (3, 9), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         current = model.carry(ids[:, :5])[1]
         decoder = CompiledDecoder.of(model, current, 5)
         assert decoder is not None
-        for t in range(5, 12):
+        for t in range(5, 9):
             hidden, current = model.carry(ids[:, t : t + 1], current, t)
             expected = model.head(hidden[:, -1])
             assert (decoder.step(ids[:, t]) - expected).abs().max() <= edge * expected.abs().max()

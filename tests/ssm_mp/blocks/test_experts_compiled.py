@@ -19,7 +19,7 @@ from ssm_mp.model import Residual
 from ssm_mp.modules.experts import EachExpert
 from ssm_mp.programs.program import NotCompiledError
 from tests.ssm_mp.blocks.compiled_cases import EXPERTS
-from tests.ssm_mp.blocks.compiling import branch_of, by_modules, compiled, require_near
+from tests.ssm_mp.blocks.compiling import branch_of, by_modules, compiled, require_same_outputs
 
 PLAIN, MANY = EXPERTS["plain"], EXPERTS["filling vectors"]
 
@@ -47,7 +47,7 @@ def test_sizes_of_every_kind(
     )  # fmt: skip
     branch, x = branch_of(block, precision), torch.randn(2, length, d)
     with torch.inference_mode():
-        require_near(compiled(branch)(x, None)[0], by_modules(branch, x)[0])
+        require_same_outputs(compiled(branch)(x, None)[0], by_modules(branch, x)[0])
 
 
 @pytest.mark.parametrize("corrected", [False, True])

@@ -19,7 +19,7 @@ from tests.ssm_mp.blocks.compiling import (
     by_modules,
     compiled,
     converted,
-    require_near,
+    require_same_outputs,
     require_steps_of_the_model,
 )
 from tests.tiny import VOCABULARY, random_model
@@ -36,7 +36,7 @@ def test_branches_of_every_family_give_what_their_modules_give(name: str) -> Non
             assert isinstance(branch, Residual)
             x = torch.randn(3, 41, model.config.d_model)
             with torch.inference_mode():
-                require_near(compiled(branch)(x, None)[0], by_modules(branch, x)[0])
+                require_same_outputs(compiled(branch)(x, None)[0], by_modules(branch, x)[0])
 
 
 def hybrid(*, together: bool) -> HybridConfig:
