@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 MACHINE = platform.machine()
 SOURCES = ROOT / "ssm_mp" / "kernels"
 _NOT_THESE = ("cuda", "triton", "mamba_ssm", "compiler", "library_cache")
-_OTHER_TESTS = ("precisions/test_compensate.py", "precisions/test_many.py", "precisions/test_matrix.py",
-                "precisions/test_slices.py", "conversion/test_one_pass.py")  # fmt: skip
+_OTHER_TESTS = ("precisions/test_compensate.py", "precisions/test_head.py", "precisions/test_many.py",
+                "precisions/test_matrix.py", "precisions/test_slices.py", "conversion/test_one_pass.py")  # fmt: skip
 # what computes without kernels, slowly
 _LEFT_OUT = ("[reference", "[chunked", "mse-False", "no_float32_copy", "(test_compensate and not the_kernel)",
              "(test_one_pass and not the_kernel)")  # fmt: skip

@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent / "emulated"
 MANY = (
     "tests/ssm_mp/precisions/test_matrix.py",
     "tests/ssm_mp/precisions/test_many.py",
+    "tests/ssm_mp/precisions/test_head.py",
     "tests/ssm_mp/programs/test_branch.py",
 )
 """Those of products, which take most of these instructions."""
