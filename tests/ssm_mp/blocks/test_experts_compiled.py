@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import byref, c_void_p
+from ctypes import POINTER, byref, c_void_p
 from dataclasses import replace
 
 import pytest
@@ -123,10 +123,11 @@ def routed(routing: Routing, logits: Tensor, correction: Tensor | None, top_k: i
     kernels, (m, experts) = library(), logits.shape
     assert kernels is not None
     structure = routing.structure(experts, top_k, None if correction is None else correction.data_ptr())
+    kernels.route.argtypes, kernels.route.restype = (POINTER(type(structure)), *(c_void_p,) * 4), None
     scores, merit = logits.clone(), torch.empty(experts + routing.groups)
     weights, chosen = torch.empty(m, structure.chosen), torch.empty(m, structure.chosen, dtype=torch.int32)
     for i in range(m):
-        places = (c_void_p(t.data_ptr()) for t in (scores[i], merit, chosen[i], weights[i]))
+        places = (t.data_ptr() for t in (scores[i], merit, chosen[i], weights[i]))
         kernels.route(byref(structure), *places)
     assert all(len(set(row)) == len(row) and {*row} <= {*range(experts)} for row in chosen.tolist())
     return torch.zeros(m, experts).scatter_(1, chosen.long(), weights)

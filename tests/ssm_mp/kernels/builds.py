@@ -31,8 +31,10 @@ TESTS = tuple(
     if not any(name in path.name for name in _NOT_THESE)
 ) + tuple(f"tests/ssm_mp/{name}" for name in _OTHER_TESTS)
 """Those that compute with the kernels of a CPU; those of them that are slow start processes, and are left out."""
-CALLED_ONE_BY_ONE = tuple(name for name in TESTS if "compiled" not in name and "programs" not in name)
-"""Those that call each kernel from Python, and not by its address from a program."""
+ELSEWHERE = tuple(name for name in TESTS if "compiled" not in name or "compiled_blocks" in name)
+"""Those for kernels that take long: of blocks the contract."""
+SAYS_NOTHING_NEW = ("threads_change", "gives_what_the_modules", "between_multipliers", "decodes_in_compiled_calls")
+"""Of these, tests that have no calls of kernels which others do not have."""
 
 SCRIPT = """
 import sys
@@ -46,16 +48,21 @@ settings.register_profile("few", deadline=None, max_examples=12)
 settings.register_profile("fewest", deadline=None, max_examples=4)
 sys.exit(pytest.main(sys.argv[1:]))
 """
-OPTIONS = ("-q", "-m", "not slow", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning",
-           "--hypothesis-profile=few", "-k", " and ".join(f"not {name}" for name in _LEFT_OUT))  # fmt: skip
+
+
+def options(profile: str, left_out: Sequence[str] = ()) -> list[str]:
+    """Of pytest; profile: of hypothesis, one of `SCRIPT`'s."""
+    chosen = " and ".join(f"not {name}" for name in (*_LEFT_OUT, *left_out))
+    quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    return [*quiet, "-m", "not slow", "-k", chosen, f"--hypothesis-profile={profile}"]
 
 
 def run_tests(
-    cache: Path, command: Sequence[str], tests: Sequence[str] = TESTS, **environment: str
+    cache: Path, command: Sequence[str], tests: Sequence[str] = TESTS, profile: str = "few", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """Tests on the kernels that a compiler's command makes, which are kept in a folder of their own."""
     held = {**os.environ, "CC": shlex.join(command), "XDG_CACHE_HOME": str(cache), **environment}
-    return run([sys.executable, "-c", SCRIPT, *OPTIONS, *tests], **held)
+    return run([sys.executable, "-c", SCRIPT, *options(profile), *tests], **held)
 
 
 def run(command: Sequence[str], **environment: str) -> subprocess.CompletedProcess[str]:

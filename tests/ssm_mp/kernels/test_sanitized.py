@@ -20,7 +20,6 @@ FAULTS = Path(__file__).parent / "faults"
 # vectors are read at any multiple of their numbers' size, which their types say: nothing has to be switched off for it
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 EMULATED = emulating(AMX)
-FEWEST = "--hypothesis-profile=fewest"  # sanitized kernels are slow
 CALLS = "tests/ssm_mp/kernels/test_calls.py"
 
 pytestmark = [
@@ -41,7 +40,7 @@ def run_sanitized(
         "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={said}",
     }
     command = (builds.optimising_little(folder, "gcc"), *options, *SANITIZE)
-    done = builds.run_tests(folder, command, (FEWEST, *tests), **environment)
+    done = builds.run_tests(folder, command, tests, "fewest", **environment)
     reports = (path.read_text(errors="replace") for path in sorted(folder.glob("said*")))
     return done.returncode, done.stdout + "\n".join(reports)
 
