@@ -44,5 +44,5 @@ def _open(address: str) -> None:
     """Open an address in the user's browser, or say that there is none."""
     import webbrowser
 
-    if not webbrowser.open(address):
+    if not webbrowser.open_new_tab(address):
         say(f"note: no browser was found here; open {address} in yours")

@@ -80,6 +80,11 @@ class PageContent:
         """Of all points."""
         return hypervolume(self.points, self.budget_percent, metric=self.metric)
 
+    @property
+    def hypervolume_unit(self) -> str:
+        """What the hypervolume is counted in."""
+        return f"× times {'percentage points' if self.metric is PERPLEXITY else self.metric.unit}"
+
     def to_json(self) -> dict[str, Any]:
         """What the page's script draws from."""
         front, metric = self.front, self.metric
@@ -108,7 +113,6 @@ class PageContent:
             "fastest": None if quickest is None else quickest.trial,
             "sensitivities": sensitivities(self.probes, self.components, self.groups, metric),
             "growth": [list(step) for step in self.growth],
-            "hypervolumeUnit": "× · percentage points" if metric is PERPLEXITY else f"× · {metric.unit}",
             "drift": _drift(self.drift, self.points),
         }  # fmt: skip
 

@@ -26,8 +26,13 @@ from search.results.gates import overall
 from search.results.page.content import PageContent
 from search.results.page.tiles import tiles_of
 
-SCRIPTS = ("figures", "search", "tooltip", "front", "charts", "table", "allocation", "chosen", "page")
+SCRIPTS = (
+    "figures", "search", "tooltip", "marks", "front_scales", "front_marks", "front_spec", "front", "legend", "charts",
+    "table", "columns", "allocation", "chosen", "follow", "page",
+)  # fmt: skip
 """Parts of the page's script, in the order in which they stand in it."""
+STYLES = ("colours", "page", "charts", "tables")
+"""Parts of its style."""
 _VERSION = "not yet known"
 _MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
@@ -57,7 +62,7 @@ def _rendered(content: PageContent, version: str) -> str:
         provenance=json.dumps(content.provenance, indent=2, ensure_ascii=False),
         verdict=overall(content.gates) if content.gates else None,
         marks=_MARKS,
-        style=Markup(_part("style.css")),
+        style=Markup("".join(_part(f"style/{name}.css") for name in STYLES)),
         vega=Markup(vega),
         script=Markup(own),
         policy=policy([vega, own], bool(version)),

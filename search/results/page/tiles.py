@@ -26,8 +26,9 @@ def tiles_of(content: PageContent) -> list[Tile]:
         figure = f"{best.compression:.2f}× smaller"
         more = f"trial {best.trial}, {best.bytes:,} of {content.baseline['bytes']:,} bytes"
         found.append(Tile("Winner" if winner else "Smallest so far", figure, more))
-        shown = metric.interval(best.increase_percent, best.stderr_percent, 2)
-        found.append(Tile(f"Rise of {metric.rises}", f"{shown} {metric.unit}", f"95 %, {best.windows} search windows"))
+        spread = 1.96 * metric.spread(best.increase_percent, best.stderr_percent)
+        more = f"± {spread:.{2 + metric.digits}f} (95 %), {best.windows} search windows"
+        found.append(Tile(f"Rise of {metric.rises}", metric.said(best.increase_percent, 2), more))
     if certificate is None:
         found.append(Tile("Certificate", "none yet", "the search makes it at its end"))
     else:

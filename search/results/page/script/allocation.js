@@ -1,4 +1,5 @@
-// The picture of a map: layers down, kinds of components across, each cell with its precisions and bytes.
+// The picture of a map: layers down, kinds of components across, each cell with its precisions, bytes and what they
+// cost by the probes.
 
 /** Rows of the picture: which components stand in which cell. */
 function cellsOf(search) {
@@ -24,9 +25,23 @@ function allocation(search, trial, other) {
     const row = kinds.map((_, at) => cell(search, cells.get(`${layer ?? -1} ${at}`), held, theirs));
     return element("tr", {}, element("th", { scope: "row" }, name), ...row);
   });
-  const caption = element("caption", { class: "unseen" }, `Allocation of trial ${trial.trial}: layers down, kinds of components across`);
-  const table = element("table", { class: "allocation" }, caption, element("thead", {}, head), element("tbody", {}, ...rows));
-  return element("div", { class: "scrolled", tabindex: "0", role: "region", "aria-label": `Allocation of trial ${trial.trial}` }, table);
+  const caption = element(
+    "caption",
+    { class: "unseen" },
+    `Allocation of trial ${trial.trial}: layers down, kinds of components across`,
+  );
+  const table = element(
+    "table",
+    { class: "allocation" },
+    caption,
+    element("thead", {}, head),
+    element("tbody", {}, ...rows),
+  );
+  return element(
+    "div",
+    { class: "scrolled", tabindex: "0", role: "region", "aria-label": `Allocation of trial ${trial.trial}` },
+    table,
+  );
 }
 
 /** One cell: of several components each precision takes its share; a difference is a sign and a thick edge. */
@@ -46,9 +61,20 @@ function cell(search, group, held, theirs) {
     part.style.flexGrow = count;
     return part;
   });
-  const title = group.slice(0, 12).map((at) => `${search.components[at].name}: ${held[at]}`).join("\n");
+  const costs = group.map((at) => search.cost(search.components[at].name, held[at])?.cost ?? null);
+  const cost = costs.every((one) => one === null) ? null : costs.reduce((sum, one) => sum + (one ?? 0), 0);
+  const title = group
+    .slice(0, 12)
+    .map((at) => `${search.components[at].name}: ${held[at]}`)
+    .join("\n");
   const more = group.length > 12 ? `\n… and ${group.length - 12} more` : "";
-  return element("td", { class: differs ? "differs" : null, title: title + more },
+  return element(
+    "td",
+    { class: differs ? "differs" : null, title: title + more },
     element("div", { class: "parts" }, ...parts),
-    element("div", { class: "size" }, differs ? element("b", { title: "differs" }, "≠ ") : null, sized(bytes)));
+    element("div", { class: "size" }, differs ? element("b", {}, "≠ ") : null, sized(bytes)),
+    cost === null
+      ? null
+      : element("div", { class: "size" }, `${signed(cost, 3 + search.metric.digits)} ${search.metric.unit}`),
+  );
 }

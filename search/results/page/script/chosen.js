@@ -22,18 +22,29 @@ function copied(label, text, rows) {
 /** The figures of a trial, a line each. */
 function figures(search, word, trial) {
   const [head, ...lines] = search.lines(trial);
-  return element("div", { class: "figures" },
+  return element(
+    "div",
+    { class: "figures" },
     element("h3", {}, element("span", { class: "word" }, word), head),
-    element("ul", {}, ...lines.map((line) => element("li", {}, line))));
+    element("ul", {}, ...lines.map((line) => element("li", {}, line))),
+  );
 }
 
 /** A whole map: figures, picture, command, TOML. */
 function mapPanel(search, word, trial, other) {
-  return element("article", { class: "map", "aria-label": `Map ${word}: trial ${trial.trial}` },
+  return element(
+    "article",
+    { class: "map", "aria-label": `Map ${word}: trial ${trial.trial}` },
     figures(search, word, trial),
     allocation(search, trial, other),
     copied("the export command", search.command(trial), 2),
-    element("details", {}, element("summary", {}, "The map as TOML"), copied("the map as TOML", search.toml(trial), 10)));
+    element(
+      "details",
+      {},
+      element("summary", {}, "The map as TOML"),
+      copied("the map as TOML", search.toml(trial), 10),
+    ),
+  );
 }
 
 /** The difference of two trials in words, B against A. */
@@ -42,8 +53,10 @@ function difference(search, one, two) {
   const changed = before.filter((held, at) => held !== after[at]).length;
   const bytes = two.bytes - one.bytes;
   const rise = two.increase - one.increase;
-  return `B differs from A in ${changed} of ${before.length} components: ${bytes < 0 ? "" : "+"}${counted(bytes)} bytes, ` +
-    `${signed(rise, 3 + search.metric.digits)} ${search.metric.unit}.`;
+  return (
+    `B differs from A in ${changed} of ${before.length} components: ${bytes < 0 ? "" : "+"}${counted(bytes)} bytes, ` +
+    `${signed(rise, 3 + search.metric.digits)} ${search.metric.unit}.`
+  );
 }
 
 /** Rows of the table of components: what each is at in A and in B, with bytes and cost. */
@@ -61,26 +74,54 @@ function componentRows(search, one, two) {
 
 /** The columns of that table. */
 function componentColumns(search, comparing) {
+  const { metric } = search;
   const painted = (name) => {
     const chip = element("span", { class: "chip" }, name);
     chip.style.background = search.colourOf.get(name);
     chip.style.color = inkOn(search.colourOf.get(name));
     return chip;
   };
+  const held = (row) => element("span", {}, painted(row.held), row.component.pinned ? " pinned" : null);
+  const theirs = (row) => element("span", {}, row.theirs === row.held ? null : "≠ ", painted(row.theirs));
+  const alone = {
+    ...FALLING,
+    title: "what lowering this component (or its group) alone costs, all others at their widest",
+  };
+  const besides = [
+    { ...words("theirs", "in B", (row) => row.theirs), cell: theirs },
+    numbers(
+      "theirBytes",
+      "bytes in B",
+      (row) => row.theirBytes,
+      (row) => counted(row.theirBytes),
+      FALLING,
+    ),
+  ];
   return [
-    { key: "name", head: "component", value: (row) => row.component.name, text: (row) => row.component.name },
-    { key: "kind", head: "kind", value: (row) => row.component.kind, text: (row) => row.component.kind },
-    { key: "parameters", head: "parameters", number: true, descending: true, value: (row) => row.component.parameters, text: (row) => counted(row.component.parameters) },
-    { key: "held", head: comparing ? "in A" : "precision", value: (row) => row.held, text: (row) => row.held, cell: (row) => element("span", {}, painted(row.held), row.component.pinned ? " pinned" : null) },
-    { key: "bytes", head: comparing ? "bytes in A" : "bytes", number: true, descending: true, value: (row) => row.bytes, text: (row) => counted(row.bytes) },
-    ...(comparing ? [
-      { key: "theirs", head: "in B", value: (row) => row.theirs, text: (row) => row.theirs, cell: (row) => element("span", {}, row.theirs === row.held ? null : "≠ ", painted(row.theirs)) },
-      { key: "theirBytes", head: "bytes in B", number: true, descending: true, value: (row) => row.theirBytes, text: (row) => counted(row.theirBytes) },
-    ] : []),
-    {
-      key: "cost", head: `cost alone, ${search.metric.unit}`, number: true, descending: true,
-      title: "what lowering this component (or its group) alone costs, all others at their widest",
-      value: (row) => row.cost?.cost ?? null, text: (row) => (row.cost ? interval(row.cost.cost, row.cost.spread, search.metric) : "–"),
-    },
+    words("name", "component", (row) => row.component.name),
+    words("kind", "kind", (row) => row.component.kind),
+    numbers(
+      "parameters",
+      "parameters",
+      (row) => row.component.parameters,
+      (row) => counted(row.component.parameters),
+      FALLING,
+    ),
+    { ...words("held", comparing ? "in A" : "precision", (row) => row.held), cell: held },
+    numbers(
+      "bytes",
+      comparing ? "bytes in A" : "bytes",
+      (row) => row.bytes,
+      (row) => counted(row.bytes),
+      FALLING,
+    ),
+    ...(comparing ? besides : []),
+    numbers(
+      "cost",
+      `cost alone, ${metric.unit}`,
+      (row) => row.cost?.cost ?? null,
+      (row) => interval(row.cost.cost, row.cost.spread, metric),
+      alone,
+    ),
   ];
 }

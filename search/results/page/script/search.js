@@ -60,7 +60,7 @@ class Search {
       `${interval(trial.increase, trial.spread, this.metric)} ${this.metric.unit} (95 %)`,
       `perplexity ${trial.perplexity.toFixed(4)} on ${trial.windows} windows`,
       ...(trial.latency === null ? [] : [`${(1e3 * trial.latency).toFixed(3)} ms predicted`]),
-      `from ${trial.origin || "unknown"}`,
+      `origin: ${trial.origin || "unknown"}`,
     ];
   }
 

@@ -4,24 +4,49 @@ const PAGE = 50;
 
 class SortedTable {
   /**
-   * place: the element it stands in. columns: {key, head, title?, text(row), value(row)?, cell(row)?, number?}; a column
-   * with a value can be sorted by it. sort: {key, descending}. words(row): what the filter looks in. kinds: choices of a
-   * second filter, {word: keeps(row)}. marked(row): the class of a row, or null.
+   * place: the element it stands in. columns: {key, head, title?, text(row), value(row)?, cell(row)?, number?}; one
+   * with a value can be sorted by it. sort: {key, descending}. words(row): what the filter looks in. kinds: choices
+   * of a second filter, {word: keeps(row)}. marked(row): the class of a row, or null.
    */
   constructor(place, { caption, columns, sort, words, kinds = {}, marked = () => null }) {
     Object.assign(this, { place, columns, sort, words, kinds, marked, rows: [], page: 0 });
-    this.filter = element("input", { type: "search", placeholder: "filter", "aria-label": `Filter: ${caption}`, input: () => this.turned(0) });
-    this.kind = element("select", { "aria-label": `Which rows: ${caption}`, change: () => this.turned(0) },
-      ...Object.keys(kinds).map((word) => element("option", {}, word)));
+    this.filter = element("input", {
+      type: "search",
+      placeholder: "filter",
+      "aria-label": `Filter: ${caption}`,
+      input: () => this.turned(0),
+    });
+    this.kind = element(
+      "select",
+      { "aria-label": `Which rows: ${caption}`, change: () => this.turned(0) },
+      ...Object.keys(kinds).map((word) => element("option", {}, word)),
+    );
     this.counted = element("span", { class: "counted", role: "status" });
     this.before = element("button", { type: "button", click: () => this.turned(this.page - 1) }, "← previous");
     this.after = element("button", { type: "button", click: () => this.turned(this.page + 1) }, "next →");
     this.head = element("tr");
     this.body = element("tbody");
     place.replaceChildren(
-      element("div", { class: "controls" }, this.filter, Object.keys(kinds).length ? this.kind : null, this.counted, this.before, this.after),
-      element("div", { class: "scrolled", tabindex: "0", role: "region", "aria-label": caption },
-        element("table", {}, element("caption", { class: "unseen" }, caption), element("thead", {}, this.head), this.body)),
+      element(
+        "div",
+        { class: "controls" },
+        this.filter,
+        Object.keys(kinds).length ? this.kind : null,
+        this.counted,
+        this.before,
+        this.after,
+      ),
+      element(
+        "div",
+        { class: "scrolled", tabindex: "0", role: "region", "aria-label": caption },
+        element(
+          "table",
+          {},
+          element("caption", { class: "unseen" }, caption),
+          element("thead", {}, this.head),
+          this.body,
+        ),
+      ),
     );
   }
 
@@ -40,7 +65,8 @@ class SortedTable {
     const from = this.page * PAGE;
     const shown = kept.slice(from, from + PAGE);
     this.counted.textContent = kept.length
-      ? `${counted(from + 1)}–${counted(from + shown.length)} of ${counted(kept.length)}` : "none";
+      ? `${counted(from + 1)}–${counted(from + shown.length)} of ${counted(kept.length)}`
+      : "none";
     this.before.disabled = from === 0;
     this.after.disabled = from + PAGE >= kept.length;
     this.before.hidden = this.after.hidden = kept.length <= PAGE;
@@ -62,11 +88,24 @@ class SortedTable {
   heading(column) {
     const sorted = column.key === this.sort.key;
     const way = sorted ? (this.sort.descending ? "descending" : "ascending") : "none";
-    const arrow = element("span", { "aria-hidden": "true", class: "arrow" }, sorted ? (this.sort.descending ? " ▼" : " ▲") : " ↕");
+    const arrow = element(
+      "span",
+      { "aria-hidden": "true", class: "arrow" },
+      sorted ? (this.sort.descending ? " ▼" : " ▲") : " ↕",
+    );
     const content = column.value
-      ? element("button", { type: "button", title: column.title, "data-key": column.key, click: () => this.sortBy(column) }, column.head, arrow)
+      ? element(
+          "button",
+          { type: "button", title: column.title, "data-key": column.key, click: () => this.sortBy(column) },
+          column.head,
+          arrow,
+        )
       : column.head;
-    return element("th", { scope: "col", "aria-sort": column.value ? way : null, class: column.number ? "number" : null }, content);
+    return element(
+      "th",
+      { scope: "col", "aria-sort": column.value ? way : null, class: column.number ? "number" : null },
+      content,
+    );
   }
 
   sortBy(column) {
@@ -78,8 +117,12 @@ class SortedTable {
 
   line(row) {
     const cells = this.columns.map((column, at) =>
-      element(at === 0 ? "th" : "td", { scope: at === 0 ? "row" : null, class: column.number ? "number" : null },
-        column.cell ? column.cell(row) : column.text(row)));
+      element(
+        at === 0 ? "th" : "td",
+        { scope: at === 0 ? "row" : null, class: column.number ? "number" : null },
+        column.cell ? column.cell(row) : column.text(row),
+      ),
+    );
     return element("tr", { class: this.marked(row) }, ...cells);
   }
 }

@@ -9,9 +9,7 @@ class Tooltip {
   show(search, trial, x, y) {
     const [head, ...lines] = search.lines(trial);
     const kinds = element("ul", {}, ...search.summary(trial).map((line) => element("li", {}, line)));
-    this.box.replaceChildren(
-      element("strong", {}, head), ...lines.map((line) => element("div", {}, line)), kinds,
-    );
+    this.box.replaceChildren(element("strong", {}, head), ...lines.map((line) => element("div", {}, line)), kinds);
     this.box.dataset.trial = trial.trial;
     this.box.hidden = false;
     const { width, height } = this.box.getBoundingClientRect();
