@@ -89,13 +89,17 @@ class Browser:
 
     def said(self) -> list[str]:
         """What the console has said since it was asked last."""
-        return [entry["message"] for entry in self.driver.get_log("browser")]
+        return [entry["message"] for entry in self._log("browser")]
 
     def asked(self) -> list[str]:
         """The addresses that were asked for since this was asked last, but for data that stand in the page itself."""
-        messages = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        messages = [json.loads(entry["message"])["message"] for entry in self._log("performance")]
         sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
         return [address for address in sent if not address.startswith("data:")]
+
+    def _log(self, kind: Literal["browser", "performance"]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.driver.get_log(kind)  # type: ignore[no-untyped-call]
+        return found
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One finished search and one browser for all tests of the page."""
+"""One finished search and one browser for all tests that look at what a search leaves."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Iterator
 import pytest
 
 from tests.browser import Browser, browser
-from tests.search.results.page.searched import Searched, search_in
+from tests.search.searched import Searched, search_in
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in the browser are slow, and one process runs them, so that one browser is started."""
+    """One process runs them, so that the search runs and the browser starts once; those in a browser are slow."""
     for item in items:
-        if "window" in getattr(item, "fixturenames", ()):
+        used = getattr(item, "fixturenames", ())
+        if "searched" in used or "window" in used:
+            item.add_marker(pytest.mark.xdist_group("page"))
+        if "window" in used:
             item.add_marker("slow")
-            item.add_marker(pytest.mark.xdist_group("browser"))
 
 
 @pytest.fixture(scope="session")
