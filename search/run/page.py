@@ -11,13 +11,14 @@ from optuna.study import Study
 
 from search.base.errors import StudyError
 from search.measure.probe import Probe
-from search.problem.run_directory import DRIFT, FINGERPRINT, FRONT, PAGE, PROVENANCE, RunDirectory
+from search.problem.run_directory import FINGERPRINT, FRONT, PAGE, PROVENANCE, RunDirectory
 from search.problem.spec import StudySpec
 from search.results.certify import Certificate
 from search.results.gates import Gate
 from search.results.page.content import PageContent
 from search.results.page.document import render
 from search.run.components import stored_components
+from search.run.drift import stored_drift
 from search.run.fidelity import stored_fidelity
 from search.run.status import growth_of
 from search.trials.read_back import asked_trials, points
@@ -62,7 +63,7 @@ def page_content(
         gates=_gates(run, len(found), winner),
         beside=() if fidelity is None else fidelity.lines(),
         provenance=run.read_json(PROVENANCE) or {"fingerprint": run.read_json(FINGERPRINT)},
-        drift=run.read_json(DRIFT) or {},
+        drift=stored_drift(run),
         groups=run.groups(),
     )
 
