@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from selenium.webdriver import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from typer.testing import CliRunner
 
+from search.base.metric import KL
 from search.cli.main import app
 from search.problem.run_directory import FRONT, PAGE
 from search.results.gates import Gate
@@ -226,6 +227,42 @@ def test_2000_trials_of_300_components_are_one_chart_and_a_page_of_rows(
     assert window.texts("#trials-table tbody th") == ["trial 1999"]
     window.one('[data-select="1999"]').click()
     window.until(lambda: chosen(window)[0].startswith("ATrial 1999"))
+    assert window.said() == []
+
+
+VARIANTS: dict[str, Callable[[PageContent], PageContent]] = {
+    "no trial yet": lambda content: replace(content, points=[], certificate=None, growth=[], gates=[], probes=[]),
+    "one trial": lambda content: replace(content, points=content.points[:1], certificate=None, growth=[(1, 0.0)]),
+    "nothing within the budget": lambda content: replace(content, budget_percent=1e-9, certificate=None),
+    "divergence": lambda content: replace(content, metric=KL),
+    "latency": lambda content: replace(
+        content, points=[replace(point, latency=1e-3 / (1 + point.trial)) for point in content.points]
+    ),
+    "stopped early": lambda content: replace(
+        content, points=[*content.points[:-1], replace(content.points[-1], stopped="dominated", windows=4)]
+    ),
+    "for a runtime": lambda content: replace(content, target="gguf"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_searches_open_and_can_be_explored(
+    searched: Searched, window: Browser, tmp_path: Path, variant: str
+) -> None:
+    content = VARIANTS[variant](searched.content())
+    window.open(written(content, tmp_path))
+    assert len(window.all(".front-points path")) == len(content.front)
+    assert len(window.all("#trials-table tbody tr")) == len(content.points)
+    for box in ("#log-increase", "#log-compression"):
+        window.one(box).click()
+    for button in window.all("#trials-table [data-compare]")[-1:]:
+        button.click()
+    heads = window.texts("#trials-table thead th")
+    assert any(head.startswith("latency") for head in heads) == (variant == "latency")
+    assert any("nats" in head for head in heads) == (variant == "divergence")
+    assert ("as gguf" in " ".join(window.texts("#front-chart text"))) == (variant == "for a runtime")
+    assert ("stopped early" in window.texts("#legend li")) == (variant == "stopped early")
+    assert "NaN" not in window.one("body").text
     assert window.said() == []
 
 
