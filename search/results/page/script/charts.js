@@ -18,7 +18,7 @@ async function drawn(place, label, titles, { data, x, y, marks }) {
     ],
     axes: [
       { scale: "x", orient: "bottom", title: titles.x, tickCount: 8, format: "~d", labelOverlap: "parity" },
-      { scale: "y", orient: "left", title: titles.y, grid: true, tickCount: 5, format: "~g" },
+      { scale: "y", orient: "left", title: titles.y, grid: true, tickCount: 5, format: ".6~g" },
     ],
     marks,
   };

@@ -1,8 +1,8 @@
 // What is chosen: one map, or two side by side; each component's bytes and sensitivity, the map as TOML, the command.
 
-/** A text in a box that can be selected, and a button that copies it and says so. */
-function copied(label, text, rows) {
-  const box = element("textarea", { readonly: true, rows, "aria-label": label, spellcheck: "false", wrap: "off" });
+/** A text in a box that can be selected, and a button that copies it and says so; wrap: "soft" or "off". */
+function copied(label, text, rows, wrap) {
+  const box = element("textarea", { readonly: true, rows, "aria-label": label, spellcheck: "false", wrap });
   box.value = text;
   const said = element("span", { role: "status", class: "said" });
   const copy = async () => {
@@ -37,12 +37,12 @@ function mapPanel(search, word, trial, other) {
     { class: "map", "aria-label": `Map ${word}: trial ${trial.trial}` },
     figures(search, word, trial),
     allocation(search, trial, other),
-    copied("the export command", search.command(trial), 2),
+    copied("the export command", search.command(trial), 2, "soft"),
     element(
       "details",
       {},
       element("summary", {}, "The map as TOML"),
-      copied("the map as TOML", search.toml(trial), 10),
+      copied("the map as TOML", search.toml(trial), 10, "off"),
     ),
   );
 }

@@ -33,11 +33,11 @@ function frontSpec(search, shown, logarithmic, width) {
     ],
     axes: [
       {
-        ...{ scale: "x", orient: "bottom", grid: true, tickCount: 8, labelOverlap: "parity", format: "~g" },
+        ...{ scale: "x", orient: "bottom", grid: true, tickCount: 8, labelOverlap: "parity", format: ".6~g" },
         title: `compression over FP32 (×), larger is smaller on disk${target}`,
       },
       {
-        ...{ scale: "y", orient: "left", grid: true, values: up.values, labelOverlap: "greedy", format: "~g" },
+        ...{ scale: "y", orient: "left", grid: true, values: up.values, labelOverlap: "greedy", format: ".6~g" },
         title: `${search.metric.axis}, lower is better`,
       },
     ],

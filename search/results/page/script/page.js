@@ -65,7 +65,9 @@ class Page {
     const logarithmic = { increase: byId("log-increase").checked, compression: byId("log-compression").checked };
     await this.chart.draw(this.search, this.picked, logarithmic);
     const outside = this.search.trials.length - this.chart.shown.length;
-    byId("outside").textContent = outside ? `${counted(outside)} worse trials are above the chart.` : "";
+    byId("outside").textContent = outside
+      ? `${counted(outside)} worse ${outside === 1 ? "trial is" : "trials are"} above the chart.`
+      : "";
     byId("legend").replaceChildren(...legend(this.search));
     byId("growth-chart").replaceChildren();
     await growthChart(byId("growth-chart"), this.search);

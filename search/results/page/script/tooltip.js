@@ -15,7 +15,8 @@ class Tooltip {
     const { width, height } = this.box.getBoundingClientRect();
     const right = x + 18 + width < document.documentElement.clientWidth;
     this.box.style.left = `${Math.max(4, right ? x + 18 : x - 18 - width)}px`;
-    this.box.style.top = `${Math.max(4, Math.min(y - 20, window.innerHeight - height - 4))}px`;
+    const above = y - 14 - height; // where a front has the fewest points
+    this.box.style.top = `${above >= 4 ? above : Math.max(4, Math.min(y + 14, window.innerHeight - height - 4))}px`;
   }
 
   hide() {
