@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from search.base.errors import StudyError
@@ -10,7 +11,8 @@ from search.problem.workspace import Workspace
 
 
 def keep_components(run: RunDirectory, workspace: Workspace) -> None:
-    """Write every component's kind, layer, parameters, pin, and bytes at each of its choices."""
+    """Write every component's kind, layer, parameters, pin, and bytes at each of its choices, where they are not there
+    yet."""
     space, scheme = workspace.space, workspace.spec.precision.activations
     rows = [
         {
@@ -24,6 +26,9 @@ def keep_components(run: RunDirectory, workspace: Workspace) -> None:
         }
         for component in space.components
     ]
+    with suppress(StudyError):  # a damaged one is written anew
+        if run.read_json(COMPONENTS) == {"components": rows}:
+            return
     run.write_json(COMPONENTS, {"components": rows})
 
 
