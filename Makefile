@@ -25,7 +25,7 @@ $(INSTALLED_DEV): $(INSTALLED)
 search: $(INSTALLED)
 	$(BIN)/ssm-mp search studies/reference.toml
 	$(BIN)/ssm-mp export studies/reference.toml --out exports/reference --force
-	@echo "plots and report: runs/reference/report.md"
+	@echo "report: runs/reference/report.html, to read in a browser; report.md"
 
 test: $(INSTALLED_DEV)
 	$(BIN)/pytest -n 2 --dist loadgroup

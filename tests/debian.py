@@ -18,6 +18,8 @@ POSTGRES_BINARIES = ("initdb", "pg_ctl", "postgres", "psql")
 VALGRIND_PACKAGES = VALGRIND_BINARIES = ("valgrind",)
 ARM_PACKAGES = ("qemu-user", "gcc-aarch64-linux-gnu", "libc6-dev-arm64-cross")
 ARM_BINARIES = ("qemu-aarch64", "aarch64-linux-gnu-gcc")
+CHROMIUM_PACKAGES = ("chromium", "chromium-driver", "fonts-dejavu-core")
+CHROMIUM_BINARIES = ("chromium", "chromedriver")
 
 # Debian keeps daemons out of an ordinary user's PATH, and each PostgreSQL in a folder of its own.
 SYSTEM_FOLDERS = ("/usr/sbin", "/sbin", "/usr/bin", "/bin")

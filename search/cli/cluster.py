@@ -177,14 +177,14 @@ def proxy(
 def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:
     """Print what a search found; exit code 1 where it found nothing that is certified and good enough."""
     from search.cli.answers import fronted
-    from search.problem.run_directory import REPORT
+    from search.problem.run_directory import PAGE, REPORT
     from search.results.gates import overall
     from search.run.finish import answer
 
     if result is None:
         say("the study is not complete, so nothing was certified; start it again with the same command, it continues")
         raise typer.Exit(1)
-    say(f"report and plots: {run / REPORT}")
+    say(f"report and plots: {run / REPORT}; as a page, for a browser: {run / PAGE}")
     print_answer(answer(result), as_json, fronted)
     if result.winner is None or overall(result.gates) == "fail":
         raise typer.Exit(1)

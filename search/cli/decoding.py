@@ -9,16 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.options import Json, Overrides, StudyOption, overrides, print_answer, say, typed
+from search.cli.options import Json, Overrides, RunDir, StudyOption, overrides, print_answer, say, typed
 
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
 
+    from search.problem.run_directory import RunDirectory
     from search.problem.spec import StudySpec
     from ssm_mp.config import Config
     from ssm_mp.data import Windows
     from ssm_mp.decoding.decode import Generation
+    from ssm_mp.evaluation.drift import Drift
     from ssm_mp.model import LanguageModel
 
 _ROUNDS = 7
@@ -92,10 +94,14 @@ def drift(
     study: StudyOption,
     out: Annotated[Path | None, typer.Option(help="Picture to draw: .png, .svg or .pdf.")] = None,
     buckets: Annotated[int, typer.Option(min=1, help="Parts that the positions are divided into.")] = 8,
+    run_dir: RunDir = None,
     set_: Overrides = None,
     json_: Json = False,
 ) -> None:
-    """Measure how the perplexity increase over FP32 depends on the position, also in windows 4 times as long."""
+    """Measure how the perplexity increase over FP32 depends on the position, also in windows 4 times as long.
+
+    Of an artifact it is kept in the study's run directory, where there is one: `ssm-mp report` then shows it.
+    """
     from search.problem.spec import load_spec
     from search.problem.splits import load_splits, window_length
     from search.problem.workspace import check_device
@@ -109,6 +115,7 @@ def drift(
     if out is not None:
         require_writable(out)
     spec = load_spec(study, overrides(set_))
+    run = _run_of(spec, run_dir)
     device = check_device(spec.search.device)
     model, _ = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
@@ -128,6 +135,8 @@ def drift(
             long = measure(model, fp32, windows, buckets)
     if out is not None:
         save_picture(plot_drift(str(path), found, long), out)
+    if run is not None:
+        _keep(run, path, found, long)
     content = {
         "path": str(path),
         **found.to_json(),
@@ -136,6 +145,28 @@ def drift(
         "picture": None if out is None else str(out),
     }
     print_answer(content, json_, _drifted)
+
+
+def _run_of(spec: StudySpec, run_dir: Path | None) -> RunDirectory | None:
+    """The study's run directory; None where it has none. Raises StudyError where nothing was run in the one given."""
+    from search.problem.run_directory import FINGERPRINT, RunDirectory
+
+    run = RunDirectory.of(spec, run_dir)
+    if run_dir is not None:
+        run.require()
+    return run if (run / FINGERPRINT).exists() else None
+
+
+def _keep(run: RunDirectory, path: Path, found: Drift, long: Drift | None) -> None:
+    """Keep the drift of an artifact for the study's page."""
+    from search.run.drift import keep_drift
+    from ssm_mp.artifact import is_artifact
+    from ssm_mp.artifact_folder import MAP, folder_of
+    from ssm_mp.precision_map import read_rules
+
+    if is_artifact(path):
+        keep_drift(run, str(path), read_rules(folder_of(path) / MAP), found, long)
+        say(f"kept in {run.path}; `ssm-mp report` shows it")
 
 
 def _opened(path: Path, device: torch.device, weights: str | None = None) -> tuple[LanguageModel, Path | None]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from search.base.streams import READER_GONE, close_streams, open_streams
-from search.cli import cluster, decoding, exporting
+from search.cli import cluster, decoding, exporting, reporting
 from search.cli.options import (
     Force,
     ForceBaseline,
@@ -66,6 +66,7 @@ for command, example in (
     (cluster.proxy, "ssm-mp proxy studies/x.toml --host 0.0.0.0"),
     (decoding.generate, 'ssm-mp generate exports/x --study studies/x.toml --prompt "def main(" --compare'),
     (decoding.drift, "ssm-mp drift exports/x --study studies/x.toml --out drift.png"),
+    (reporting.report, "ssm-mp report studies/x.toml --serve"),
     (exporting.transfer, "ssm-mp transfer exports/x --format gguf --out x.gguf --study studies/x.toml"),
     (exporting.formats, "ssm-mp formats studies/hybrid"),
 ):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from search.problem.run_directory import RunDirectory
     from search.problem.spec import StudySpec
+    from search.trials.storage import OpenStudy
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 StudyPath = Annotated[Path, typer.Argument(help="Study file, TOML.", metavar="STUDY")]
@@ -54,6 +55,14 @@ def opened_study(
     study: Path, run_dir: Path | None, set_: list[str] | None, target: str | None = None
 ) -> tuple[StudySpec, RunDirectory, Study]:
     """The study file, run directory and trials of a search that was started."""
+    spec, run, opened = opened_trials(study, run_dir, set_, target)
+    return spec, run, opened.study
+
+
+def opened_trials(
+    study: Path, run_dir: Path | None, set_: list[str] | None, target: str | None = None
+) -> tuple[StudySpec, RunDirectory, OpenStudy]:
+    """The same, with the trials as their storage holds them, which may be a database that goes away."""
     from search.problem.run_directory import RunDirectory
     from search.problem.spec import load_spec
     from search.trials.storage import opened_as_it_is
@@ -61,7 +70,7 @@ def opened_study(
     spec = load_spec(study, overrides(set_, target=target))
     run = RunDirectory.of(spec, run_dir)
     run.require()
-    return spec, run, opened_as_it_is(run, spec, say).study
+    return spec, run, opened_as_it_is(run, spec, say)
 
 
 def typed(text: str, option: str) -> str:

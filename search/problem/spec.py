@@ -154,7 +154,7 @@ class ExportSection(Section):
 
 
 class StudySpec(Section):
-    """A whole study file."""
+    """A whole study file; `overrides` are those that were put in over it, as they were given."""
 
     checkpoint: CheckpointSection
     data: DataSection = DataSection()
@@ -164,6 +164,7 @@ class StudySpec(Section):
     slurm: SlurmSection = SlurmSection()
     export: ExportSection = ExportSection()
     path: Path = Field(exclude=True)
+    overrides: tuple[str, ...] = Field(default=(), exclude=True)
 
     @property
     def name(self) -> str:
@@ -217,8 +218,10 @@ def load_spec(path: str | Path, overrides: Iterable[str] = ()) -> StudySpec:
         content = _overridden(content, override)
     if "path" in content:
         raise StudyError(f"{path}: unknown key 'path'; did you mean [checkpoint] path?")
+    if "overrides" in content:
+        raise StudyError(f"{path}: unknown key 'overrides'; they are given as --set section.key=value")
     try:
-        found = StudySpec.model_validate({**content, "path": path})
+        found = StudySpec.model_validate({**content, "path": path, "overrides": tuple(overrides)})
         return _with_its_rounding(_with_its_groups(_for_its_target(_with_its_budget(found))))
     except ValidationError as error:
         lines = [_explained(detail) for detail in error.errors()]

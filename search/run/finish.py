@@ -19,6 +19,7 @@ from search.problem.groups import NO_GROUPS, Groups
 from search.problem.run_directory import (
     CERTIFICATE,
     FRONT,
+    PROVENANCE,
     REPORT,
     WINNER,
     RunDirectory,
@@ -38,6 +39,7 @@ from search.results.report import Result, front_json, render
 from search.results.transferred import transfer_map
 from search.run.certifying import certify_baseline, certify_front
 from search.run.fidelity import measured_fidelity
+from search.run.page import page_content, write_page
 from search.run.prepare import Prepared, Say
 from search.run.study import prediction_error
 from search.trials.read_back import counts, finished_differences, points
@@ -108,6 +110,9 @@ def finish(study: Study, prepared: Prepared, run: RunDirectory, say: Say) -> Res
     draw(run, spec, result.components, found, prepared.probes, certificate, baseline.bytes, result.groups)
     run.write_text(REPORT, render(result))
     run.write_json(FRONT, answer(result))
+    run.write_json(PROVENANCE, result.provenance)
+    said = describe(certificate, bool(front), spec.search.judged)
+    write_page(run, page_content(spec, run, study, prepared.probes, _baseline_of(result), certificate, said))
     return result
 
 
@@ -211,11 +216,15 @@ def describe(certificate: Certificate | None, any_within: bool, metric: Metric =
 def answer(result: Result) -> dict[str, Any]:
     """What `search` and `front` answer, with the gates."""
     certificate = None if result.certificate is None else result.certificate.to_json()
-    source = {} if result.source is None else result.source.to_json()
-    baseline = {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}
-    budget = result.spec.search.budget_percent
+    budget, baseline = result.spec.search.budget_percent, _baseline_of(result)
     content = front_json(
         result.points, result.front, baseline, budget, certificate, result.latency, outlook(result.certificate),
         result.spec.search.judged, result.fidelity,
     )  # fmt: skip
     return json.loads(json.dumps({**content, "gates": [gate.to_json() for gate in result.gates]}))  # type: ignore[no-any-return]
+
+
+def _baseline_of(result: Result) -> dict[str, Any]:
+    """The FP32 checkpoint in answers."""
+    source = {} if result.source is None else result.source.to_json()
+    return {"perplexity": result.baseline_perplexity, "bytes": result.baseline_bytes, **source}

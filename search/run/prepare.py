@@ -36,6 +36,7 @@ from search.problem.spec import StudySpec
 from search.problem.workspace import Workspace, open_workspace
 from search.results.ledger import error_share
 from search.run.claim import Seed
+from search.run.components import keep_components
 from search.run.ends import Ends, measured_ends
 from search.run.gradients import measured_gradients
 from search.run.grouping import grouped_by_probes
@@ -117,6 +118,7 @@ class _Preparation:
             workspace = grouped_by_probes(alone, run, lambda: _probes_to_group(alone, run, before, say, stop), say)
             before.close()
         check_or_widen(spec, run, workspace.fingerprint(), say)
+        keep_components(run, workspace)
         ends = Ends(workspace)
         with run.lock("prepare").awaited(stop.check):  # one measures, the others read
             baseline, offsets = measured_ends(run, workspace, ends, say)

@@ -83,7 +83,7 @@ def standing(
     every = study.get_trials(deepcopy=False)
     found = counts(study)
     widest, groups = {name: choices[0] for name, choices in space.items()}, study_groups(study)
-    finished = sorted((t for t in every if t.state in FINISHED), key=_completed)
+    finished = _in_order(every)
     front = pareto_front([point_of(trial, widest, groups) for trial in finished], budget_percent)
     asked = asked_trials(study, trials)
     rate = _rate(finished)
@@ -108,6 +108,15 @@ def standing(
 def empty_standing(trials: int, jobs: Mapping[str, Mapping[str, int]]) -> Standing:
     """A search that was launched and has no trial yet."""
     return Standing(trials, 0, 0, 0, 0, (), {}, None, None, None, PERPLEXITY, (), jobs)
+
+
+def growth_of(
+    study: Study, space: Mapping[str, Sequence[str]], budget_percent: float, metric: Metric = PERPLEXITY
+) -> list[Growth]:
+    """The growth of a study's hypervolume; `space` is every component's choices."""
+    widest = {name: choices[0] for name, choices in space.items()}
+    finished = _in_order(study.get_trials(deepcopy=False, states=FINISHED))
+    return growth(finished, widest, budget_percent, study_groups(study), metric)
 
 
 def growth(
@@ -138,6 +147,11 @@ def queued_jobs(steps: Mapping[str, str], states: Mapping[str, QueuedTask]) -> d
         held = [task.state for name, task in states.items() if name == job or name.startswith(f"{job}_")]
         found[step] = {state: held.count(state) for state in sorted(set(held))}
     return found
+
+
+def _in_order(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The finished ones, as they were finished."""
+    return sorted((trial for trial in trials if trial.state in FINISHED), key=_completed)
 
 
 def _completed(trial: FrozenTrial) -> datetime:

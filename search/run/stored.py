@@ -16,7 +16,9 @@ from search.problem.run_directory import BASELINE, CERTIFICATE, GROUPING, PROBES
 from search.problem.spec import StudySpec
 from search.problem.workspace import study_checkpoint
 from search.results.certify import Certificate, standing_certificate
-from search.run.finish import draw
+from search.results.page.content import PageContent
+from search.run.finish import describe, draw
+from search.run.page import page_content
 from search.trials.read_back import points
 from ssm_mp.components import find_components
 from ssm_mp.conversion.embedding_blocks import with_blocks
@@ -44,6 +46,16 @@ def stored_probes(run: RunDirectory, gradient: bool) -> list[Probe]:
     latest = {(probe.end, probe.component, probe.precision): probe for probe in stored}
     found = [probe for probe in latest.values() if (probe.end == GRADIENT) == gradient]
     return gathered(found, run.space(), run.groups()) if gradient else found
+
+
+def content_now(spec: StudySpec, run: RunDirectory, study: Study) -> PageContent:
+    """The page of a search as it stands, from what its run directory holds. Raises StudyError where it has not begun to
+    measure, or was prepared by an older version."""
+    front = pareto_front(points(study, run.space()), spec.search.budget_percent)
+    certificate = stored_certificate(run, spec, front)
+    said = describe(certificate, bool(front), spec.search.judged)
+    probes = stored_probes(run, spec.search.probe == "gradient")
+    return page_content(spec, run, study, probes, stored_baseline(run), certificate, said)
 
 
 def redraw(spec: StudySpec, run: RunDirectory, study: Study) -> list[Path]:

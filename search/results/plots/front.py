@@ -24,6 +24,8 @@ _NAMED = {
     "cumulative": ("P", "#56B4E9"),
 }
 
+_LEGEND_COLUMNS = 4
+
 
 def plot_front(
     points: Sequence[Point],
@@ -42,7 +44,7 @@ def plot_front(
     """
     points, budget = [_drawn(point, metric) for point in points], metric.shown(budget_percent)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 5.4), layout="constrained")
+        figure = Figure(figsize=(8.4, 5.8), layout="constrained")
         shown = _shown(points, budget)
         tops = [p.increase_percent + 2 * p.stderr_percent for p in shown] or [budget]
         bottoms = [p.increase_percent - 2 * p.stderr_percent for p in shown] or [0.0]
@@ -65,7 +67,7 @@ def plot_front(
         note = f"; {above} worse {'trial' if above == 1 else 'trials'} above the picture" if above else ""
         title = f"{len(points)} precision maps tried; FP32 is {baseline_bytes / 1e6:.2f} MB{note}\n{certified}"
         figure.suptitle(title, fontsize=10.5, x=0.01, ha="left")
-        _legend(axes, shown, broken, _budget(budget, metric))
+        _legend(figure, shown, broken, _budget(budget, metric))
     return figure
 
 
@@ -182,7 +184,7 @@ def _label_winner(axes: Axes, point: Point, shown: Sequence[Point], metric: Metr
 
 
 def _empty_place(axes: Axes, shown: Sequence[Point]) -> tuple[float, float]:
-    """The place for a label, in fractions of the axes, whose box covers the fewest points; the legend is top left."""
+    """The place for a label, in fractions of the axes, whose box covers the fewest points."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     across = np.array([(point.compression - left) / (right - left) for point in shown])
     up = np.array([(point.increase_percent - bottom) / (top - bottom) for point in shown])
@@ -190,12 +192,11 @@ def _empty_place(axes: Axes, shown: Sequence[Point]) -> tuple[float, float]:
     def covered(place: tuple[float, float]) -> int:
         return int(((np.abs(across - place[0]) < 0.2) & (np.abs(up - place[1]) < 0.12)).sum())
 
-    return min(
-        ((x, y) for y in (0.88, 0.65, 0.45, 0.25) for x in (0.6, 0.78, 0.45, 0.22) if x > 0.4 or y < 0.4), key=covered
-    )
+    return min(((x, y) for y in (0.88, 0.65, 0.45, 0.25) for x in (0.6, 0.78, 0.45, 0.22)), key=covered)
 
 
-def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget: str) -> None:
+def _legend(figure: Figure, shown: Sequence[Point], broken: bool, budget: str) -> None:
+    """What the signs mean, below the axes: within them any place may be some search's points'."""
     origins = {point.origin for point in shown}
     stopped = Line2D([], [], marker="x", color=GREY, linestyle="none", markersize=4, label="stopped early")
     quickest = Line2D(
@@ -219,4 +220,4 @@ def _legend(axes: Axes, shown: Sequence[Point], broken: bool, budget: str) -> No
             label=f"{budget}{' (axis broken)' if broken else ''}",
         ),
     ]
-    axes.legend(handles=handles, loc="upper left", frameon=False, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=_LEGEND_COLUMNS, frameon=False, fontsize=9)

@@ -18,7 +18,9 @@ from tokenizers.pre_tokenizers import Whitespace
 
 from search.cli import main as cli
 from search.cli.decoding import _agreeing
+from search.problem.run_directory import FINGERPRINT, RunDirectory
 from search.results.plots.drift import plot_drift
+from search.run.drift import stored_drift
 from ssm_mp import PrecisionMap, Scheme, convert, find_components, generate, load_artifact, load_model, save_artifact
 from ssm_mp.config import Config
 from ssm_mp.decoding.decode import Generation
@@ -256,6 +258,27 @@ def test_a_text_too_short_for_longer_windows_says_so_beside_the_answer(command: 
     assert found["windows"] == 3
     assert found["long"] is None
     assert "windows of 64 tokens, 9 are asked for" in found["long_refused"]
+
+
+def test_the_drift_of_an_artifact_is_kept_where_its_study_was_run(command: Command, folder: Folder) -> None:
+    folder(MAMBA)
+    begun, other = RunDirectory(Path("runs/tiny")), RunDirectory(Path("elsewhere"))
+    for run in (begun, other):
+        run.path.mkdir(parents=True)
+        run.write_json(FINGERPRINT, {})
+    for path in ("small", "model.safetensors"):
+        found = answered(command("drift", path, "--study", "tiny.toml", "--buckets", 3, "--json"))
+        if path == "small":
+            (kept,) = stored_drift(begun).values()
+            assert kept["windows"]["buckets"] == found["buckets"]
+            assert kept["long"] is None
+            assert set(kept["map"].values()) == {"int8", "fp16"}
+    assert list(stored_drift(begun)) == ["small"]  # a checkpoint is no map of the study
+    command("drift", "small", "--study", "tiny.toml", "--run-dir", "elsewhere")
+    assert list(stored_drift(other)) == ["small"]
+    said = refused(command("drift", "small", "--study", "tiny.toml", "--run-dir", "nowhere"))
+    assert "nowhere: no search has been run here yet" in said
+    assert not Path("nowhere").exists()
 
 
 def test_a_checkpoint_does_not_drift_from_itself(command: Command, folder: Folder) -> None:

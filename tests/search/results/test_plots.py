@@ -65,6 +65,22 @@ def test_the_front_shows_winner_budget_and_units(tmp_path: Path, budget: float) 
         assert name in said
 
 
+@pytest.mark.parametrize("budget", [5.0, 0.5], ids=["broken axis", "one axis"])
+@pytest.mark.parametrize("at", [(2.0, 0.49), (3.0, 0.49), (2.0, 0.0), (3.0, 0.0)])
+def test_the_legend_covers_no_point_wherever_points_are(at: tuple[float, float], budget: float) -> None:
+    cornered = replace(POINTS[0], trial=9, compression=at[0], increase_percent=at[1])
+    figure = plot_front([*POINTS, cornered], budget, 4, "Certified", 6000)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) >= 6
+    place = legend.get_window_extent()
+    assert not any(axes.get_legend() for axes in figure.axes)
+    for axes in figure.axes:
+        assert not place.overlaps(axes.get_window_extent())
+    assert figure.bbox.containsx(place.x0)
+    assert figure.bbox.containsx(place.x1)
+
+
 def test_a_map_that_was_stopped_early_is_marked_and_absent_names_are_not_in_the_legend(tmp_path: Path) -> None:
     halted = replace(POINTS[2], trial=9, windows=16, stopped="dominated")
     said = texts(save(plot_front([*POINTS, halted], 5.0, None, "", 6000), tmp_path, "front")[1])
@@ -202,7 +218,7 @@ def test_pictures_of_any_number_of_components_and_precisions_are_below_4000_pixe
     assert max(pixels(plot_allocation(components, allocation, "static"))) < 4000
 
 
-@pytest.mark.parametrize("count", [3, 61, 62, 1000])
+@pytest.mark.parametrize("count", [3, 61, 62, 300, 1000])
 def test_the_60_costliest_are_shown_and_the_others_summed(count: int, tmp_path: Path) -> None:
     components = model_of(111)[:count]
     probes = probed_from_both_ends(components, ["int8"])
