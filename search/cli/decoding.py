@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.options import Json, Overrides, StudyOption, overrides, print_answer, say, typed
+from search.base.saying import say
+from search.cli.options import Json, Overrides, StudyOption, overrides, print_answer, typed
 
 if TYPE_CHECKING:
     import torch
@@ -286,7 +287,7 @@ def _told(answer: Mapping[str, Any]) -> str:
 
 
 def _speeds(rows: Mapping[str, Mapping[str, Any]], new_tokens: int) -> str:
-    from search.cli.answers import table
+    from search.cli.tables import table
 
     head = ("tokens a second", "bytes", "prefill", "× FP32", "decode", "× FP32", "as FP32")
     cells = [
@@ -320,7 +321,7 @@ def _drifted(answer: Mapping[str, Any]) -> str:
 
 
 def _by_position(found: Mapping[str, Any]) -> str:
-    from search.cli.answers import table
+    from search.cli.tables import table
 
     rows = [
         (

@@ -1,0 +1,193 @@
+"""What a search will take, before any of it runs: its space, its time by parts, its memory.
+
+Time is counted in evaluations: of all search windows by one model. How long one takes is measured here, on FP32 and as
+many windows as half a second allows, or read off the trials that a run has made already.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from search.base.progress import slow
+from search.problem.memory import needs_of, plan_memory
+from search.problem.run_directory import PROBES, RunDirectory
+from search.problem.spec import StudySpec
+from search.problem.splits import Say, window_length
+from search.problem.workspace import Workspace, open_workspace
+from search.trials.attributes import FINISHED, MEASURED
+from search.trials.storage import exists, opened_as_it_is
+from ssm_mp.components import Component, find_components
+from ssm_mp.data import Windows
+from ssm_mp.evaluation.evaluate import evaluate, layer_calls
+
+_FIRST_WINDOWS = 8
+"""FP32 is timed on so many, after two that compile and warm up; where that is quick, on all."""
+_QUICK_SECONDS = 0.5
+_GRADIENTS = 21.0
+"""Evaluations that gradients of all components take, whatever the depth (`python -m benchmarks.gradient`)."""
+_CALIBRATION = 1.5
+"""Evaluations of the calibration windows that ranges take, and that compensated rounding takes on top."""
+_CERTIFIED = 4
+"""Maps that a certificate mostly looks at, beside FP32; and the winner once more, beside FP32, for its fidelity."""
+_ENDING_SECONDS = 15.0
+"""Writing, reading back, timing and drawing of a small model's winner."""
+_DIVERGENCE = 1.2
+"""What a probe's head costs, which is held against another model's, in heads that are not."""
+_STORED_FROM = 4
+"""Finished trials from which on their own times are better than a guess."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a search will take. Seconds are of one process, by part, in order; `memory` is a sentence.
+
+    moves: what changes its precision alone, or as a group; maps: how many different maps that makes, as log10, and
+    exactly where they are fewer than a million. probes, trials: still to be made, of `asked` trials. windows: that the
+    estimate was measured on.
+    """
+
+    components: int
+    pinned: int
+    moves: int
+    log10_maps: float
+    maps: int | None
+    probes: int
+    trials: int
+    asked: int
+    evaluation_seconds: float
+    seconds: dict[str, float]
+    basis: str
+    memory: str
+    memory_bytes: int
+    perplexity: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of all parts."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "total_seconds": self.total}
+
+
+def forecast(spec: StudySpec, run: RunDirectory, say: Say) -> Forecast:
+    """Look at a study without changing anything. Raises what the search itself would for input or memory."""
+    bare = spec.precision.model_copy(update={"activations": "none", "rounding": "nearest", "prepare": "none"})
+    workspace = open_workspace(spec.model_copy(update={"precision": bare}), say)  # nothing is calibrated, or kept
+    perplexity, evaluation, basis = _timed(workspace)
+    known = _trial_seconds(spec, run, say)
+    finished = 0 if known is None else known[0]
+    each = evaluation if known is None or known[1] is None else known[1]
+    if each is not evaluation:
+        basis += f"; a trial's time is the mean of the {finished} that are finished"
+    probes = _probes(workspace, run)
+    trials = max(0, spec.search.trials - finished)
+    needs = needs_of(spec, workspace.checkpoint, find_components(workspace.checkpoint), _length(workspace))
+    plan = plan_memory(spec, needs)
+    memory = plan.sentence.removeprefix("memory: ") or f"about {needs.all / (1 << 30):.1f} GiB of the GPU's"
+    size = math.prod(len(unit.choices) for unit in workspace.space.units)
+    moves = len(workspace.space.units)
+    if spec.precision.group == "auto" and moves > spec.precision.max_groups:
+        moves = spec.precision.max_groups
+        size = len(spec.precision.choices) ** moves
+    return Forecast(
+        components=len(workspace.space.components),
+        pinned=len(workspace.space.components) - len(workspace.space.free),
+        moves=moves,
+        log10_maps=math.log10(size),
+        maps=size if size < 1_000_000 else None,
+        probes=len(probes),
+        trials=trials,
+        asked=spec.search.trials,
+        evaluation_seconds=evaluation,
+        seconds=_parts(spec, workspace, evaluation, probes, trials * each),
+        basis=basis,
+        memory=memory,
+        memory_bytes=plan.bound if plan.sentence else needs.all,
+        perplexity=perplexity,
+    )
+
+
+def _length(workspace: Workspace) -> int:
+    return window_length(workspace.spec, workspace.checkpoint.config)
+
+
+def _parts(
+    spec: StudySpec, workspace: Workspace, evaluation: float, probes: list[float], trials: float
+) -> dict[str, float]:
+    """Seconds by part."""
+    splits, precision = workspace.splits, spec.precision
+    calibration = evaluation * len(splits.calibration) / len(splits.search)
+    ranges = (precision.activations == "static") + (precision.rounding != "nearest" and _below_8_bits(spec))
+    certify = evaluation * len(splits.certify) / len(splits.search)
+    return {
+        "calibration": _CALIBRATION * calibration * ranges,
+        "baseline and both ends": 3 * evaluation,
+        "probes": _GRADIENTS * evaluation if spec.search.probe == "gradient" else sum(probes) * evaluation,
+        "trials": trials,
+        "certificate": (3 + _CERTIFIED) * certify,
+        "export and report": 2 * evaluation + _ENDING_SECONDS,
+    }
+
+
+def _below_8_bits(spec: StudySpec) -> bool:
+    return not {"fp16", "int8"}.issuperset(spec.precision.choices)
+
+
+def _timed(workspace: Workspace) -> tuple[float, float, str]:
+    """FP32's perplexity on some windows, the seconds of an evaluation of all, and how these were found."""
+    windows, model = workspace.splits.search, workspace.model
+
+    def on(count: int, step: Callable[[], None] | None = None) -> tuple[float, float]:
+        part: Windows = windows.part(np.arange(count))
+        began = time.perf_counter()
+        found = evaluate(model, part, step)
+        return found.perplexity, time.perf_counter() - began
+
+    count = min(_FIRST_WINDOWS, len(windows))
+    progress = slow("timing FP32", layer_calls(model, windows.part(np.arange(count))) + layer_calls(model, windows))
+    on(min(2, count), progress.step)
+    perplexity, seconds = on(count, progress.step)
+    if count < len(windows) and seconds < _QUICK_SECONDS:
+        count = len(windows)
+        perplexity, seconds = on(count, progress.step)
+    progress.close()
+    whole = seconds * len(windows) / count
+    return perplexity, whole, f"FP32 on {count} of {len(windows)} search windows took {seconds:.2f} s here"
+
+
+def _trial_seconds(spec: StudySpec, run: RunDirectory, say: Say) -> tuple[int, float | None] | None:
+    """Finished trials of a run, and the mean seconds of one where there are some; None where there is no run."""
+    if not exists(run):
+        return None
+    opened = opened_as_it_is(run, spec, say)
+    trials = opened.patiently(lambda: opened.study.get_trials(deepcopy=False, states=FINISHED))
+    opened.close()
+    seconds = [held["seconds"] for trial in trials if "seconds" in (held := trial.user_attrs.get(MEASURED, {}))]
+    return len(trials), float(np.mean(seconds)) if len(seconds) >= _STORED_FROM else None
+
+
+def _probes(workspace: Workspace, run: RunDirectory) -> list[float]:
+    """The probes that are still to be measured, each in evaluations: what comes before its layer is shared."""
+    if workspace.spec.search.probe != "measured":
+        return []
+    units, config = workspace.space.units, workspace.checkpoint.config
+    head = _head_share(workspace.space.components, config.vocabulary * config.d_model)
+    costs = []
+    for unit in units:
+        layers = min(1.0, (config.n_layers - unit.stage + 1) / max(1, config.n_layers))
+        costs += 2 * (len(unit.choices) - 1) * [_DIVERGENCE * head + (1 - head) * layers]
+    done = len(run.read_lines(PROBES)) if run.path.exists() else 0
+    return costs[min(done, len(costs)) :]
+
+
+def _head_share(components: tuple[Component, ...], head: int) -> float:
+    """The head's share of what a token costs, by multiplications."""
+    layers = sum(component.count for component in components if component.layer is not None)
+    return head / (head + layers)
