@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.base.saying import say
+from search.base.saying import is_terminal, say
 from search.base.streams import write_out
 from search.cli.options import (
     ForceBaseline,
@@ -150,7 +151,7 @@ def status(
     spec, run = _study(study, run_dir, set_)
     while True:
         content = _standing(spec, run)
-        if watch and not json_:
+        if watch and not json_ and is_terminal(sys.stdout):
             write_out("\x1b[2J\x1b[H")  # clears the screen
         print_answer(content, json_, stood)
         if not watch or (content["finished"] >= content["asked"] and not content["running"]):

@@ -38,31 +38,33 @@ def init(
     from search.base.errors import StudyError
     from search.problem.draft import Draft, drafted
     from search.problem.found import find_device, find_model, find_text, find_tokenizer_for
-    from search.problem.spec import STDLIB, CheckpointSection, DataSection, StudySpec, load_spec
+    from search.problem.spec import STDLIB, StudySpec, load_spec
+    from ssm_mp.data import BYTES
 
     study = Path(f"{_name_of(checkpoint)}.toml") if out is None else out
     if study.exists() and not force:
         raise StudyError(f"{study} exists already; --force replaces it, --out names another")
     names = tuple(typed(name, "--text") for name in text)
-    texts = tuple(name if name == STDLIB else _seen_from(study, name) for name in names)
-    beside = None if tokenizer is None or tokenizer == "bytes" else _seen_from(study, typed(tokenizer, "--tokenizer"))
-    spec = StudySpec(
-        checkpoint=CheckpointSection(path=_seen_from(study, str(checkpoint)), weights=weights),
-        data=DataSection(text=texts, text_field=text_field, tokenizer=beside or tokenizer),
-        path=study,
+    named = None if tokenizer is None else typed(tokenizer, "--tokenizer")
+    here = StudySpec.model_validate(  # paths as they are seen from here: the study's own folder may not exist yet
+        {
+            "checkpoint": {"path": str(checkpoint), "weights": weights},
+            "data": {"text": names, "text_field": text_field, "tokenizer": named},
+            "path": Path(study.name),
+        }
     )
     found, model = find_model(checkpoint, weights, say)
-    named = find_tokenizer_for(spec, model.vocabulary)
-    spec = spec.model_copy(update={"data": spec.data.model_copy(update={"tokenizer": named})})
+    named = find_tokenizer_for(here, model.vocabulary)
+    here = here.model_copy(update={"data": here.data.model_copy(update={"tokenizer": named})})
     draft = Draft(
-        spec.checkpoint.path,
-        weights,
-        texts,
-        text_field,
-        named,
-        model,
-        find_text(spec, found.config, say),
-        find_device(),
+        checkpoint=_seen_from(study, str(checkpoint)),
+        weights=weights,
+        texts=tuple(name if name == STDLIB else _seen_from(study, name) for name in names),
+        text_field=text_field,
+        tokenizer=named if named in (None, BYTES) else _seen_from(study, named),
+        model=model,
+        found=find_text(here, found.config, say),
+        device=find_device(),
     )
     _write(study, drafted(draft, str(study)))
     load_spec(study)
@@ -72,8 +74,8 @@ def init(
         "parameters": model.parameters,
         "components": model.components,
         "free": model.free,
-        "tokenizer": named,
-        "documents": None if draft.text is None else draft.text.documents,
+        "tokenizer": draft.tokenizer,
+        "documents": None if draft.found is None else draft.found.documents,
         "windows": dict(zip(("calibration", "search", "certify"), draft.windows, strict=True)),
         "next": f"ssm-mp search {shlex.quote(str(study))}",
     }

@@ -26,7 +26,7 @@ _COLUMN = 44
 class Draft:
     """What a study file says where it is not silent. Paths as the file will hold them.
 
-    tokenizer: None where it lies beside the checkpoint; text: what was found of it, None for the standard library.
+    tokenizer: None where it lies beside the checkpoint; found: of the text, None for the standard library.
     """
 
     checkpoint: str
@@ -35,22 +35,22 @@ class Draft:
     text_field: str
     tokenizer: str | None
     model: FoundModel
-    text: FoundText | None
+    found: FoundText | None
     device: str
 
     @property
     def windows(self) -> tuple[int, int, int]:
         """Calibration, search and certify windows. Raises StudyError where the text has too few of them."""
-        if self.text is None or self.text.windows >= sum(_WINDOWS):
+        if self.found is None or self.found.windows >= sum(_WINDOWS):
             return _WINDOWS
-        if self.text.windows < sum(_LEAST):
+        if self.found.windows < sum(_LEAST):
             raise StudyError(
-                f"the text gives {self.text.windows} different windows of {self.text.length} tokens, and a study takes "
+                f"the text gives {self.found.windows} different windows of {self.found.length} tokens, and a study takes "
                 f"{sum(_LEAST)} at the least, {sum(_WINDOWS)} by default; give a longer text"
             )
-        shares = [self.text.windows * count // sum(_WINDOWS) for count in _WINDOWS]
+        shares = [self.found.windows * count // sum(_WINDOWS) for count in _WINDOWS]
         calibration, search = (max(least, share) for least, share in zip(_LEAST, shares[:2], strict=False))
-        return calibration, search, self.text.windows - calibration - search
+        return calibration, search, self.found.windows - calibration - search
 
     @property
     def together(self) -> bool:
@@ -92,7 +92,7 @@ def _checkpoint(draft: Draft) -> Iterator[str]:
 
 
 def _data(draft: Draft) -> Iterator[str]:
-    found, (calibration, search, certify) = draft.text, draft.windows
+    found, (calibration, search, certify) = draft.found, draft.windows
     yield "[data]"
     names = [_quoted(name) for name in draft.texts]
     yield f"text = {names[0] if len(names) == 1 else '[' + ', '.join(names) + ']'}"
