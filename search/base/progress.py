@@ -6,12 +6,14 @@ import sys
 import threading
 import time
 import weakref
+from functools import cache
 from typing import TYPE_CHECKING, TextIO
 
 from search.base.clock import clock
 from search.base.saying import dated, is_quiet, is_terminal
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress as Bar
     from rich.progress import TaskID
 
@@ -98,12 +100,13 @@ class _Live:
 
     def __init__(self, stream: TextIO, stage: str, total: int, percent: bool) -> None:
         self._bar, self._task = _drawn(stream, stage, total, percent)
-        self._bar.start()
         # an error, or an interrupt, that nobody closed the line for leaves no terminal without a cursor
         self._end = weakref.finalize(self, self._bar.stop)
 
     def show(self, done: int, best: str, left: str) -> None:
         self._bar.update(self._task, completed=done, best=best, left=left)
+        if not self._bar.live.is_started and self._end.alive:
+            self._bar.start()
 
     def close(self) -> None:
         self._end()
@@ -111,7 +114,6 @@ class _Live:
 
 def _drawn(stream: TextIO, stage: str, total: int, percent: bool) -> tuple[Bar, TaskID]:
     """The columns of a live line, and its only task."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
     from rich.progress import Progress as Bar
     from rich.table import Column
@@ -123,11 +125,19 @@ def _drawn(stream: TextIO, stage: str, total: int, percent: bool) -> tuple[Bar, 
         count,
         TextColumn("{task.fields[best]}", markup=False, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[left]}", markup=False, style="cyan", table_column=Column(no_wrap=True)),
-        console=Console(file=stream),
+        console=_console(getattr(stream, "rich_proxied_file", stream)),
         refresh_per_second=_DRAWN_A_SECOND,
         redirect_stdout=False,
     )
     return bar, bar.add_task(stage, total=total, best="", left="")
+
+
+@cache
+def _console(stream: TextIO) -> Console:
+    """The one that all live lines of a stream share, so that one may be drawn below another."""
+    from rich.console import Console
+
+    return Console(file=stream)
 
 
 def slow(stage: str, total: int) -> Progress:

@@ -45,8 +45,8 @@ class Draft:
             return _WINDOWS
         if self.found.windows < sum(_LEAST):
             raise StudyError(
-                f"the text gives {self.found.windows} different windows of {self.found.length} tokens, and a study takes "
-                f"{sum(_LEAST)} at the least, {sum(_WINDOWS)} by default; give a longer text"
+                f"the text gives {self.found.windows} different windows of {self.found.length} tokens, and a study "
+                f"takes {sum(_LEAST)} at the least, {sum(_WINDOWS)} by default; give a longer text"
             )
         shares = [self.found.windows * count // sum(_WINDOWS) for count in _WINDOWS]
         calibration, search = (max(least, share) for least, share in zip(_LEAST, shares[:2], strict=False))

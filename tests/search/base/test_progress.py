@@ -117,6 +117,21 @@ def test_what_is_said_meanwhile_stands_on_a_line_of_its_own(monkeypatch: pytest.
     assert "note: something [bold]else[/bold]" in lines
 
 
+def test_a_step_within_a_step_has_a_line_below(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stderr", stream)
+    outer = Progress("probes", 9)
+    outer.step()
+    inner = Progress("the lowest map", 2)
+    inner.step()
+    inner.step()
+    outer.step()
+    outer.close()
+    assert sys.stderr is stream
+    for part in ("probes", "1/9", "the lowest map", "2/2"):
+        assert part in shown(stream)
+
+
 def test_a_slow_step_counts_in_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal(live=False)
     monkeypatch.setattr(sys, "stderr", stream)
