@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ssm_mp.config import Config
     from ssm_mp.data import Windows
     from ssm_mp.decoding.decode import Generation
+    from ssm_mp.evaluation.drift import Drift
     from ssm_mp.model import LanguageModel
 
 _ROUNDS = 7
@@ -97,13 +98,14 @@ def drift(
     json_: Json = False,
 ) -> None:
     """Measure how the perplexity increase over FP32 depends on the position, also in windows 4 times as long."""
+    from search.base.progress import slow
     from search.problem.spec import load_spec
     from search.problem.splits import load_splits, window_length
     from search.problem.workspace import check_device
     from search.results.plots.drift import plot_drift
     from search.results.plots.files import require_writable, save_picture
     from ssm_mp.data import unigram_perplexity
-    from ssm_mp.evaluation.drift import LONG, too_long
+    from ssm_mp.evaluation.drift import LONG, drift_steps, too_long
     from ssm_mp.evaluation.drift import drift as measure
     from ssm_mp.evaluation.evaluate import require_better_than_guessing
 
@@ -114,7 +116,14 @@ def drift(
     model, _ = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
     splits = load_splits(spec, fp32.config, say)
-    found = measure(model, fp32, splits.search, buckets)
+
+    def measured(windows: Windows) -> Drift:
+        progress = slow("measuring", drift_steps(fp32, windows))
+        found = measure(model, fp32, windows, buckets, progress.step)
+        progress.close()
+        return found
+
+    found = measured(splits.search)
     if not spec.search.force_baseline:
         unigram = unigram_perplexity(splits.token_counts, splits.search)
         require_better_than_guessing(found.fp32, fp32.config.vocabulary, unigram)
@@ -126,7 +135,7 @@ def drift(
             refused = windows
         else:
             say(f"measuring {len(windows)} windows of {length} tokens")
-            long = measure(model, fp32, windows, buckets)
+            long = measured(windows)
     if out is not None:
         save_picture(plot_drift(str(path), found, long), out)
     content = {

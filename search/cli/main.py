@@ -140,6 +140,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure the perplexity of a checkpoint or an artifact on a study's windows."""
+    from search.base.progress import slow
     from search.cli.answers import listed
     from search.problem.spec import load_spec
     from search.problem.splits import load_splits
@@ -148,7 +149,7 @@ def evaluate(
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluation.evaluate import evaluate as measure
-    from ssm_mp.evaluation.evaluate import require_better_than_guessing
+    from ssm_mp.evaluation.evaluate import layer_calls, require_better_than_guessing
 
     spec = load_spec(study)
     device = check_device(spec.search.device)
@@ -162,7 +163,9 @@ def evaluate(
         model, _ = fp32_model(spec, checkpoint, device)
     splits = load_splits(spec, model.config, say)
     windows = splits.certify if split is Split.certify else splits.search
-    evaluation = measure(model, windows)
+    progress = slow("evaluating", layer_calls(model, windows))
+    evaluation = measure(model, windows, progress.step)
+    progress.close()
     if not converted and not spec.search.force_baseline:
         unigram = unigram_perplexity(splits.token_counts, windows)
         require_better_than_guessing(evaluation, model.config.vocabulary, unigram)

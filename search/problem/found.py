@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from search.base.errors import StudyError
+from search.base.progress import slow
 from search.problem.spec import STDLIB, StudySpec
 from search.problem.splits import Say, tokenizer_path, window_length
 from ssm_mp.checkpoints import Checkpoint, load_checkpoint
@@ -27,7 +28,7 @@ from ssm_mp.data import (
     read_documents,
 )
 from ssm_mp.data.texts import Document, documents
-from ssm_mp.data.token_files import ENDS_OF_TEXT
+from ssm_mp.data.token_files import ENDS_OF_TEXT, Steps
 from ssm_mp.files.shown import listed
 from ssm_mp.precision_map import pinned_names
 
@@ -128,7 +129,8 @@ def _encoded(spec: StudySpec, paths: Sequence[Path], config: Config, say: Say) -
     """The text's tokens, or those of its beginning; and whether they are all."""
     if spec.data.is_ids or sum(path.stat().st_size for path in paths) <= _BYTES_OF_TEXT:
         tokenizer = None if spec.data.is_ids else load_tokenizer(tokenizer_path(spec), config.vocabulary)
-        return read_documents(paths, tokenizer, config.vocabulary, spec.data.text_field), True
+        steps: Steps = lambda stage, total: slow(stage, total).step  # noqa: E731
+        return read_documents(paths, tokenizer, config.vocabulary, spec.data.text_field, steps=steps), True
     say(f"reading the first {_BYTES_OF_TEXT >> 20} MiB of the text")
     tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary)
     every = (document for path in paths for document in documents(path, spec.data.text_field))

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from search.base.errors import StudyError
+from search.base.progress import slow
 from search.problem.spec import STDLIB, StudySpec
 from ssm_mp.artifact_folder import ACCOMPANYING
 from ssm_mp.config import Config
@@ -103,7 +104,10 @@ def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) 
         named = tokenizer_path(spec)
         folder = named if named.is_dir() else named.parent
     bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
-    text = read_documents(files.paths, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
+    text = read_documents(
+        files.paths, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say,
+        steps=lambda stage, total: slow(stage, total).step,
+    )  # fmt: skip
     what = str(files.paths[0]) if len(files.paths) == 1 else f"{files.paths[0]} and {len(files.paths) - 1} more files"
     pool = cut(text.ids, window_length(spec, config), what, bos, text.starts, across=data.cross_documents)
     # calibration windows first: a larger certify split then leaves the other two as they are. Those drawn last only

@@ -7,14 +7,14 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, __version__
 
 from ssm_mp.data.encoding import END_OF_TEXT, Encoded, encode
-from ssm_mp.data.texts import READ, documents, holds_documents
+from ssm_mp.data.texts import READ, Document, documents, holds_documents
 from ssm_mp.data.windows import Ints, TokenIds
 from ssm_mp.errors import DataError
 
@@ -29,8 +29,14 @@ KEPT_FROM = 1 << 20
 ONE_DOCUMENT: Ints = np.zeros(1, dtype=np.int64)
 """Where the only document of a text begins."""
 
+_STEP = 1 << 18
+"""Bytes of a text that are one step of encoding it. Of a table, whose texts are compressed, it is more."""
+
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
+
+Steps = Callable[[str, int], Callable[[], None]]
+"""Given a stage and its number of steps, what is to be called after each of them."""
 
 Text = str | Path | Sequence[Path]
 """A file, or several that are one text together."""
@@ -57,6 +63,7 @@ def read_documents(
     *,
     cache: Path | None = None,
     say: Say = lambda line: None,
+    steps: Steps = lambda stage, total: lambda: None,
 ) -> Encoded:
     """Token ids of `.npy` files, or of texts, JSON lines and tables through the tokenizer; and where documents begin.
 
@@ -85,7 +92,7 @@ def read_documents(
 
     @functools.cache
     def encoded() -> Encoded:
-        return encode_documents(paths, tokenizer, field, ends)
+        return _encoded(paths, tokenizer, field, ends, steps)
 
     if cache is None or sum(path.stat().st_size for path in paths) < KEPT_FROM:
         found = encoded()
@@ -116,14 +123,36 @@ def _named(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
-def encode_documents(paths: Sequence[Path], tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> Encoded:
+def _encoded(
+    paths: Sequence[Path], tokenizer: Tokenizer, field: str, ends: tuple[str, ...], steps: Steps
+) -> Encoded:  # fmt: skip
     """The documents of files. Raises DataError where the tokenizer has none for a word."""
+    every = (document for path in paths for document in documents(path, field))
+    total = max(1, sum(path.stat().st_size for path in paths) // _STEP)
     try:
-        return encode((document for path in paths for document in documents(path, field)), tokenizer, ends)
+        return encode(_counted(every, total, steps("encoding the text", total)), tokenizer, ends)
     except Exception as error:
         if type(error) is not Exception:  # a bare one is the library's, for words without an id
             raise
         raise DataError(f"{_named(paths)}: {no_id(tokenizer, error)}") from None
+
+
+def _counted(every: Iterable[Document], total: int, step: Callable[[], None]) -> Iterator[Document]:
+    """The same documents; `step` is called `total` times, as often as so many bytes were read, and at the end."""
+    read, stepped = 0, 0
+
+    def parts(document: Document) -> Iterator[str]:
+        nonlocal read, stepped
+        for part in document:
+            yield part
+            read += len(part.encode("utf-8", "replace"))
+            while stepped < min(read // _STEP, total - 1):
+                step()
+                stepped += 1
+
+    yield from map(parts, every)
+    for _ in range(total - stepped):
+        step()
 
 
 def no_id(tokenizer: Tokenizer, error: Exception) -> str:

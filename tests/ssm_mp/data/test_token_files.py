@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +217,19 @@ def test_token_files_are_put_together_but_not_with_texts(tmp_path: Path, words: 
     assert (found.ids.tolist(), found.starts.tolist()) == ([1, 2, 3], [0, 2])
     with pytest.raises(DataError, match=r"a\.npy holds token ids and .*c\.txt is a text"):
         read_documents([tmp_path / "a.npy", tmp_path / "c.txt"], words, 64)
+
+
+@pytest.mark.parametrize("text", ["a b " * 400_000, "a", ""])
+def test_every_step_of_encoding_is_told_once(tmp_path: Path, words: Tokenizer, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    asked: list[int] = []
+    told: list[str] = []
+
+    def steps(stage: str, total: int) -> Callable[[], None]:
+        asked.append(total)
+        return lambda: told.append(stage)
+
+    found = read_documents(tmp_path / "a.txt", words, 64, steps=steps)
+    assert found.ids.tolist() == read_tokens(tmp_path / "a.txt", words, 64).tolist()
+    assert [len(told)] == asked
+    assert (len(told) > 1) == (len(text) > 1 << 18)
