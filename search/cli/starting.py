@@ -6,12 +6,15 @@ import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from search.base.saying import say
 from search.cli.options import Json, Weights, print_answer, typed
+
+if TYPE_CHECKING:
+    from search.problem.draft import Draft
 
 _GENERIC = ("model", "pytorch_model", "consolidated", "checkpoint", "weights")
 """Names of files that say nothing of the model: the study has the name of their folder."""
@@ -36,50 +39,60 @@ def init(
 ) -> None:
     """Begin a study: look at a checkpoint and a text, and write the study file, filled in."""
     from search.base.errors import StudyError
-    from search.problem.draft import Draft, drafted
-    from search.problem.found import find_device, find_model, find_text, find_tokenizer_for
-    from search.problem.spec import STDLIB, StudySpec, load_spec
-    from ssm_mp.data import BYTES
+    from search.problem.draft import drafted
+    from search.problem.spec import load_spec
 
     study = Path(f"{_name_of(checkpoint)}.toml") if out is None else out
     if study.exists() and not force:
         raise StudyError(f"{study} exists already; --force replaces it, --out names another")
     names = tuple(typed(name, "--text") for name in text)
     named = None if tokenizer is None else typed(tokenizer, "--tokenizer")
-    here = StudySpec.model_validate(  # paths as they are seen from here: the study's own folder may not exist yet
-        {
-            "checkpoint": {"path": str(checkpoint), "weights": weights},
-            "data": {"text": names, "text_field": text_field, "tokenizer": named},
-            "path": Path(study.name),
-        }
-    )
-    found, model = find_model(checkpoint, weights, say)
-    named = find_tokenizer_for(here, model.vocabulary)
-    here = here.model_copy(update={"data": here.data.model_copy(update={"tokenizer": named})})
-    draft = Draft(
-        checkpoint=_seen_from(study, str(checkpoint)),
-        weights=weights,
-        texts=tuple(name if name == STDLIB else _seen_from(study, name) for name in names),
-        text_field=text_field,
-        tokenizer=named if named in (None, BYTES) else _seen_from(study, named),
-        model=model,
-        found=find_text(here, found.config, say),
-        device=find_device(),
-    )
+    draft = _draft(study, checkpoint, weights, names, text_field, named)
     _write(study, drafted(draft, str(study)))
     load_spec(study)
     content = {
         "study": str(study),
-        "family": model.family,
-        "parameters": model.parameters,
-        "components": model.components,
-        "free": model.free,
+        "family": draft.model.family,
+        "parameters": draft.model.parameters,
+        "components": draft.model.components,
+        "free": draft.model.free,
         "tokenizer": draft.tokenizer,
         "documents": None if draft.found is None else draft.found.documents,
         "windows": dict(zip(("calibration", "search", "certify"), draft.windows, strict=True)),
         "next": f"ssm-mp search {shlex.quote(str(study))}",
     }
     print_answer(content, json_, _begun)
+
+
+def _draft(
+    study: Path, checkpoint: Path, weights: str | None, texts: tuple[str, ...], field: str, tokenizer: str | None
+) -> Draft:
+    """What a study file would say, its paths seen from it."""
+    from search.problem.draft import Draft
+    from search.problem.found import find_device, find_model, find_text, find_tokenizer_for
+    from search.problem.spec import STDLIB, StudySpec
+    from ssm_mp.data import BYTES
+
+    here = StudySpec.model_validate(  # paths as they are seen from here: the study's own folder may not exist yet
+        {
+            "checkpoint": {"path": str(checkpoint), "weights": weights},
+            "data": {"text": texts, "text_field": field, "tokenizer": tokenizer},
+            "path": Path(study.name),
+        }
+    )
+    found, model = find_model(checkpoint, weights, say)
+    named = find_tokenizer_for(here, model.vocabulary)
+    here = here.model_copy(update={"data": here.data.model_copy(update={"tokenizer": named})})
+    return Draft(
+        checkpoint=_seen_from(study, str(checkpoint)),
+        weights=weights,
+        texts=tuple(name if name == STDLIB else _seen_from(study, name) for name in texts),
+        text_field=field,
+        tokenizer=named if named in (None, BYTES) else _seen_from(study, named),
+        model=model,
+        found=find_text(here, found.config, say),
+        device=find_device(),
+    )
 
 
 def _begun(answer: Mapping[str, Any]) -> str:

@@ -1,14 +1,13 @@
 """What a search will take, before any of it runs: its space, its time by parts, its memory.
 
-Time is counted in evaluations: of all search windows by one model. How long one takes is measured here, on FP32 and as
-many windows as half a second allows, or read off the trials that a run has made already.
+Time is counted in evaluations: of all search windows by one model. How long one takes is measured here, by FP32 on a
+few windows, or read off the trials that a run has made already.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,12 +22,13 @@ from search.problem.workspace import Workspace, open_workspace
 from search.trials.attributes import FINISHED, MEASURED
 from search.trials.storage import exists, opened_as_it_is
 from ssm_mp.components import Component, find_components
-from ssm_mp.data import Windows
 from ssm_mp.evaluation.evaluate import evaluate, layer_calls
 
 _FIRST_WINDOWS = 8
-"""FP32 is timed on so many, after two that compile and warm up; where that is quick, on all."""
-_QUICK_SECONDS = 0.5
+"""FP32 is timed on so many; where that is quick, on four times as many, and so on."""
+_QUICK_SECONDS = 0.3
+_REPEATED, _PATIENCE_SECONDS = 3, 3.0
+"""How often, and after how many seconds no more."""
 _GRADIENTS = 21.0
 """Evaluations that gradients of all components take, whatever the depth (`python -m benchmarks.gradient`)."""
 _CALIBRATION = 1.5
@@ -142,24 +142,26 @@ def _below_8_bits(spec: StudySpec) -> bool:
 
 def _timed(workspace: Workspace) -> tuple[float, float, str]:
     """FP32's perplexity on some windows, the seconds of an evaluation of all, and how these were found."""
-    windows, model = workspace.splits.search, workspace.model
+    every, count = len(workspace.splits.search), min(_FIRST_WINDOWS, len(workspace.splits.search))
+    perplexity, seconds = _quickest(workspace, count)
+    while count < every and seconds < _QUICK_SECONDS:
+        count = min(every, 4 * count)
+        perplexity, seconds = _quickest(workspace, count)
+    basis = f"FP32 on {count} of {every} search windows took {seconds:.2f} s here"
+    return perplexity, seconds * every / count, basis
 
-    def on(count: int, step: Callable[[], None] | None = None) -> tuple[float, float]:
-        part: Windows = windows.part(np.arange(count))
+
+def _quickest(workspace: Workspace, count: int) -> tuple[float, float]:
+    """FP32's perplexity on so many windows, and the least seconds that it took: a first time takes longer, by far."""
+    model, part = workspace.model, workspace.splits.search.part(np.arange(count))
+    took: list[float] = []
+    while len(took) < _REPEATED and sum(took) < _PATIENCE_SECONDS:
+        progress = slow("timing FP32", layer_calls(model, part))
         began = time.perf_counter()
-        found = evaluate(model, part, step)
-        return found.perplexity, time.perf_counter() - began
-
-    count = min(_FIRST_WINDOWS, len(windows))
-    progress = slow("timing FP32", layer_calls(model, windows.part(np.arange(count))) + layer_calls(model, windows))
-    on(min(2, count), progress.step)
-    perplexity, seconds = on(count, progress.step)
-    if count < len(windows) and seconds < _QUICK_SECONDS:
-        count = len(windows)
-        perplexity, seconds = on(count, progress.step)
-    progress.close()
-    whole = seconds * len(windows) / count
-    return perplexity, whole, f"FP32 on {count} of {len(windows)} search windows took {seconds:.2f} s here"
+        perplexity = evaluate(model, part, progress.step).perplexity
+        took.append(time.perf_counter() - began)
+        progress.close()
+    return perplexity, min(took)
 
 
 def _trial_seconds(spec: StudySpec, run: RunDirectory, say: Say) -> tuple[int, float | None] | None:
