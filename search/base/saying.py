@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -33,6 +34,13 @@ def dated(line: str, environ: Mapping[str, str] | None = None) -> str:
     if _SLURM not in (os.environ if environ is None else environ):
         return line
     return f"{datetime.now().astimezone().isoformat(sep=' ', timespec='seconds')}  {line}"
+
+
+class Said(logging.Handler):
+    """Says what the model side logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
 
 
 def say(line: str) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.base.saying import QUIET, is_terminal, say
+from search.base.saying import QUIET, Said, is_terminal, say
 from search.base.streams import READER_GONE, close_streams, open_streams, write_out
 from search.cli import cluster, decoding, exporting, starting
 from search.cli.options import (
@@ -335,6 +335,7 @@ def plot(
 def main() -> None:
     """Run the command line; a known failure is one clear line and its exit code, never a traceback."""
     streams = open_streams()
+    logging.getLogger("ssm_mp").addHandler(Said())
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises on its cache where there is no home
     code: int | str | None
     try:

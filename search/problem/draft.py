@@ -72,10 +72,11 @@ def drafted(draft: Draft, name: str) -> str:
 
 def _head(draft: Draft, name: str) -> Iterator[str]:
     model = draft.model
-    yield f"# A study of {draft.checkpoint}, drafted by `ssm-mp init`. What follows a # is a default, or a reason."
+    checkpoint, study = (text if text.isprintable() else _quoted(text) for text in (draft.checkpoint, name))
+    yield f"# A study of {checkpoint}, drafted by `ssm-mp init`. What follows a # is a default, or a reason."
     yield "#"
-    yield f"#     ssm-mp search {name} --dry-run    # what it will take"
-    yield f"#     ssm-mp search {name}"
+    yield f"#     ssm-mp search {study} --dry-run    # what it will take"
+    yield f"#     ssm-mp search {study}"
     yield "#"
     yield (
         f"# Found: family {model.family}, {model.parameters:,} parameters in {model.components} components, "

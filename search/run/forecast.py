@@ -15,6 +15,7 @@ import numpy as np
 
 from search.base.progress import slow
 from search.problem.memory import needs_of, plan_memory
+from search.problem.rounding import ROUNDED, below_8_bits
 from search.problem.run_directory import PROBES, RunDirectory
 from search.problem.spec import StudySpec
 from search.problem.splits import Say, window_length
@@ -26,13 +27,15 @@ from ssm_mp.evaluation.evaluate import evaluate, layer_calls
 
 _FIRST_WINDOWS = 8
 """FP32 is timed on so many; where that is quick, on four times as many, and so on."""
-_QUICK_SECONDS = 0.3
+_QUICK_SECONDS = 1.0
 _REPEATED, _PATIENCE_SECONDS = 3, 3.0
 """How often, and after how many seconds no more."""
 _GRADIENTS = 21.0
 """Evaluations that gradients of all components take, whatever the depth (`python -m benchmarks.gradient`)."""
 _CALIBRATION = 1.5
-"""Evaluations of the calibration windows that ranges take, and that compensated rounding takes on top."""
+"""Evaluations of the calibration windows that ranges take, and the moments that rounding is compensated by."""
+_ROUNDING_SECONDS = 1.4e-6
+"""Of compensated rounding, a weight and a precision: on one core, both references take as much."""
 _CERTIFIED = 4
 """Maps that a certificate mostly looks at, beside FP32; and the winner once more, beside FP32, for its fidelity."""
 _ENDING_SECONDS = 15.0
@@ -106,7 +109,7 @@ def forecast(spec: StudySpec, run: RunDirectory, say: Say) -> Forecast:
         trials=trials,
         asked=spec.search.trials,
         evaluation_seconds=evaluation,
-        seconds=_parts(spec, workspace, evaluation, probes, trials * each),
+        seconds=_parts(spec, workspace, evaluation, probes, trials * each, (run / ROUNDED).is_dir()),
         basis=basis,
         memory=memory,
         memory_bytes=plan.bound if plan.sentence else needs.all,
@@ -119,25 +122,24 @@ def _length(workspace: Workspace) -> int:
 
 
 def _parts(
-    spec: StudySpec, workspace: Workspace, evaluation: float, probes: list[float], trials: float
+    spec: StudySpec, workspace: Workspace, evaluation: float, probes: list[float], trials: float, rounded: bool
 ) -> dict[str, float]:
-    """Seconds by part."""
-    splits, precision = workspace.splits, spec.precision
-    calibration = evaluation * len(splits.calibration) / len(splits.search)
-    ranges = (precision.activations == "static") + (precision.rounding != "nearest" and _below_8_bits(spec))
+    """Seconds by part. rounded: whether the run directory has the weights already whose rounding is compensated."""
+    splits = workspace.splits
+    calibration = _CALIBRATION * evaluation * len(splits.calibration) / len(splits.search)
+    compensated = not rounded and spec.precision.rounding != "nearest" and spec.data.calibration == "text"
+    narrow = below_8_bits(spec) if compensated else []
+    weights = sum(component.count for component in workspace.space.free)
     certify = evaluation * len(splits.certify) / len(splits.search)
     return {
-        "calibration": _CALIBRATION * calibration * ranges,
+        "calibration": calibration * (spec.precision.activations == "static"),
+        "rounding": calibration * bool(narrow) + _ROUNDING_SECONDS * weights * len(narrow),
         "baseline and both ends": 3 * evaluation,
         "probes": _GRADIENTS * evaluation if spec.search.probe == "gradient" else sum(probes) * evaluation,
         "trials": trials,
         "certificate": (3 + _CERTIFIED) * certify,
         "export and report": 2 * evaluation + _ENDING_SECONDS,
     }
-
-
-def _below_8_bits(spec: StudySpec) -> bool:
-    return not {"fp16", "int8"}.issuperset(spec.precision.choices)
 
 
 def _timed(workspace: Workspace) -> tuple[float, float, str]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
-from search.base.saying import QUIET, dated, is_quiet, say
+from search.base.saying import QUIET, Said, dated, is_quiet, say
 
 
 def test_lines_have_their_time_in_jobs_of_slurm_only() -> None:
@@ -30,3 +32,19 @@ def test_quiet_is_one_and_nothing_else() -> None:
     assert is_quiet({QUIET: "1"})
     assert not is_quiet({QUIET: ""})
     assert not is_quiet({})
+
+
+def test_what_is_logged_is_said_as_everything_else(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    logger, handler = logging.getLogger("ssm_mp.of_a_test"), Said()
+    logger.addHandler(handler)
+    try:
+        logger.warning("note: %s", "slower")
+        monkeypatch.setenv(QUIET, "1")
+        logger.warning("note: %s", "quiet")
+    finally:
+        logger.removeHandler(handler)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("  note: slower")
