@@ -1,17 +1,27 @@
-"""Progress on standard error: one live line on a terminal, plain lines elsewhere."""
+"""Progress on standard error: a live line on a terminal, by rich; plain lines elsewhere."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import threading
 import time
-from typing import TextIO
+import weakref
+from functools import cache
+from typing import TYPE_CHECKING, TextIO
 
 from search.base.clock import clock
+from search.base.saying import dated, is_quiet, is_terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+    from rich.progress import TaskID
 
 _PLAIN_EVERY = 10.0
 """Seconds between plain lines, so that a log file stays short."""
+
+_DRAWN_A_SECOND = 4
+"""How often a live line is drawn anew, whether something was done or not."""
 
 SLOW = 5.0
 """Seconds that a step may take without a word."""
@@ -35,10 +45,11 @@ class Progress:
         self._total = total
         self._first = self._done = done
         self._stream = sys.stderr if stream is None else stream
-        self._live = self._stream.isatty()
+        self._quiet, self._terminal = is_quiet(), is_terminal(self._stream)
         self._after, self._percent = after, percent
         self._began = time.monotonic()
         self._printed: float | None = None
+        self._live: _Live | None = None
         self._lock = threading.Lock()
 
     def step(self, best: str = "") -> None:
@@ -55,32 +66,78 @@ class Progress:
 
     def _show(self, best: str) -> None:
         now = time.monotonic()
-        if now - self._began < self._after:
+        if self._quiet or now - self._began < self._after:
             return
-        if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write("\r" + self._line(now, best)[:width].ljust(width))
+        if self._terminal:
+            if self._live is None:
+                self._live = _Live(self._stream, self._stage, self._total, self._percent)
+            self._live.show(self._done, best, self._left(now))
             if self._done >= self._total:
-                self._stream.write("\n")
-            self._stream.flush()
+                self._live.close()
         elif self._printed is None or now - self._printed >= _PLAIN_EVERY or self._done >= self._total:
-            print(self._line(now, best), file=self._stream, flush=True)
-        else:
-            return
-        self._printed = now
+            print(dated(self._line(now, best)), file=self._stream, flush=True)
+            self._printed = now
+
+    def _left(self, now: float) -> str:
+        """The time left, if the rest takes as long as what was made since the beginning."""
+        made = self._done - self._first
+        return f"{clock((now - self._began) / made * (self._total - self._done) if made else 0.0)} left"
 
     def _line(self, now: float, best: str) -> str:
-        made = self._done - self._first
-        left = (now - self._began) / made * (self._total - self._done) if made else 0.0
         count = f"{self._done}/{self._total}"
         if self._percent:
             count = f"{100 * self._done // max(1, self._total)} %"
-        return "  ".join(part for part in (f"{self._stage} {count}", best, f"{clock(left)} left") if part)
+        return "  ".join(part for part in (f"{self._stage} {count}", best, self._left(now)) if part)
 
     def close(self) -> None:
         """End the live line where the stage stopped early."""
-        if self._live and self._done < self._total and self._printed is not None:
-            self._stream.write("\n")
+        if self._live is not None:
+            self._live.close()
+
+
+class _Live:
+    """A line of rich's, from now on until it is closed; whatever is said meanwhile stands above it."""
+
+    def __init__(self, stream: TextIO, stage: str, total: int, percent: bool) -> None:
+        self._bar, self._task = _drawn(stream, stage, total, percent)
+        # an error, or an interrupt, that nobody closed the line for leaves no terminal without a cursor
+        self._end = weakref.finalize(self, self._bar.stop)
+
+    def show(self, done: int, best: str, left: str) -> None:
+        self._bar.update(self._task, completed=done, best=best, left=left)
+        if not self._bar.live.is_started and self._end.alive:
+            self._bar.start()
+
+    def close(self) -> None:
+        self._end()
+
+
+def _drawn(stream: TextIO, stage: str, total: int, percent: bool) -> tuple[Bar, TaskID]:
+    """The columns of a live line, and its only task."""
+    from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
+    count: ProgressColumn = TextColumn("{task.percentage:.0f} %", markup=False) if percent else MofNCompleteColumn()
+    bar = Bar(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        count,
+        TextColumn("{task.fields[best]}", markup=False, table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[left]}", markup=False, style="cyan", table_column=Column(no_wrap=True)),
+        console=_console(getattr(stream, "rich_proxied_file", stream)),
+        refresh_per_second=_DRAWN_A_SECOND,
+        redirect_stdout=False,
+    )
+    return bar, bar.add_task(stage, total=total, best="", left="")
+
+
+@cache
+def _console(stream: TextIO) -> Console:
+    """The one that all live lines of a stream share, so that one may be drawn below another."""
+    from rich.console import Console
+
+    return Console(file=stream)
 
 
 def slow(stage: str, total: int) -> Progress:

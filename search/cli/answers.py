@@ -1,28 +1,16 @@
-"""Answers of the command line as text for people: aligned tables on standard output."""
+"""Answers of the command line as text for people, to be printed on standard output."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from search.base.clock import clock
 from search.base.fidelity import fidelity_from_json
 from search.base.metric import METRICS, PERPLEXITY, Metric
+from search.cli.tables import table
 
 _NOT_HELD = "-"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns; the first `left` of them are text, the others numbers."""
-    lines = [list(head), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
 
 
 def inspected(answer: Mapping[str, Any]) -> str:
@@ -184,6 +172,27 @@ def launched(answer: Mapping[str, Any]) -> str:
             f"logs     {answer['logs']}",
             f"watch it   {answer['status']} --watch",
             f"end it     {answer['cancel']}",
+        )
+    )
+
+
+def foretold(answer: Mapping[str, Any]) -> str:
+    """What a search will take."""
+    maps = f"{answer['maps']:,}" if answer["maps"] is not None else f"about 10^{answer['log10_maps']:.0f}"
+    parts = ", ".join(f"{name} {clock(seconds)}" for name, seconds in answer["seconds"].items() if seconds >= 1)
+    moving = answer["components"] - answer["pinned"]
+    grouped = "" if answer["moves"] == moving else f" in {answer['moves']} groups"
+    return "\n".join(
+        (
+            f"components  {answer['components']}, {moving} of them free to move{grouped}, {answer['pinned']} pinned",
+            f"space       {maps} maps",
+            f"to measure  {answer['probes']} probes, {answer['trials']} of {answer['asked']} trials",
+            f"time        about {clock(answer['total_seconds'])}, mostly less: maps share layers, and clear losers are "
+            "stopped",
+            f"            {parts}",
+            f"            from: {answer['basis']}",
+            f"memory      {answer['memory']}",
+            f"FP32        perplexity about {answer['perplexity']:.2f} on those windows",
         )
     )
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from search.base.saying import is_terminal, say
 from search.base.streams import write_out
 from search.cli.options import (
     ForceBaseline,
@@ -21,7 +24,6 @@ from search.cli.options import (
     overrides,
     passed_on,
     print_answer,
-    say,
 )
 
 if TYPE_CHECKING:
@@ -105,13 +107,13 @@ def worker(
     from search.trials.storage import choose_storage
 
     spec, run = _study(study, run_dir, set_, force)
-    stop = Stop()
+    arguments, stop = passed_on(study, run_dir, overrides(set_, force=force)), Stop()
     with stop.listening(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         require_not_failed(run)
         choose_storage(spec, run, many=True, say=say)
         if _has_all_trials(spec, run):  # told before anything is loaded
             say("the study has all its trials already")
-            return _finish_last(spec, run) if finish_ else None
+            return _finish_last(spec, run, arguments) if finish_ else None
         from search.run.one_worker import run_worker
 
         try:
@@ -121,7 +123,7 @@ def worker(
         if ending == "stopped":
             _leave(stop)
     say(f"the study is {ending}")
-    return _finish_last(spec, run) if finish_ else None
+    return _finish_last(spec, run, arguments) if finish_ else None
 
 
 def finish(
@@ -133,7 +135,7 @@ def finish(
 
     spec, run = _study(study, run_dir, set_, force)
     require_not_failed(run)
-    conclude(finish_study(spec, run, say), run, json_)
+    conclude(finish_study(spec, run, say), run, json_, passed_on(study, run_dir, overrides(set_, force=force)))
 
 
 def status(
@@ -149,7 +151,7 @@ def status(
     spec, run = _study(study, run_dir, set_)
     while True:
         content = _standing(spec, run)
-        if watch and not json_:
+        if watch and not json_ and is_terminal(sys.stdout):
             write_out("\x1b[2J\x1b[H")  # clears the screen
         print_answer(content, json_, stood)
         if not watch or (content["finished"] >= content["asked"] and not content["running"]):
@@ -174,20 +176,37 @@ def proxy(
     serve_proxy(choose_storage(spec, run, many=True, say=say), run, host, port, say)
 
 
-def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:
-    """Print what a search found; exit code 1 where it found nothing that is certified and good enough."""
+def conclude(result: Result | None, run: RunDirectory, as_json: bool, arguments: Sequence[str]) -> None:
+    """Print what a search found; exit code 1 where it found nothing that is certified and good enough.
+
+    arguments: the study, as another command of this tool takes it.
+    """
     from search.cli.answers import fronted
-    from search.problem.run_directory import PAGE, REPORT
     from search.results.gates import overall
     from search.run.finish import answer
 
     if result is None:
         say("the study is not complete, so nothing was certified; start it again with the same command, it continues")
         raise typer.Exit(1)
-    say(f"report and plots: {run / REPORT}; as a page, for a browser: {run / PAGE}")
     print_answer(answer(result), as_json, fronted)
+    for line in _next_steps(result, run, arguments):
+        say(line)
     if result.winner is None or overall(result.gates) == "fail":
         raise typer.Exit(1)
+
+
+def _next_steps(result: Result, run: RunDirectory, arguments: Sequence[str]) -> Iterator[str]:
+    """Where to look next, a line each."""
+    from search.problem.run_directory import PAGE, REPORT, WINNER
+
+    yield f"report    {run / REPORT}, with plots"
+    yield f"explore   {run / PAGE}, in a browser"
+    if result.winner is None:
+        return
+    yield f"winner    {run / WINNER}"
+    if result.transferred is not None:
+        yield f"          {result.transferred.path}"
+    yield f"export    {shlex.join(('ssm-mp', 'export', *arguments, '--out', f'exports/{run.path.name}'))}"
 
 
 def _study(
@@ -212,7 +231,7 @@ def _has_all_trials(spec: StudySpec, run: RunDirectory) -> bool:
     return found
 
 
-def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
+def _finish_last(spec: StudySpec, run: RunDirectory, arguments: Sequence[str]) -> None:
     """Finish, where no other worker does or did."""
     from search.base.errors import StudyError
     from search.problem.run_directory import CERTIFICATE
@@ -221,7 +240,7 @@ def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
     try:
         with run.owned():
             if not (run / CERTIFICATE).exists():  # asked by one worker at a time
-                conclude(finish_prepared(spec, run, say), run, False)
+                conclude(finish_prepared(spec, run, say), run, False, arguments)
     except StudyError as error:
         say(str(error))
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.options import Json, Overrides, RunDir, StudyOption, overrides, print_answer, say, typed
+from search.base.saying import say
+from search.cli.options import Json, Overrides, RunDir, StudyOption, overrides, print_answer, typed
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +103,14 @@ def drift(
 
     Of an artifact it is kept in the study's run directory, where there is one: `ssm-mp report` then shows it.
     """
+    from search.base.progress import slow
     from search.problem.spec import load_spec
     from search.problem.splits import load_splits, window_length
     from search.problem.workspace import check_device
     from search.results.plots.drift import plot_drift
     from search.results.plots.files import require_writable, save_picture
     from ssm_mp.data import unigram_perplexity
-    from ssm_mp.evaluation.drift import LONG, too_long
+    from ssm_mp.evaluation.drift import LONG, drift_steps, too_long
     from ssm_mp.evaluation.drift import drift as measure
     from ssm_mp.evaluation.evaluate import require_better_than_guessing
 
@@ -120,7 +122,14 @@ def drift(
     model, _ = _opened(path, device, spec.weights_of(path))
     fp32 = _fp32_of(path, model, spec, device)
     splits = load_splits(spec, fp32.config, say)
-    found = measure(model, fp32, splits.search, buckets)
+
+    def measured(windows: Windows) -> Drift:
+        progress = slow("measuring", drift_steps(fp32, windows))
+        found = measure(model, fp32, windows, buckets, progress.step)
+        progress.close()
+        return found
+
+    found = measured(splits.search)
     if not spec.search.force_baseline:
         unigram = unigram_perplexity(splits.token_counts, splits.search)
         require_better_than_guessing(found.fp32, fp32.config.vocabulary, unigram)
@@ -132,7 +141,7 @@ def drift(
             refused = windows
         else:
             say(f"measuring {len(windows)} windows of {length} tokens")
-            long = measure(model, fp32, windows, buckets)
+            long = measured(windows)
     if out is not None:
         save_picture(plot_drift(str(path), found, long), out)
     if run is not None:
@@ -317,7 +326,7 @@ def _told(answer: Mapping[str, Any]) -> str:
 
 
 def _speeds(rows: Mapping[str, Mapping[str, Any]], new_tokens: int) -> str:
-    from search.cli.answers import table
+    from search.cli.tables import table
 
     head = ("tokens a second", "bytes", "prefill", "× FP32", "decode", "× FP32", "as FP32")
     cells = [
@@ -351,7 +360,7 @@ def _drifted(answer: Mapping[str, Any]) -> str:
 
 
 def _by_position(found: Mapping[str, Any]) -> str:
-    from search.cli.answers import table
+    from search.cli.tables import table
 
     rows = [
         (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from search.base.saying import say
 from search.cli.options import (
     Force,
     Json,
@@ -18,7 +19,6 @@ from search.cli.options import (
     Weights,
     opened_study,
     print_answer,
-    say,
 )
 from ssm_mp.runtimes.registry import FORMATS
 

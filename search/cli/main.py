@@ -8,6 +8,7 @@ Heavy imports stand inside the commands, so that help and small questions answer
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from enum import StrEnum
@@ -16,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from search.base.streams import READER_GONE, close_streams, open_streams
-from search.cli import cluster, decoding, exporting, reporting
+from search.base.saying import QUIET, Said, is_terminal, say
+from search.base.streams import READER_GONE, close_streams, open_streams, write_out
+from search.cli import cluster, decoding, exporting, reporting, starting
 from search.cli.options import (
     Force,
     ForceBaseline,
@@ -33,21 +35,42 @@ from search.cli.options import (
     overrides,
     passed_on,
     print_answer,
-    say,
 )
+from search.cli.panels import Commands
 
 if TYPE_CHECKING:
     from search.results.report import Result
 
 app = typer.Typer(
     name="ssm-mp",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich" if sys.stdout is not None and is_terminal(sys.stdout) else None,
     help="Find the smallest mixed-precision version of a state-space language model within a perplexity budget.\n\n"
-    "Start with:  ssm-mp search studies/reference.toml",
+    "Start with:  ssm-mp init MODEL --text TEXT",
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        write_out(f"ssm-mp {version('ssm-mp')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing but the answer and errors; may stand behind a command.")
+    ] = False,
+) -> None:
+    if quiet:
+        os.environ[QUIET] = "1"  # workers inherit it
 
 
 class Split(StrEnum):
@@ -58,6 +81,7 @@ class Split(StrEnum):
 
 
 for command, example in (
+    (starting.init, "ssm-mp init path/to/model --text path/to/text.txt"),
     (cluster.launch, "ssm-mp launch studies/x.toml --workers 8 --dry-run"),
     (cluster.worker, "ssm-mp worker studies/x.toml   (in as many processes as you like)"),
     (cluster.prepare, "ssm-mp prepare studies/x.toml"),
@@ -117,6 +141,7 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Measure the perplexity of a checkpoint or an artifact on a study's windows."""
+    from search.base.progress import slow
     from search.cli.answers import listed
     from search.problem.spec import load_spec
     from search.problem.splits import load_splits
@@ -125,7 +150,7 @@ def evaluate(
     from ssm_mp.checkpoints import load_checkpoint
     from ssm_mp.data import unigram_perplexity
     from ssm_mp.evaluation.evaluate import evaluate as measure
-    from ssm_mp.evaluation.evaluate import require_better_than_guessing
+    from ssm_mp.evaluation.evaluate import layer_calls, require_better_than_guessing
 
     spec = load_spec(study)
     device = check_device(spec.search.device)
@@ -139,7 +164,9 @@ def evaluate(
         model, _ = fp32_model(spec, checkpoint, device)
     splits = load_splits(spec, model.config, say)
     windows = splits.certify if split is Split.certify else splits.search
-    evaluation = measure(model, windows)
+    progress = slow("evaluating", layer_calls(model, windows))
+    evaluation = measure(model, windows, progress.step)
+    progress.close()
     if not converted and not spec.search.force_baseline:
         unigram = unigram_perplexity(splits.token_counts, windows)
         require_better_than_guessing(evaluation, model.config.vocabulary, unigram)
@@ -217,6 +244,7 @@ def probe(
 
 @app.command(
     epilog="Examples:  ssm-mp search studies/reference.toml\n\n"
+    "ssm-mp search studies/reference.toml --dry-run   (what it would take)\n\n"
     "ssm-mp search studies/reference.toml --trials 200   (adds to what is there)\n\n"
     "ssm-mp search my.toml --workers 4 --set search.sampler=nsga2 --run-dir runs/other"
 )
@@ -227,6 +255,9 @@ def search(
     run_dir: RunDir = None,
     set_: Overrides = None,
     target: Target = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, in space, time and memory; search nothing.")
+    ] = False,
     force: ForceBaseline = False,
     json_: Json = False,
 ) -> None:
@@ -239,6 +270,11 @@ def search(
     asked = overrides(set_, trials, target, force=force)
     spec = load_spec(study, asked)
     run = RunDirectory.of(spec, run_dir)
+    if dry_run:
+        from search.cli.answers import foretold
+        from search.run.forecast import forecast
+
+        return print_answer(forecast(spec, run, say).to_json(), json_, foretold)
     try:
         result: Result | None
         if workers == 1:
@@ -248,7 +284,7 @@ def search(
     except KeyboardInterrupt:
         say("interrupted; the same command continues where it stopped")
         raise
-    cluster.conclude(result, run, json_)
+    return cluster.conclude(result, run, json_, passed_on(study, run_dir, asked))
 
 
 @app.command(epilog="Example:  ssm-mp front studies/reference.toml --json")
@@ -300,6 +336,7 @@ def plot(
 def main() -> None:
     """Run the command line; a known failure is one clear line and its exit code, never a traceback."""
     streams = open_streams()
+    logging.getLogger("ssm_mp").addHandler(Said())
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it advises on its cache where there is no home
     code: int | str | None
     try:

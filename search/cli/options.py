@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search.base.paths import shown
+from search.base.saying import say
 from search.base.streams import write_out
 
 if TYPE_CHECKING:
@@ -101,9 +100,3 @@ def _json(content: Mapping[str, Any]) -> str:
     """One JSON object, in ASCII whatever the encoding: signs can only stand in strings, as escapes."""
     text = shown(json.dumps(content, ensure_ascii=False))
     return "".join(sign if sign.isascii() else json.dumps(sign)[1:-1] for sign in text)
-
-
-def say(line: str) -> None:
-    """Print a line for people. A log on a full disk loses the line, and the work goes on."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr, flush=True)

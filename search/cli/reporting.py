@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from search.cli.options import Json, Overrides, RunDir, StudyPath, Target, opened_trials, print_answer, say
+from search.base.saying import say
+from search.cli.options import Json, Overrides, RunDir, StudyPath, Target, opened_trials, print_answer
 
 
 def report(

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor
 
 from search.base.errors import StudyError
+from search.base.progress import slow
 from search.base.stop import Stop
 from search.problem.run_directory import LATENCY, RunDirectory
 from search.problem.workspace import Workspace
 from ssm_mp.config import Config
 from ssm_mp.data import Windows
-from ssm_mp.evaluation.latency import LatencyTable, measure_latency, table_from_json
+from ssm_mp.evaluation.latency import MOST_ROUNDS, LatencyTable, measure_latency, table_from_json
 
 _POOR = 0.1
 """Largest relative error of a prediction that is worth a note."""
@@ -32,7 +33,14 @@ def latency_table(run: RunDirectory, workspace: Workspace, say: Callable[[str], 
         length = search.latency_length or workspace.splits.search.length
         say(f"measuring latencies of a prefill, batch {search.latency_batch}, length {length}")
         ids = prompts(workspace.splits.search, search.latency_batch, length, workspace.checkpoint.config)
-        table = measure_latency(workspace.converter, space.choices, ids, before_round=stop.check)
+        progress = slow("measuring latencies", MOST_ROUNDS)
+
+        def before_round() -> None:
+            stop.check()
+            progress.step()
+
+        table = measure_latency(workspace.converter, space.choices, ids, before_round=before_round)
+        progress.close()
         run.write_json(LATENCY, {"fingerprint": mark, **table.to_json()})
     error = table.error
     say(

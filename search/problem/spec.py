@@ -32,11 +32,14 @@ class CheckpointSection(Section):
 class DataSection(Section):
     """`[data]`: the text, and how many windows each split gets. Paths are relative to the study file.
 
-    bos: whether each window begins with the token that begins texts, or the id of that token.
+    text: a file, a folder, a pattern as in "texts/*.txt", or several of them. cross_documents: whether a window may
+    begin in one document and end in the next. bos: whether each window begins with the token that begins texts, or the
+    id of that token.
     """
 
-    text: str = STDLIB
+    text: str | tuple[str, ...] = STDLIB
     text_field: str = Field(default="text", min_length=1)
+    cross_documents: bool = True
     tokenizer: str | None = None
     bos: bool | Annotated[int, Field(ge=0)] = False
     window: int | None = Field(default=None, ge=2, le=65536)
@@ -45,6 +48,31 @@ class DataSection(Section):
     search_windows: int = Field(default=128, ge=2)
     certify_windows: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**32)
+
+    @field_validator("text", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("text")
+    @classmethod
+    def _named(cls, text: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        names = (text,) if isinstance(text, str) else text
+        if not names or not all(names):
+            raise ValueError("expected a file, a folder or a pattern, or a list of them, found an empty one")
+        if len(names) > 1 and STDLIB in names:
+            raise ValueError(f'"{STDLIB}" is a text of its own; leave it out of the list, or the others')
+        return names[0] if len(names) == 1 else text
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """What the text is put together of, one name at least."""
+        return (self.text,) if isinstance(self.text, str) else self.text
+
+    @property
+    def is_ids(self) -> bool:
+        """Whether the text is token ids, which need no tokenizer."""
+        return all(Path(name).suffix == ".npy" for name in self.texts)
 
     @property
     def calibration_count(self) -> int:
@@ -180,6 +208,11 @@ class StudySpec(Section):
             return absolute(path, self.path.parent)
         except PathError as error:
             raise StudyError(f"{self.path}: {key} = {path!r}: {error}") from None
+
+    @property
+    def text_paths(self) -> tuple[Path, ...]:
+        """The files, folders and patterns of the text. Raises StudyError as `resolve` does."""
+        return tuple(self.resolve(name, "[data] text") for name in self.data.texts)
 
     def with_checkpoint(self, path: Path, weights: str | None = None) -> Self:
         """This study for another checkpoint, and other weights in it where they are given.

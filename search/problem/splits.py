@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from search.base.errors import StudyError
+from search.base.progress import slow
 from search.problem.spec import STDLIB, StudySpec
 from ssm_mp.artifact_folder import ACCOMPANYING
 from ssm_mp.config import Config
@@ -24,6 +25,7 @@ from ssm_mp.data import (
     encode,
     find_tokenizer,
     load_tokenizer,
+    named_files,
     overlap,
     read_documents,
     synthetic_windows,
@@ -76,7 +78,8 @@ def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
         documents = stdlib_documents(name)
         documents = documents[::_CALIBRATION_STRIDE] if name == "train" else documents
         encoded = encode(documents, tokenizer)
-        return cut(encoded.ids, length, f"the library's {name} part", bos, encoded.starts)
+        across = data.cross_documents
+        return cut(encoded.ids, length, f"the library's {name} part", bos, encoded.starts, across=across)
 
     search_pool = part("search")
     search = draw(search_pool, [data.search_windows], data.seed)[0]
@@ -91,16 +94,22 @@ def _stdlib_splits(spec: StudySpec, config: Config, say: Say) -> Splits:
 
 
 def _file_splits(spec: StudySpec, config: Config, say: Say, cache: Path | None) -> Splits:
-    """All splits from one text."""
-    data, path = spec.data, spec.resolve(spec.data.text, "[data] text")
+    """All splits from one text, of as many files as it has."""
+    data, files = spec.data, named_files(spec.text_paths)
+    for note in files.notes:
+        say(f"note: {note}")
     tokenizer, folder = None, None
-    if path.suffix != ".npy":
+    if not data.is_ids:
         tokenizer = load_tokenizer(tokenizer_path(spec), config.vocabulary, say)
         named = tokenizer_path(spec)
         folder = named if named.is_dir() else named.parent
     bos = bos_id(data.bos, tokenizer, folder, config.vocabulary)
-    text = read_documents(path, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say)
-    pool = cut(text.ids, window_length(spec, config), str(path), bos, text.starts)
+    text = read_documents(
+        files.paths, tokenizer, config.vocabulary, data.text_field, cache=cache, say=say,
+        steps=lambda stage, total: slow(stage, total).step,
+    )  # fmt: skip
+    what = str(files.paths[0]) if len(files.paths) == 1 else f"{files.paths[0]} and {len(files.paths) - 1} more files"
+    pool = cut(text.ids, window_length(spec, config), what, bos, text.starts, across=data.cross_documents)
     # calibration windows first: a larger certify split then leaves the other two as they are. Those drawn last only
     # show that there are enough for all
     own = 0 if data.calibration == "synthetic" else data.calibration_count
@@ -136,7 +145,7 @@ def tokenizer_path(spec: StudySpec) -> Path:
 
 def tokenizer_json(spec: StudySpec, config: Config) -> bytes | None:
     """The tokenizer that the study's text is read with, as a `tokenizer.json`; None where the text is token ids."""
-    if Path(spec.data.text).suffix == ".npy":
+    if spec.data.is_ids:
         return None
     return load_tokenizer(tokenizer_path(spec), config.vocabulary).to_str().encode()
 

@@ -177,7 +177,8 @@ def _summary(result: Result) -> str:
 
 def _text(result: Result) -> str:
     """The text and its windows."""
-    return "\n".join(f"- {line}." for line in (f"`{result.spec.data.text}`", *result.windows))
+    named = ", ".join(f"`{name}`" for name in result.spec.data.texts)
+    return "\n".join(f"- {line}." for line in (named, *result.windows))
 
 
 def _own_bytes(result: Result) -> str:

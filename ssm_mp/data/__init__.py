@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssm_mp.data.encoding import END_OF_TEXT, Encoded, encode, tokenize
+from ssm_mp.data.named_files import NamedFiles, named_files
 from ssm_mp.data.overlap import Overlap, overlap
 from ssm_mp.data.special_tokens import bos_id
 from ssm_mp.data.splits import Splits
@@ -15,6 +16,7 @@ __all__ = [
     "BYTES",
     "END_OF_TEXT",
     "Encoded",
+    "NamedFiles",
     "Overlap",
     "Pool",
     "Splits",
@@ -27,6 +29,7 @@ __all__ = [
     "encode",
     "find_tokenizer",
     "load_tokenizer",
+    "named_files",
     "overlap",
     "prompt_ids",
     "read_documents",

@@ -1,4 +1,4 @@
-"""Text files → documents, read piece by piece: plain UTF-8 and JSON lines; everything else is refused by its name."""
+"""Text files → documents, read piece by piece: UTF-8, JSON lines, Parquet tables; all else is refused by its name."""
 
 from __future__ import annotations
 
@@ -10,12 +10,16 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ssm_mp.data.parquet import parquet_texts
 from ssm_mp.errors import DataError
 
 Document = Iterable[str]
 """A text in parts, which follow one another without a gap."""
 
-READ = "read are UTF-8 texts, JSON lines (.jsonl, .jsonl.gz) with a text field, and token ids as .npy"
+READ = (
+    "read are UTF-8 texts, JSON lines (.jsonl, .jsonl.gz) and Parquet tables (.parquet) with a text field, and token "
+    "ids as .npy"
+)
 """What may be given as a text, for errors."""
 
 _PART = 1 << 20
@@ -24,8 +28,7 @@ _PART = 1 << 20
 _TABLE = "write its texts as JSON lines"
 _ARCHIVE = "unpack it"
 _SUFFIXES = {
-    ".parquet": ("a Parquet table", f"{_TABLE}: pandas.read_parquet(…)[['text']].to_json(…, orient='records', "
-                 "lines=True)"),
+    ".parquet": ("a Parquet table", "let its name end in .parquet"),
     ".arrow": ("an Arrow table", _TABLE), ".feather": ("an Arrow table", _TABLE),
     ".csv": ("a table", f"{_TABLE}: pandas.read_csv(…)[['text']].to_json(…, orient='records', lines=True)"),
     ".tsv": ("a table", f"{_TABLE}: pandas.read_csv(…, sep='\\t')[['text']].to_json(…, orient='records', lines=True)"),
@@ -57,11 +60,23 @@ def is_json_lines(path: Path) -> bool:
     return path.suffix in (".jsonl", ".ndjson", ".json") or path.suffixes[-2:] in ([".jsonl", ".gz"], [".json", ".gz"])
 
 
+def holds_documents(path: Path) -> bool:
+    """Whether a file's name says that it holds documents, each apart from the others."""
+    return is_json_lines(path) or _is_parquet(path)
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
+
+
 def documents(path: Path, field: str = "text") -> Iterator[Document]:
-    """The documents of a file: the whole of a plain text, or the `field` of each line of JSON.
+    """The documents of a file: the whole of a plain text, or the `field` of each line of JSON or row of a table.
 
     Raises DataError for other kinds of files, other encodings, and lines without the field.
     """
+    if _is_parquet(path):
+        yield from ([text] for text in parquet_texts(path, field))
+        return
     _require_text(path)
     with _opened(path) as file:
         if is_json_lines(path):

@@ -7,14 +7,14 @@ import functools
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, __version__
 
 from ssm_mp.data.encoding import END_OF_TEXT, Encoded, encode
-from ssm_mp.data.texts import READ, documents, is_json_lines
+from ssm_mp.data.texts import READ, Document, documents, holds_documents
 from ssm_mp.data.windows import Ints, TokenIds
 from ssm_mp.errors import DataError
 
@@ -29,11 +29,21 @@ KEPT_FROM = 1 << 20
 ONE_DOCUMENT: Ints = np.zeros(1, dtype=np.int64)
 """Where the only document of a text begins."""
 
+_STEP = 1 << 18
+"""Bytes of a text that are one step of encoding it. Of a table, whose texts are compressed, it is more."""
+
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
+Steps = Callable[[str, int], Callable[[], None]]
+"""Given a stage and its number of steps, what is to be called after each of them."""
+
+Text = str | Path | Sequence[Path]
+"""A file, or several that are one text together."""
+
+
 def read_tokens(
-    path: str | Path,
+    text: Text,
     tokenizer: Tokenizer | None,
     vocabulary: int,
     field: str = "text",
@@ -42,62 +52,107 @@ def read_tokens(
     say: Say = lambda line: None,
 ) -> TokenIds:
     """The ids of `read_documents`."""
-    return read_documents(path, tokenizer, vocabulary, field, cache=cache, say=say).ids
+    return read_documents(text, tokenizer, vocabulary, field, cache=cache, say=say).ids
 
 
 def read_documents(
-    path: str | Path,
+    text: Text,
     tokenizer: Tokenizer | None,
     vocabulary: int,
     field: str = "text",
     *,
     cache: Path | None = None,
     say: Say = lambda line: None,
+    steps: Steps = lambda stage, total: lambda: None,
 ) -> Encoded:
-    """Token ids of a `.npy` file, or of a text or JSON lines through the tokenizer; and where documents begin.
+    """Token ids of `.npy` files, or of texts, JSON lines and tables through the tokenizer; and where documents begin.
 
-    field: which field of JSON lines is the text. cache: folder in which the ids of a long text are kept, and found
-    again by whoever reads the same text with the same tokenizer; they are mapped then.
+    Of several files each is a document of its own at least. field: which field of JSON lines, or column of a table, is
+    the text. cache: folder in which the ids of a long text are kept, and found again by whoever reads the same text
+    with the same tokenizer; they are mapped then.
     Raises DataError for a missing file, ids outside the vocabulary, a text without a tokenizer, or another kind of
     file.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, expected one file: {READ}")
-    if not path.is_file():
-        raise DataError(f"no text or token file at {path}")
-    if path.suffix == ".npy":
-        return Encoded(within_vocabulary(_read_ids(path), vocabulary, str(path)), ONE_DOCUMENT)
+    paths = [Path(text)] if isinstance(text, str | Path) else [Path(path) for path in text]
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path} is a folder, expected one file: {READ}")
+        if not path.is_file():
+            raise DataError(f"no text or token file at {path}")
+    arrays = [path for path in paths if path.suffix == ".npy"]
+    if arrays:
+        return _joined_ids(paths, arrays, vocabulary)
+    named = _named(paths)
     if tokenizer is None:
         raise DataError(
-            f'{path}: a text needs a tokenizer ([data] tokenizer = "…/tokenizer.json"), or give token ids as .npy'
+            f'{named}: a text needs a tokenizer ([data] tokenizer = "…/tokenizer.json"), or give token ids as .npy'
         )
-    ends = ENDS_OF_TEXT if is_json_lines(path) else ()
+    apart = len(paths) > 1 or holds_documents(paths[0])
+    ends = ENDS_OF_TEXT if apart else ()
 
     @functools.cache
     def encoded() -> Encoded:
-        return encode_documents(path, tokenizer, field, ends)
+        return _encoded(paths, tokenizer, field, ends, steps)
 
-    if cache is None or path.stat().st_size < KEPT_FROM:
+    if cache is None or sum(path.stat().st_size for path in paths) < KEPT_FROM:
         found = encoded()
     else:
-        kept_at = cache / f"tokens-{_key(path, tokenizer, field, ends)[:16]}.npy"
+        kept_at = cache / f"tokens-{_key(paths, tokenizer, field, ends)[:16]}.npy"
         ids = kept(kept_at, lambda: encoded().ids, say)
         starts = ONE_DOCUMENT
-        if is_json_lines(path):
+        if apart:
             starts = kept(kept_at.with_name(f"documents-{kept_at.name}"), lambda: encoded().starts, say)
         found = Encoded(ids, starts)
-    return Encoded(within_vocabulary(found.ids, vocabulary, str(path), tokenizer), found.starts)
+    return Encoded(within_vocabulary(found.ids, vocabulary, named, tokenizer), found.starts)
 
 
-def encode_documents(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> Encoded:
-    """A file's documents. Raises DataError where the tokenizer has none for a word."""
+def _joined_ids(paths: Sequence[Path], arrays: Sequence[Path], vocabulary: int) -> Encoded:
+    """Token ids of files one after another; those of a single file stay mapped."""
+    if len(arrays) < len(paths):
+        other = next(path for path in paths if path not in arrays)
+        raise DataError(f"{arrays[0]} holds token ids and {other} is a text: one study reads the one or the other")
+    parts = [within_vocabulary(_read_ids(path), vocabulary, str(path)) for path in arrays]
+    if len(parts) == 1:
+        return Encoded(parts[0], ONE_DOCUMENT)
+    starts = np.cumsum([0, *(part.size for part in parts[:-1])], dtype=np.int64)
+    return Encoded(np.concatenate(parts), starts)
+
+
+def _named(paths: Sequence[Path]) -> str:
+    """A text in an error."""
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
+
+
+def _encoded(
+    paths: Sequence[Path], tokenizer: Tokenizer, field: str, ends: tuple[str, ...], steps: Steps
+) -> Encoded:  # fmt: skip
+    """The documents of files. Raises DataError where the tokenizer has none for a word."""
+    every = (document for path in paths for document in documents(path, field))
+    total = max(1, sum(path.stat().st_size for path in paths) // _STEP)
     try:
-        return encode(documents(path, field), tokenizer, ends)
+        return encode(_counted(every, total, steps("encoding the text", total)), tokenizer, ends)
     except Exception as error:
         if type(error) is not Exception:  # a bare one is the library's, for words without an id
             raise
-        raise DataError(f"{path}: {no_id(tokenizer, error)}") from None
+        raise DataError(f"{_named(paths)}: {no_id(tokenizer, error)}") from None
+
+
+def _counted(every: Iterable[Document], total: int, step: Callable[[], None]) -> Iterator[Document]:
+    """The same documents; `step` is called `total` times, as often as so many bytes were read, and at the end."""
+    read, stepped = 0, 0
+
+    def parts(document: Document) -> Iterator[str]:
+        nonlocal read, stepped
+        for part in document:
+            yield part
+            read += len(part.encode("utf-8", "replace"))
+            while stepped < min(read // _STEP, total - 1):
+                step()
+                stepped += 1
+
+    yield from map(parts, every)
+    for _ in range(total - stepped):
+        step()
 
 
 def no_id(tokenizer: Tokenizer, error: Exception) -> str:
@@ -132,11 +187,13 @@ def _read_ids(path: Path) -> TokenIds:
     return ids.reshape(-1)
 
 
-def _key(path: Path, tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> str:
-    """What ids depend on: the text's bytes, how they are read, the tokenizer, the library."""
-    with path.open("rb") as file:
-        text = hashlib.file_digest(file, "sha256").hexdigest()
-    settings = "\0".join((text, "".join(path.suffixes[-2:]), field, *ends, __version__, tokenizer.to_str()))
+def _key(paths: Sequence[Path], tokenizer: Tokenizer, field: str, ends: tuple[str, ...]) -> str:
+    """What ids depend on: the bytes of each file, how they are read, the tokenizer, the library."""
+    said: list[str] = []
+    for path in paths:
+        with path.open("rb") as file:
+            said += [hashlib.file_digest(file, "sha256").hexdigest(), "".join(path.suffixes[-2:])]
+    settings = "\0".join((*said, field, *ends, __version__, tokenizer.to_str()))
     return hashlib.sha256(settings.encode()).hexdigest()
 
 

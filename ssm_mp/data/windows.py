@@ -69,6 +69,7 @@ class Pool:
     rows `[n, t]`: the text's tokens of each window; free `[n]`: whether a window may be drawn. bos: the id that
     every window begins with, before its t = L − 1 tokens of text; without it t = L. repeated, elsewhere: how many
     windows may not be drawn, since an earlier one, or one of another split, is equal. sources `[n]`: see `Windows`.
+    short: how many documents of how many are too short for a window of their own.
     """
 
     rows: np.ndarray[tuple[int, int], np.dtype[Any]]
@@ -78,6 +79,7 @@ class Pool:
     repeated: int = 0
     elsewhere: int = 0
     sources: Ints | None = None
+    short: tuple[int, int] = (0, 0)
 
     def __len__(self) -> int:
         """How many different windows may be drawn."""
@@ -120,25 +122,53 @@ class Pool:
         of = f"of {len(self.rows):,} windows of {self.what}"
         again = f"{self.repeated:,} {of} repeat an earlier one and are left out"
         seen = f"{self.elsewhere:,} {of} are windows of another split and are left out"
-        return (*([again] if self.repeated else []), *([seen] if self.elsewhere else []))
+        few, documents = self.short
+        short = f"{few:,} of {documents:,} documents of {self.what} are shorter than a window and give none"
+        return (*([again] if self.repeated else []), *([seen] if self.elsewhere else []), *([short] if few else []))
 
 
 def cut(
-    tokens: TokenIds, length: int, what: str = "the text", bos: int | None = None, starts: Ints | None = None
+    tokens: TokenIds,
+    length: int,
+    what: str = "the text",
+    bos: int | None = None,
+    starts: Ints | None = None,
+    *,
+    across: bool = True,
 ) -> Pool:
     """Consecutive windows of `length` tokens, BOS included; what is left over is dropped.
 
-    starts: where each document begins among the tokens, rising from 0; None where there is but one.
+    starts: where each document begins among the tokens, rising from 0; None where there is but one. across: whether
+    windows may cross from one document into the next; if not, what is left over of each document is dropped, and the
+    rows are a copy of the others.
     """
     taken = length - (bos is not None)
-    rows = tokens[: tokens.size // taken * taken].reshape(-1, taken)
+    short = (0, 0)
+    if across or starts is None or starts.size < 2:
+        rows = tokens[: tokens.size // taken * taken].reshape(-1, taken)
+        sources = sources_of(len(rows), taken, starts)
+    else:
+        rows, sources = _within_documents(tokens, taken, starts)
+        short = starts.size - np.unique(sources).size, starts.size
     seen: set[bytes] = set()
     free = np.ones(len(rows), dtype=bool)
     for number, key in enumerate(_keys(rows)):
         free[number] = key not in seen
         seen.add(key)
-    sources = sources_of(len(rows), taken, starts)
-    return Pool(rows, free, what, bos, repeated=len(rows) - len(seen), sources=sources)
+    return Pool(rows, free, what, bos, repeated=len(rows) - len(seen), sources=sources, short=short)
+
+
+def _within_documents(
+    tokens: TokenIds, taken: int, starts: Ints
+) -> tuple[np.ndarray[tuple[int, int], np.dtype[Any]], Ints]:
+    """The consecutive windows of each document `[n, taken]`, and the document of each `[n]`."""
+    counts = np.diff(starts, append=tokens.size) // taken
+    sources: Ints = np.repeat(np.arange(starts.size, dtype=np.int64), counts)
+    place = np.arange(sources.size) - np.repeat(counts.cumsum() - counts, counts)  # of each among its document's
+    begins = starts[sources] + place * taken
+    if not begins.size:
+        return np.zeros((0, taken), dtype=tokens.dtype), sources
+    return np.lib.stride_tricks.sliding_window_view(tokens, taken)[begins], sources
 
 
 def sources_of(count: int, taken: int, starts: Ints | None) -> Ints:

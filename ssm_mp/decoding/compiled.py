@@ -52,8 +52,14 @@ class CompiledDecoder:
             return None
 
     def step(self, tokens: Tensor) -> Tensor:
-        """The next token of every sequence, `[b]` → logits `[b, V]` in the order of the token ids."""
+        """The next token of every sequence, `[b]` → logits `[b, V]` in the order of the token ids.
+
+        Raises DataError where there is not one token of each, or the model has too few positions.
+        """
         model, most = self._model, self._model.config.max_tokens
+        if tokens.shape != self._x.shape[:1]:
+            batch = self._x.shape[0]
+            raise DataError(f"expected one token for each of {batch} sequences, found shape {list(tokens.shape)}")
         with torch.inference_mode():
             if most is not None and self.position >= most:
                 raise DataError(f"a sequence of {self.position + 1} tokens, but {model.config.limit}")

@@ -11,6 +11,7 @@ at positions 1 … L−1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +91,16 @@ class Drift:
         }
 
 
-def drift(model: LanguageModel, fp32: LanguageModel, windows: Windows, buckets: int = 8) -> Drift:
+def drift(
+    model: LanguageModel,
+    fp32: LanguageModel,
+    windows: Windows,
+    buckets: int = 8,
+    step: Callable[[], None] = lambda: None,
+) -> Drift:
     """Increase of `model` over `fp32` on the same windows, in at most `buckets` buckets of neighbouring positions.
+
+    step: called after each of `drift_steps`.
 
     Raises DataError where the windows are longer than a model's positions or training, or where there are fewer than
     two of them; EvaluationError where a likelihood is NaN or infinite.
@@ -111,7 +120,12 @@ def drift(model: LanguageModel, fp32: LanguageModel, windows: Windows, buckets: 
             f"drift of {len(windows)} windows of {windows.length} tokens in {buckets} buckets: expected at least two "
             "windows of two tokens, and one bucket"
         )
-    return drift_of(token_losses(model, windows), token_losses(fp32, windows), buckets)
+    return drift_of(token_losses(model, windows, step), token_losses(fp32, windows, step), buckets)
+
+
+def drift_steps(model: LanguageModel, windows: Windows) -> int:
+    """How often `drift` calls `step`."""
+    return 2 * len(shards(windows.ids, model.config))
 
 
 def too_long(config: Config, length: int) -> str | None:
@@ -123,8 +137,11 @@ def too_long(config: Config, length: int) -> str | None:
     return f"the model's positions end at {config.max_tokens} tokens, so it cannot read windows of {length}"
 
 
-def token_losses(model: LanguageModel, windows: Windows) -> Losses:
-    """Negative log-likelihood of every predicted token. Raises EvaluationError where one is NaN or infinite."""
+def token_losses(model: LanguageModel, windows: Windows, step: Callable[[], None] = lambda: None) -> Losses:
+    """Negative log-likelihood of every predicted token; `step` is called after each shard of windows.
+
+    Raises EvaluationError where one is NaN or infinite.
+    """
     with torch.inference_mode():
         score = model.scorer()
 
@@ -132,6 +149,7 @@ def token_losses(model: LanguageModel, windows: Windows) -> Losses:
         """Of windows `ids [b, L]`: `[b, L − 1]`."""
         nll = score.nll(model.hidden(ids)[:, :-1].flatten(0, 1), model.columns(ids[:, 1:]).flatten())
         found: Losses = nll.reshape(ids.shape[0], -1).cpu().numpy()
+        step()
         return found
 
     ids = windows.ids.to(model.device)

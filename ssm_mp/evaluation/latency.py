@@ -43,6 +43,8 @@ _Run = Callable[[], Mapping[_Key, float]]
 _ENTRANCES = ("forward", "project", "tensor", "rows")
 """Methods by which a model enters a component's module."""
 _ROUNDS, _FEWEST_ROUNDS, _WARM_UP = 101, 9, 2
+MOST_ROUNDS = _ROUNDS + _WARM_UP
+"""Rounds of a measurement that no time ends."""
 _MOST_SECONDS = 60.0
 """Time after which no further round begins, once there are the fewest."""
 _FITTED = 6

@@ -9,8 +9,7 @@
 #include "attend.h"
 #include "program.h"
 #include "register.h"
-
-int omp_get_thread_num(void); /* its header belongs to a library that a compiler may come without */
+#include "threads.h"
 
 typedef struct {
     Rows q, k, v, y;
@@ -104,7 +103,7 @@ void attention_run(const void *what, const Pass *pass) {
     for (int64_t w = 0; w < pairs * blocks; w++) {
         const int64_t pair = w % pairs, from = (blocks - 1 - w / pairs) * QUERIES;
         const Queries queries = queries_of(a, pass, pair / a->groups, pair % a->groups);
-        float *own = scratch + (threads > 1 ? omp_get_thread_num() : 0) * thread_floats(a);
+        float *own = scratch + (threads > 1 ? thread_number() : 0) * thread_floats(a);
         if (pass->length == 1) attend_token(&queries, own);
         else attend_block(&queries, from, rows - from < QUERIES ? rows - from : QUERIES, own);
     }

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -63,6 +64,8 @@ _HEADERS = (
     "scan_block.h",
     "matrix.h",
     "quantize.h",
+    "stored.h",
+    "threads.h",
     "rescale.h",
     "transpose.h",
     "lay_values.h",
@@ -200,12 +203,21 @@ def _run(command: list[str], doing: str) -> str:
     return done.stdout + done.stderr
 
 
+def _processors() -> int:
+    """Those that this process may use."""
+    here = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(here(0)) if here is not None else os.cpu_count() or 1
+
+
 def _compile(command: list[str], flags: tuple[str, ...], folder: Path, scratch: Path) -> Path:
     """The shared library of all kernels, in `scratch`."""
-    objects = []
-    for source in _SOURCES:
-        objects.append(str(scratch / f"{source}.o"))
-        _run([*command, *flags, "-c", str(folder / source), "-o", objects[-1]], f"compiling {source}")
+    objects = [str(scratch / f"{source}.o") for source in _SOURCES]
+
+    def compiled(source: str, to: str) -> None:
+        _run([*command, *flags, "-c", str(folder / source), "-o", to], f"compiling {source}")
+
+    with ThreadPoolExecutor(_processors()) as pool:
+        list(pool.map(compiled, _SOURCES, objects))  # the first failure is raised
     built = scratch / "kernels.so"
     # linked without OpenMP's own library: its functions are torch's, or two thread pools would fight for the cores
     _run([*command, "-shared", *objects, "-lm", "-o", str(built)], "linking the kernels")

@@ -26,7 +26,7 @@ INLINE void gates_of_row(const DeltaRule *d, const float *a, const float *b, flo
         const int64_t left = d->value_heads - h;
         const Register step = softplus_of(get_part(a + h, left) + get_part(d->offset + h, left));
         put_part(g + h, get_part(d->rate + h, left) * step, left);
-        put_part(beta + h, 1.0f / (exp_of(-get_part(b + h, left)) + 1.0f), left);
+        put_part(beta + h, sigmoid_of(get_part(b + h, left)), left);
     }
 }
 

@@ -6,8 +6,7 @@
 #include "hidden.h"
 #include "program.h"
 #include "routing.h"
-
-int omp_get_thread_num(void); /* its header belongs to a library that a compiler may come without */
+#include "threads.h"
 
 enum {
     FEW_ROWS = 8,          /* of an expert: with more, a weight is laid out first */
@@ -186,7 +185,7 @@ static void run_active(const Experts *e, const Pass *pass, const Work *w, int64_
         most = bytes > most ? bytes : most;
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t i = 0; i < count; i++) run_expert(&share, w->active[i], w->products + omp_get_thread_num() * most);
+    for (int64_t i = 0; i < count; i++) run_expert(&share, w->active[i], w->products + thread_number() * most);
 }
 
 /* What experts made of choices from `first` up to `end`, weighted, is added to the sums of their tokens; each sum in the

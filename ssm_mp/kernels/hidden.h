@@ -19,8 +19,6 @@ typedef struct {
 void activate_rows(const Hidden *hidden, int64_t m, const float *gate, int64_t ld_gate, const float *up, int64_t ld_up,
                    float *y, int64_t ld_y, int threads);
 
-INLINE Register sigmoid_of(Register x) { return 1.0f / (exp_of(-x) + 1.0f); }
-
 /* x Φ(x) as max(x, 0) − |x| Φ(−|x|), so that small results keep their digits.
  *
  * Φ(−a) is ½ e^(−a P(a)); P is the best of degree 9 up to a = 6, where an error of the exponent counts relative to it,

@@ -44,8 +44,6 @@ typedef struct {
     float *y;             /* [m, n], `ld_y` between inputs */
 } Product;
 
-INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 /* Codes in groups that run on over the ends of rows: `first` is the place of the row's first code. */
 INLINE float dot_sixteens(const Matrix *w, const int bits, const Levels *levels, int64_t first, const float *x) {
     const uint8_t *packed = w->values;

@@ -10,6 +10,9 @@
 enum { FLOAT32, FLOAT16, INT8, CODES4, CODES3, CODES2 }; /* how a weight is stored */
 enum { INPUTS_AS_THEY_ARE, STATIC_INPUTS, DYNAMIC_INPUTS }; /* how its inputs are quantised, of INT8 only */
 
+/* Bytes up to the end of a line of the cache. */
+INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 typedef struct {
     int64_t kind, inputs, n, k, group_bits; /* groups of codes are of 2^group_bits values, at least sixteen */
     const void *values;     /* [n, k] of the kind; codes are packed, row after row, in groups */

@@ -1,5 +1,6 @@
-/* Products of float32 inputs with a panel of float32 weights, [k] words of an output. Integers are multiplied in this way too where there
- * is no instruction for them: their sums are exact. */
+/* Products of float32 inputs with a panel of float32 weights, [k] words of an output.
+ *
+ * Integers are multiplied in this way too where there is no instruction for them: their sums are exact. */
 #ifndef SSM_MP_PANEL_FLOAT_H
 #define SSM_MP_PANEL_FLOAT_H
 

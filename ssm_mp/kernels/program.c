@@ -57,11 +57,16 @@ INLINE int64_t memory_of(const Program *program, const Pass *pass) {
     return whole_lines(program->floats * pass->room * (int64_t)sizeof(float));
 }
 
-INLINE int64_t packed_of(const Program *program, const Pass *pass) { return pass->few ? 0 : whole_lines(program->packed); }
+/* Weights are laid out beforehand where several passes take them; for a single one, on the way: memory that is written
+ * once and read once costs more than it saves. */
+INLINE int64_t packed_of(const Program *program, const Tokens *t, const Pass *pass) {
+    const int single = pass->sequences >= t->batch && pass->length >= t->length;
+    return pass->few || single ? 0 : whole_lines(program->packed);
+}
 
 int64_t program_bytes(const Program *program, const Tokens *t, int threads) {
     const Pass pass = first_pass(t, threads);
-    return memory_of(program, &pass) + packed_of(program, &pass) + scratch_of(program, &pass);
+    return memory_of(program, &pass) + packed_of(program, t, &pass) + scratch_of(program, &pass);
 }
 
 static void run_calls(const Program *program, const Pass *pass) {
@@ -86,9 +91,11 @@ void run_program(const Program *program, const Tokens *t, int threads) {
     Pass pass = whole;
     pass.seconds = t->seconds;
     pass.memory = (float *)t->memory;
-    pass.packed = t->memory + memory_of(program, &whole);
-    pass.scratch = pass.packed + packed_of(program, &whole);
-    for (int64_t i = 0; i < program->laid_count && !pass.few; i++)
+    const int64_t packed = packed_of(program, t, &whole);
+    int8_t *behind = t->memory + memory_of(program, &whole);
+    pass.packed = packed ? behind : NULL;
+    pass.scratch = behind + packed;
+    for (int64_t i = 0; i < program->laid_count && packed; i++)
         pack_many(program->laid[i].matrix, pass.packed + program->laid[i].at, threads);
     for (pass.first = 0; pass.first < t->batch; pass.first += whole.sequences) {
         pass.sequences = lesser(whole.sequences, t->batch - pass.first);

@@ -27,7 +27,7 @@ typedef struct {
     const int64_t *ids;              /* of the rows, where a program begins with them; or none */
     float *memory, *stream, *result;
     void *const *states;             /* by number, each of all sequences */
-    int8_t *packed;                  /* weights that are laid out, where rows are many */
+    int8_t *packed;                  /* weights that are laid out beforehand, if any */
     int8_t *scratch;                 /* of the call that runs, aligned to 64 */
     double *seconds;                 /* of each part, added up; or none */
 } Pass;
@@ -44,8 +44,6 @@ INLINE float *state_at(const Pass *pass, int64_t number, int64_t size) {
 
 /* Threads for work on so many numbers: few are done before a second thread has woken up. */
 INLINE int threads_for(const Pass *pass, int64_t numbers) { return numbers > 1 << 14 ? pass->threads : 1; }
-
-INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* Seconds from some moment on, where anybody wants to know. */
 INLINE double seconds_of(const Pass *pass) {

@@ -170,6 +170,7 @@ INLINE Register softplus_of(Register x) {
     return choose(x > zero, x, x - x) + log1p;
 }
 
+INLINE Register sigmoid_of(Register x) { return 1.0f / (exp_of(-x) + 1.0f); }
 INLINE Register silu_of(Register x) { return x / (exp_of(-x) + 1.0f); }
 
 #endif

@@ -33,7 +33,7 @@ typedef struct {
     Matrix matrix;
     Rows x, y;
     int64_t adds; /* to y, or is all that is in y */
-    int64_t laid; /* where it lies among weights that are laid out; −1: nowhere */
+    int64_t laid; /* where it lies among weights that are laid out beforehand; −1: nowhere */
 } Product;
 
 int64_t product_scratch(const void *what, const Pass *pass) {
@@ -58,8 +58,8 @@ void product_run(const void *what, const Pass *pass) {
         few_product(p, pass, x, y);
         return;
     }
-    multiply_packed(&p->matrix, p->laid < 0 ? NULL : pass->packed + p->laid, pass->rows, x, p->x.ld, p->adds ? y : NULL, y,
-                    p->y.ld, pass->scratch, pass->threads);
+    int8_t *laid = pass->packed && p->laid >= 0 ? pass->packed + p->laid : NULL;
+    multiply_packed(&p->matrix, laid, pass->rows, x, p->x.ld, p->adds ? y : NULL, y, p->y.ld, pass->scratch, pass->threads);
 }
 
 typedef struct {

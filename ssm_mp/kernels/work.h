@@ -6,9 +6,8 @@
 #ifndef SSM_MP_WORK_H
 #define SSM_MP_WORK_H
 
+#include "threads.h"
 #include "tiles.h"
-
-int omp_get_thread_num(void); /* its header belongs to a library that a compiler may come without */
 
 /* Inputs of a block at most: with floats as many as weights are worth fetching for; with integers, whose products are soon
  * done, as few as leave their sums near the core. And bytes of panels that are laid out on the way. */
@@ -27,7 +26,6 @@ typedef struct {
     int64_t block;         /* inputs that a thread takes at a time */
 } Work;
 
-INLINE int64_t whole_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 INLINE int64_t panels_of(const Matrix *w) { return (w->n + PANEL - 1) / PANEL; }
 
 /* Of each thread. */
@@ -76,7 +74,7 @@ INLINE int8_t *panel_at(const Work *work, int64_t panel) {
     return work->packed + (work->whole ? panel : panel - work->first) * panel_bytes(&work->plan);
 }
 
-INLINE int8_t *own_block(const Work *work) { return work->inputs + omp_get_thread_num() * block_bytes(&work->plan); }
+INLINE int8_t *own_block(const Work *work) { return work->inputs + thread_number() * block_bytes(&work->plan); }
 
 /* The panels that come next. */
 static void lay_panels(const Work *work, int threads) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ time = 600
 """What a test's job asks of Slurm: sixteen fit at once. Partition and GPU are the defaults."""
 BY_HAND = ("--cpus-per-task=1", "--mem=900M", "--time=600")
 """The same for sbatch itself."""
+DATED = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d\d:\d\d  ", re.MULTILINE)
+"""The time before lines of a log."""
 _LOOK_EVERY = 0.3
 """Seconds between two looks, so that looking takes nothing from the workers, which share the machine."""
 
@@ -66,9 +69,9 @@ class Launch:
         return [pid for pid in own if pid in living and "/ssm_mp/start.py worker " in living[pid].command]
 
     def log_of(self, job: Job) -> str:
-        """What one job or task wrote."""
+        """What one job or task wrote, without the times that lines have in jobs of Slurm."""
         (found,) = self.logs.glob(f"ssm-mp-*-{job.id}.log")
-        return found.read_text()
+        return DATED.sub("", found.read_text())
 
     def all_logs(self) -> str:
         """The end of every log, for the message of a test that fails."""

@@ -12,7 +12,7 @@ import pytest
 from search.run.launch import FAILED
 from ssm_mp import load_artifact
 from tests.cluster.gate import Gate
-from tests.cluster.launching import SMALL, launch, leave_clean, submit_by_hand
+from tests.cluster.launching import DATED, SMALL, launch, leave_clean, submit_by_hand
 from tests.cluster.private_slurm import PrivateSlurm
 from tests.cluster.processes import wait_until
 from tests.cluster.slurm_config import NODES
@@ -124,7 +124,8 @@ def test_the_script_submitted_by_hand_ends_with_a_finished_study(cluster: Privat
     require_exact(tmp_path, 8)
     load_artifact(run_of(tmp_path) / "winner")
     assert (run_of(tmp_path) / "report.md").exists()
-    assert sum("report and plots" in log for log in logs.values()) == 1
+    assert sum("report.md, with plots" in log for log in logs.values()) == 1
+    assert all(DATED.search(log) for log in logs.values()), logs
 
 
 def test_a_dry_run_needs_neither_slurm_nor_torch_and_leaves_nothing(tmp_path: Path, login_node: dict[str, str]) -> None:

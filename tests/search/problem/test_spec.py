@@ -44,6 +44,9 @@ def test_everything_but_the_checkpoint_has_a_default(tmp_path: Path) -> None:
         (MINIMAL + '[precision]\nactivations = "sometimes"', r"\[precision\] activations"),
         (MINIMAL + "[search]\nbudget_percent = inf", r"\[search\] budget_percent"),
         (MINIMAL + '[search]\ndevice = "tpu"', r"\[search\] device"),
+        (MINIMAL + "[data]\ntext = []", r"\[data\] text: expected a file, a folder or a pattern"),
+        (MINIMAL + '[data]\ntext = ["a.txt", "python-stdlib"]', r"\[data\] text: .*a text of its own"),
+        (MINIMAL + "[data]\ntext = 3", r"\[data\] text"),
         (MINIMAL + 'path = "again"\n', "not a TOML file"),
         ('path = "x"\n' + MINIMAL, "did you mean"),
     ],
@@ -75,3 +78,13 @@ def test_choices_are_ordered_the_widest_first(tmp_path: Path) -> None:
 def test_an_absent_study_is_named(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"no study file at .*absent\.toml"):
         load_spec(tmp_path / "absent.toml")
+
+
+def test_a_text_may_be_several_names(tmp_path: Path) -> None:
+    spec = load_spec(written(tmp_path, MINIMAL + '[data]\ntext = ["a/*.npy", "b.npy"]'))
+    assert spec.text_paths == (tmp_path / "a/*.npy", tmp_path / "b.npy")
+    assert spec.data.is_ids
+    mixed = load_spec(written(tmp_path, MINIMAL + '[data]\ntext = ["a.npy", "b.txt"]'))
+    assert not mixed.data.is_ids
+    alone = load_spec(written(tmp_path, MINIMAL + '[data]\ntext = ["b.txt"]'))
+    assert alone.data.text == "b.txt"

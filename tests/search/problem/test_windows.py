@@ -137,3 +137,45 @@ def test_force_reaches_every_step_and_is_asked_for_again(tmp_path: Path) -> None
         assert "note: the FP32 model's perplexity" in forced.stderr
     script = CliRunner().invoke(app, ["launch", *ask, "--force", "--dry-run"])
     assert "search.force_baseline=true" in script.output
+
+
+def write_documents(folder: Path, count: int = 40) -> Path:
+    """A study whose text is many token files of odd lengths."""
+    study = write_study(folder)
+    (folder / "parts").mkdir()
+    for number in range(count):
+        np.save(folder / f"parts/{number:02}.npy", repetitive_tokens(LENGTH * 3 + number % 7, seed=number))
+    return study
+
+
+def test_documents_of_several_files_are_the_sources_of_windows(tmp_path: Path) -> None:
+    spec = load_spec(write_documents(tmp_path), ['data.text="parts/*.npy"'])
+    certify = load_splits(spec, MAMBA).certify
+    assert certify.sources is not None
+    assert len(set(certify.sources.tolist())) == len(certify) == 16
+
+
+def test_windows_cross_no_document_where_that_is_asked(tmp_path: Path) -> None:
+    study = write_documents(tmp_path)
+    parts = [np.load(path).tolist() for path in sorted((tmp_path / "parts").glob("*.npy"))]
+    for across in (True, False):
+        asked = ['data.text="parts/*.npy"', f"data.cross_documents={str(across).lower()}"]
+        splits = load_splits(load_spec(study, asked), MAMBA)
+        held = []
+        for split in (splits.calibration, splits.search, splits.certify):
+            assert split.sources is not None
+            for row, source in zip(split.ids.tolist(), split.sources.tolist(), strict=True):
+                held.append(any(parts[source][i : i + LENGTH] == row for i in range(len(parts[source]))))
+        assert all(held) is not across
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path: Path) -> None:
+    study = write_long_study(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "text.txt").rename(tmp_path / "texts" / "a.txt")
+    (tmp_path / "texts" / "README.md").write_text("about", encoding="utf-8")
+    said: list[str] = []
+    splits = load_splits(load_spec(study, ['data.text="texts"']), MAMBA, said.append)
+    assert any(line.startswith("note: ") and "README.md left out" in line for line in said)
+    whole = load_splits(load_spec(study, ['data.text="texts/a.txt"']), MAMBA)
+    assert splits.search.digest == whole.search.digest

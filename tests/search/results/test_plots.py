@@ -19,7 +19,6 @@ from matplotlib.figure import Figure
 
 from search.base.front import Point
 from search.base.metric import KL
-from search.base.progress import Progress
 from search.cli.answers import fronted, inspected, listed, probed
 from search.measure.probe import LOWEST, WIDEST, Probe
 from search.results.plots.components import allocation_png, plot_allocation, plot_sensitivities
@@ -289,34 +288,6 @@ def test_answers_hold_their_figures() -> None:
     probe = Probe("embedding", "int8", WIDEST, "fp16", 0.002, 1e-4, 1e-3).to_json()
     assert "fp16 → int8" in probed({"probes": [probe]})
     assert listed({"finished": 3, "verified": True, "map": {}}).splitlines() == ["finished  3", "verified  yes"]
-
-
-class _Terminal:
-    def __init__(self, live: bool) -> None:
-        self.live = live
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return self.live
-
-    def write(self, text: str) -> int:
-        self.text += text
-        return len(text)
-
-    def flush(self) -> None:
-        pass
-
-
-def test_progress_is_one_line_on_a_terminal_and_plain_lines_elsewhere() -> None:
-    for live in (True, False):
-        stream = _Terminal(live)
-        progress = Progress("trials", 3, stream=stream)  # type: ignore[arg-type]
-        for _ in range(3):
-            progress.step("best 2.00×")
-        assert "trials 3/3" in stream.text
-        assert "best 2.00×" in stream.text
-        assert ("\r" in stream.text) is live
-        assert stream.text.count("\n") == (1 if live else 2)
 
 
 def test_every_precision_has_a_colour_of_its_own_and_groups_have_the_hue_of_their_book() -> None:

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from search.base.errors import StudyError
 from search.base.stop import Stop, WorkInterruptedError
 from search.measure.probe import planned
 from search.problem.run_directory import BASELINE, PROBES, RunDirectory
 from search.problem.spec import StudySpec, load_spec
+from search.run.one_worker import open_prepared
 from search.run.prepare import MANY_PROBES, Prepared, prepare, prepare_alone, seeds
+from search.run.stored import stored_probes
 from tests.tiny import write_study
 
 MANY = '[precision]\nchoices = ["fp16", "int8", "nf4", "int4", "int3"]\n'
@@ -115,3 +118,44 @@ def test_a_signal_ends_probing_between_two_layers_and_keeps_what_was_measured(
     prepare(spec, run, quiet)
     assert keys(run)[: len(kept)] == kept
     assert len(keys(run)) == len(set(keys(run)))
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "kept_ends"),
+    [
+        (["fp16", "int8"], ["fp16", "int8", "nf4"], {"widest"}),
+        (["fp16", "int8", "nf4"], ["fp16", "int8", "nf4", "int3"], {"widest"}),
+        (["fp16", "int8", "int3"], ["fp16", "int8", "nf4", "int3"], {"widest", "lowest"}),
+    ],
+)
+def test_probes_are_kept_where_their_end_stands_and_others_measured(
+    tmp_path: Path, before: list[str], now: list[str], kept_ends: set[str]
+) -> None:
+    run, said = RunDirectory(tmp_path / "run"), list[str]()
+
+    def spec(choices: list[str]) -> StudySpec:
+        return load_spec(write_study(tmp_path, extra=f"[precision]\nchoices = {choices}\n"))
+
+    first = prepare(spec(before), run, quiet)
+    measured_before = len(keys(run))
+    prepared = prepare(spec(now), run, said.append)
+    assert prepared.probes == prepare(spec(now), RunDirectory(tmp_path / "fresh"), quiet).probes
+    valid = [probe for probe in first.probes if probe.end in kept_ends]
+    assert f"{len(valid)} of {len(first.probes)} probes are taken over" in "\n".join(said)
+    assert len(keys(run)) == measured_before + planned(prepared.workspace)
+    prepare(spec(now), run, quiet)
+    assert len(keys(run)) == measured_before + planned(prepared.workspace)
+    shown = {(probe.end, probe.component, probe.precision): probe for probe in stored_probes(run, gradient=False)}
+    assert [shown[probe.end, probe.component, probe.precision] for probe in prepared.probes] == prepared.probes
+    assert len(shown) == len(stored_probes(run, gradient=False))
+
+
+@pytest.mark.slow
+def test_latencies_of_a_smaller_space_are_not_taken_over(tmp_path: Path) -> None:
+    run, timed = RunDirectory(tmp_path / "run"), 'search.objectives=["compression", "perplexity", "latency"]'
+    latency = load_spec(write_study(tmp_path), [timed, "search.trials=1"])
+    prepare(latency, run, quiet)
+    open_prepared(latency, run, prepare(latency, run, quiet), quiet, many=False)
+    wider = load_spec(tmp_path / "tiny.toml", [timed, 'precision.choices=["fp16", "int8", "nf4", "int4", "int3"]'])
+    with pytest.raises(StudyError, match="its latencies were measured for the smaller one"):
+        prepare(wider, run, quiet)

@@ -1,10 +1,7 @@
-"""Studies whose space has grown: what is taken over, what is refused, and kills at any moment."""
+"""Studies whose space has grown: what is taken over, and what is refused."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,127 +9,28 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution
-from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.base.errors import StudyError
 from search.base.stop import Stop
-from search.measure.objective import Measured
-from search.measure.probe import planned
-from search.problem.run_directory import FINGERPRINT, PROBES, RunDirectory, grown_in, require_same
+from search.problem.run_directory import RunDirectory, grown_in, require_same
 from search.problem.spec import StudySpec, load_spec
-from search.run.claim import Seed, claim, enqueue, queue
+from search.run.claim import Seed, enqueue
 from search.run.one_worker import open_prepared
 from search.run.prepare import prepare
-from search.run.stored import stored_probes
-from search.run.study import begin, open_study
-from search.run.widening import check_or_widen, move_study, widened
+from search.run.study import begin
+from search.run.widening import check_or_widen, widened
 from search.run.worker_loop import Worker
 from search.sampling.sampler import Asked, make_sampler
-from search.trials.attributes import FINISHED, MEASURED, REASON
+from search.trials.attributes import FINISHED, REASON
 from search.trials.maps import map_key, map_of
-from search.trials.owner import LEASES, Owner, lease, living_leases, this_process
+from search.trials.owner import LEASES, lease, living_leases, this_process
 from search.trials.read_back import ASKED, counts, is_finished
-from search.trials.storage import OpenStudy, connect, opened_as_it_is, stored_choice
-from ssm_mp.errors import EvaluationError
-from ssm_mp.evaluation.evaluate import Increase
-from tests.search.run import claiming
-from tests.search.run.claiming import Deadly, Deaf, Killed
+from tests.search.run.growing import BEFORE, KINDS, NOW, Place, every, fingerprint, free, measured, quiet, trials
 from tests.tiny import write_study
 
-BEFORE = {"a": ["fp16", "int8"], "b": ["fp16", "int8"], "c": ["fp16", "int8"], "pinned": ["fp16"], "d": ["fp16"]}
-NOW = {"a": ["fp16", "int8", "nf4"], "b": ["fp16", "int8"], "c": ["fp16", "int8"], "pinned": ["fp16"],
-       "d": ["fp16", "nf4"]}  # fmt: skip
-KINDS = ["sqlite", "journal"]
-GONE = Owner("gone", "elsewhere", "elsewhere", 1)
-
-
-def quiet(line: str) -> None:
-    """Says nothing."""
-
-
-def free(space: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(choices) for name, choices in space.items() if len(choices) > 1}
-
-
-def fingerprint(space: Mapping[str, Sequence[str]], **others: str) -> dict[str, Any]:
-    return {"checkpoint": "x", **others, "space": dict(space)}
-
-
-def measured(params: Mapping[str, str]) -> Measured:
-    lowered = sum(precision != "fp16" for precision in params.values())
-    if params["a"] == "int8" and params["b"] == "int8":
-        raise EvaluationError("not finite")
-    stopped = "over budget" if lowered == 2 else None
-    found = claiming.measured({f"c{i}": "int8" for i in range(lowered)})
-    lower = 6.0 if stopped else None
-    return replace(found, stopped=stopped, increase=Increase(0.01 * lowered, 1e-3, 50), lower_percent=lower)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A run directory with a study of no model, opened in one space or another as by a process of its own."""
-
-    folder: Path
-    kind: str
-
-    @property
-    def run(self) -> RunDirectory:
-        return RunDirectory(self.folder / "run")
-
-    def spec(self, trials: int = 7, budget: float = 5.0) -> StudySpec:
-        (self.folder / "s.toml").write_text('[checkpoint]\npath = "m.pt"\n')
-        values = [f"storage.kind={self.kind}", "search.sampler=random", f"search.trials={trials}"]
-        return load_spec(self.folder / "s.toml", [*values, f"search.budget_percent={budget}"])
-
-    def open(self, space: Mapping[str, Sequence[str]], say: Callable[[str], None] = quiet) -> OpenStudy:
-        """As `prepare` and then `search` do."""
-        self.run.path.mkdir(exist_ok=True)
-        check_or_widen(self.spec(), self.run, fingerprint(space), say)
-        return open_study(self.spec(), self.run, free(space), fingerprint(space), many=self.kind != "sqlite")
-
-    def connected(self) -> OpenStudy:
-        choice = stored_choice(self.run)
-        assert choice is not None
-        return connect(choice, self.run, quiet)
-
-    def work(self, space: Mapping[str, Sequence[str]], trials: int = 7, seeds: Sequence[Seed] = ()) -> OpenStudy:
-        """One worker from its start to its end."""
-        opened, owner = self.open(space), this_process()
-        with lease(self.run / LEASES, owner):
-            asked = begin(opened, seeds, free(space), trials, 5.0)
-            Worker(
-                opened=opened, run=self.run, space=free(space), owner=owner, asked=asked, budget_percent=5.0,
-                sampler="random", evaluate=lambda task: measured(task.params), after=lambda finished: None, say=quiet,
-                stop=Stop(),
-            ).work()  # fmt: skip
-        return opened
-
-    def searched(self) -> OpenStudy:
-        """With finished, stopped, failed, interrupted and queued trials, not all there are."""
-        first = ["int8 int8 fp16", "int8 fp16 int8", "int8 fp16 fp16", "fp16 int8 fp16", "fp16 fp16 fp16"]
-        self.work(BEFORE, 4, [Seed(dict(zip("abc", one.split(), strict=True)), one) for one in first])
-        opened = self.open(BEFORE)
-        left = [
-            params for params in every(BEFORE) if map_key(params) not in {map_key(map_of(t)) for t in trials(opened)}
-        ]
-        for params in left[:2]:
-            queue(opened.study, Seed(params, "queued"), free(BEFORE))
-        claim(opened, free(BEFORE), GONE, 99, "random")  # and its worker is gone
-        assert {trial.state for trial in trials(opened)} == {*TrialState}
-        return opened
-
-
-def every(space: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    found: list[dict[str, str]] = [{}]
-    for name, choices in free(space).items():
-        found = [{**one, name: choice} for one in found for choice in choices]
-    return found
-
-
-def trials(opened: OpenStudy | Study) -> list[FrozenTrial]:
-    study = opened if isinstance(opened, Study) else opened.study
-    return study.get_trials(deepcopy=True)
+CHOICES = st.lists(st.sampled_from(["fp16", "int8", "nf4", "int4"]), min_size=1, max_size=4, unique=True)
+SPACES = st.dictionaries(st.sampled_from("abc"), CHOICES, min_size=1)
 
 
 def seen(trial: FrozenTrial) -> dict[str, Any]:
@@ -300,107 +198,6 @@ def test_a_worker_is_not_told_that_all_is_done_where_its_study_file_asks_for_mor
     assert not is_finished(opened.study, wider)
 
 
-class Mortal(Deadly):
-    """A worker that dies before one of all its writes, those to studies included."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("create_new_study", "delete_study"):
-            return super().__getattr__(name)
-        real = getattr(self.inner, name)
-
-        def write(*args: Any, **kwargs: Any) -> Any:
-            self.writes += 1
-            if self.fatal and self.writes >= self.fatal:
-                raise Killed
-            return real(*args, **kwargs)
-
-        return write
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_move_that_is_killed_at_any_write_is_made_again_and_loses_nothing(tmp_path: Path, kind: str) -> None:
-    (tmp_path / "0").mkdir()
-    Place(tmp_path / "0", kind).searched()
-    expected: list[Any] | None = None
-    for fatal in range(1, 200):
-        shutil.copytree(tmp_path / "0", tmp_path / str(fatal))
-        place = Place(tmp_path / str(fatal), kind)
-        opened = opened_as_it_is(place.run, place.spec(), quiet)
-        storage = Mortal(opened.study._storage, fatal)
-        survived = True
-        try:
-            move_study(claiming.through(opened, storage), place.run, BEFORE, NOW)
-        except Killed:
-            survived = False
-            if place.connected().study.study_name == "precision search":  # not moved: the smaller space still stands
-                assert counts(place.open(BEFORE).study).finished == 4
-        found = trials(place.open(NOW))
-        expected = expected or [kept(trial) for trial in found]
-        assert [kept(trial) for trial in found] == expected
-        assert place.run.space() == NOW
-        if survived:
-            assert fatal > len(found)
-            return
-    raise AssertionError("the move never came to its end")
-
-
-def kept(trial: FrozenTrial) -> tuple[Any, ...]:
-    return trial.number, trial.state, trial.values, map_of(trial), trial.user_attrs.get(MEASURED)
-
-
-@pytest.mark.slow
-def test_a_move_whose_answers_are_lost_is_repeated_and_happens_once(tmp_path: Path) -> None:
-    (tmp_path / "0").mkdir()
-    Place(tmp_path / "0", "journal").work(BEFORE, 3)
-    for lost in range(1, 200):
-        shutil.copytree(tmp_path / "0", tmp_path / str(lost))
-        place = Place(tmp_path / str(lost), "journal")
-        opened = claiming.as_on_a_server(opened_as_it_is(place.run, place.spec(), quiet))
-        storage = Deaf(opened.study._storage, lost)
-        unheard = claiming.through(opened, storage)
-        study = unheard.patiently(lambda: move_study(unheard, place.run, BEFORE, NOW))  # noqa: B023
-        assert study.study_name == "precision search, space 2"
-        assert counts(place.open(NOW).study).finished == 3
-        if storage.operations < lost:
-            return
-    raise AssertionError("the move never came to its end")
-
-
-@pytest.mark.parametrize("name", ["append_lines", "write_json"])
-def test_a_run_that_is_killed_after_its_study_has_moved_makes_up_for_the_rest(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = Place(tmp_path, "journal")
-    place.work(BEFORE, 4)
-
-    def killed(*arguments: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(RunDirectory, name, killed)
-        with pytest.raises(Killed):
-            place.open(NOW)
-    assert place.run.read_json(FINGERPRINT)["space"] == BEFORE
-    assert place.connected().study.study_name == "precision search, space 2"
-    largest = {**NOW, "pinned": ["fp16", "int8"]}
-    assert counts(place.open(NOW).study).finished == 4
-    assert counts(place.open(largest).study).finished == 4
-
-
-def test_a_run_whose_space_grew_while_it_was_cut_off_grows_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place = Place(tmp_path, "journal")
-    place.work(BEFORE, 4)
-    move_study(place.connected(), place.run, BEFORE, NOW)
-    largest = {**NOW, "pinned": ["fp16", "int8"]}
-    assert counts(place.open(largest).study).finished == 4
-    assert place.connected().study.study_name == "precision search, space 3"
-
-
-CHOICES = st.lists(st.sampled_from(["fp16", "int8", "nf4", "int4"]), min_size=1, max_size=4, unique=True)
-SPACES = st.dictionaries(st.sampled_from("abc"), CHOICES, min_size=1)
-
-
 @given(SPACES, st.data())
 def test_any_map_of_a_space_is_one_of_any_larger_space(before: dict[str, list[str]], data: st.DataObject) -> None:
     now = {name: [*held, *(p for p in data.draw(CHOICES) if p not in held)] for name, held in before.items()}
@@ -460,61 +257,6 @@ def test_a_queued_map_of_an_older_version_is_completed(tmp_path: Path) -> None:
     (trial,) = trials(place.open(NOW))
     assert map_of(trial) == {"a": "int8", "b": "fp16", "c": "fp16", "d": "fp16"}
     assert trial.state == TrialState.WAITING
-
-
-def probes_of(run: RunDirectory) -> list[tuple[str, str, str]]:
-    return [(line["probe"]["end"], line["probe"]["component"], line["probe"]["precision"])
-            for line in run.read_lines(PROBES)]  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("before", "now", "kept_ends"),
-    [
-        (["fp16", "int8"], ["fp16", "int8", "nf4"], {"widest"}),
-        (["fp16", "int8", "nf4"], ["fp16", "int8", "nf4", "int3"], {"widest"}),
-        (["fp16", "int8", "int3"], ["fp16", "int8", "nf4", "int3"], {"widest", "lowest"}),
-    ],
-)
-def test_probes_are_kept_where_their_end_stands_and_others_measured(
-    tmp_path: Path, before: list[str], now: list[str], kept_ends: set[str]
-) -> None:
-    run, said = RunDirectory(tmp_path / "run"), list[str]()
-
-    def spec(choices: list[str]) -> StudySpec:
-        return load_spec(write_study(tmp_path, extra=f"[precision]\nchoices = {choices}\n"))
-
-    first = prepare(spec(before), run, quiet)
-    measured_before = len(probes_of(run))
-    prepared = prepare(spec(now), run, said.append)
-    assert prepared.probes == prepare(spec(now), RunDirectory(tmp_path / "fresh"), quiet).probes
-    valid = [probe for probe in first.probes if probe.end in kept_ends]
-    assert f"{len(valid)} of {len(first.probes)} probes are taken over" in "\n".join(said)
-    assert len(probes_of(run)) == measured_before + planned(prepared.workspace)
-    prepare(spec(now), run, quiet)
-    assert len(probes_of(run)) == measured_before + planned(prepared.workspace)
-    shown = {(probe.end, probe.component, probe.precision): probe for probe in stored_probes(run, gradient=False)}
-    assert [shown[probe.end, probe.component, probe.precision] for probe in prepared.probes] == prepared.probes
-    assert len(shown) == len(stored_probes(run, gradient=False))
-
-
-@pytest.mark.slow
-def test_latencies_of_a_smaller_space_are_not_taken_over(tmp_path: Path) -> None:
-    place = Place(tmp_path, "sqlite")
-    place.run.path.mkdir()
-    latency = load_spec(
-        write_study(tmp_path), ['search.objectives=["compression", "perplexity", "latency"]', "search.trials=1"]
-    )
-    prepare(latency, place.run, quiet)
-    open_prepared(latency, place.run, prepare(latency, place.run, quiet), quiet, many=False)
-    wider = load_spec(
-        tmp_path / "tiny.toml",
-        [
-            'search.objectives=["compression", "perplexity", "latency"]',
-            'precision.choices=["fp16", "int8", "nf4", "int4", "int3"]',
-        ],
-    )
-    with pytest.raises(StudyError, match="its latencies were measured for the smaller one"):
-        prepare(wider, place.run, quiet)
 
 
 def test_a_study_that_asked_for_trials_asks_anew_in_the_larger_space(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Experts as calls of the kernels, against the same module by module."""
+"""Experts of all sizes as the kernels compute them, how tokens are routed to them, and the time of their components."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from ctypes import byref, c_void_p
+from ctypes import POINTER, byref, c_void_p
 from dataclasses import replace
 
 import pytest
@@ -18,28 +18,10 @@ from ssm_mp.kernels.compiler import library
 from ssm_mp.model import Residual
 from ssm_mp.modules.experts import EachExpert
 from ssm_mp.programs.program import NotCompiledError
-from tests.ssm_mp.blocks.compiled_residual import WEIGHTS, Weights, assert_near, by_module, compiled, residual_of
+from tests.ssm_mp.blocks.compiled_cases import EXPERTS
+from tests.ssm_mp.blocks.compiling import branch_of, by_modules, compiled, require_same_outputs
 
-D, HIDDEN, EXPERTS, TOP = 24, 19, 8, 3
-PLAIN = Experts(d_model=D, d_hidden=HIDDEN, experts=EXPERTS, top_k=TOP)
-GATED = replace(PLAIN, gated=True, activation="silu")
-SIGMOID = Routing(scores="sigmoid", corrected=True, normalised=True, eps=1e-6)
-BLOCKS = {
-    "plain": PLAIN,
-    "jamba": replace(GATED, routing=Routing(scores="softmax")),
-    "granite": replace(GATED, gated=False, fused=True),
-    "qwen3_next": replace(GATED, routing=Routing(scores="softmax", normalised=True), experts=19, together=True),
-    "lfm2_moe": replace(GATED, routing=replace(SIGMOID, scaling=1.5)),
-    "nemotron_h": replace(
-        PLAIN, activation="relu2", latent=10, latent_bias=True,
-        routing=replace(SIGMOID, groups=4, chosen_groups=2, scaling=2.5),
-    ),
-    "together": replace(PLAIN, together=True, gated=True),
-    "fused together": replace(PLAIN, together=True, fused=True, latent=13),
-    "all chosen": replace(GATED, top_k=20),
-    "one": replace(PLAIN, experts=1, top_k=2),
-    "filling vectors": replace(GATED, d_model=64, d_hidden=32, experts=20, top_k=5),
-}  # fmt: skip
+PLAIN, MANY = EXPERTS["plain"], EXPERTS["filling vectors"]
 
 pytestmark = pytest.mark.skipif(library() is None, reason="no C compiler was found")
 
@@ -50,28 +32,6 @@ def mixing_of(branch: Residual) -> ExpertsMixing:
     return mixing
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
-@pytest.mark.parametrize("name", BLOCKS)
-def test_it_gives_what_the_modules_give(name: str, weights: Weights) -> None:
-    branch = residual_of(BLOCKS[name], weights, residual=0.7)
-    one = compiled(branch)
-    for batch, length in ((1, 1), (3, 1), (2, 130), (300, 2)):
-        x = torch.randn(batch, length, BLOCKS[name].d_model)
-        with torch.inference_mode():
-            found, states = one(x, None)
-            assert_near(found, by_module(branch, x), weights)
-        assert states == [()]
-
-
-@pytest.mark.parametrize("name", ["nemotron_h", "fused together"])
-def test_what_it_adds_goes_to_the_stream_or_through_multipliers(name: str) -> None:
-    x = torch.randn(2, 9, D)
-    for before, after, residual in ((1.0, 1.0, 1.0), (0.5, 1.25, 0.7)):
-        branch = residual_of(BLOCKS[name], "fp16", before=before, after=after, residual=residual)
-        with torch.inference_mode():
-            assert_near(compiled(branch)(x, None)[0], by_module(branch, x))
-
-
 @given(
     st.integers(1, 9), st.integers(1, 40), st.integers(1, 6), st.integers(1, 7), st.integers(1, 60),
     st.sampled_from(["plain", "gated", "fused"]), st.booleans(), st.booleans(),
@@ -79,15 +39,15 @@ def test_what_it_adds_goes_to_the_stream_or_through_multipliers(name: str) -> No
 )  # fmt: skip
 def test_sizes_of_every_kind(
     d: int, hidden: int, experts: int, top_k: int, length: int, form: str, latent: bool, together: bool,
-    weights: Weights,
+    precision: str,
 ) -> None:  # fmt: skip
     block = Experts(
         d_model=d, d_hidden=hidden, experts=experts, top_k=top_k, gated=form == "gated", fused=form == "fused",
         latent=3 if latent else None, together=together,
     )  # fmt: skip
-    branch, x = residual_of(block, weights), torch.randn(2, length, d)
+    branch, x = branch_of(block, precision), torch.randn(2, length, d)
     with torch.inference_mode():
-        assert_near(compiled(branch)(x, None)[0], by_module(branch, x))
+        require_same_outputs(compiled(branch)(x, None)[0], by_modules(branch, x)[0])
 
 
 @pytest.mark.parametrize("corrected", [False, True])
@@ -119,40 +79,11 @@ def test_any_logits_choose_experts_that_there_are(logits: list[float], scores: S
     assert weights[1].nonzero().flatten().tolist() == [4, 5]
 
 
-@pytest.mark.parametrize("hidden", [19, 600])
-def test_results_do_not_depend_on_the_number_of_threads(hidden: int) -> None:
-    block = replace(GATED, d_model=64, d_hidden=hidden, experts=20, top_k=5)
-    one = compiled(residual_of(block, "mixed"))
-    before = torch.get_num_threads()
-    for batch, length in ((1, 1), (7, 1), (3, 80), (3, 400)):
-        x, found = torch.randn(batch, length, 64), []
-        try:
-            for threads in (1, 3, 8):
-                torch.set_num_threads(threads)
-                found.append(one(x, None)[0])
-        finally:
-            torch.set_num_threads(before)
-        assert torch.equal(found[0], found[1])
-        assert torch.equal(found[0], found[2])
-
-
-@pytest.mark.parametrize("name", ["plain", "nemotron_h", "qwen3_next"])
-def test_a_token_that_is_not_finite_spoils_itself_and_no_other(name: str) -> None:
-    one = compiled(residual_of(BLOCKS[name], "int8 dynamic"))
-    x = torch.randn(3, 20, D)
-    clean = one(x, None)[0]
-    x[1, 7, 3] = torch.nan
-    found = one(x, None)[0]
-    assert not found[1, 7].isfinite().any()
-    found[1, 7] = clean[1, 7]
-    assert torch.equal(found, clean)
-
-
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_its_observer_is_told_where_the_time_goes(threads: int, together: bool) -> None:
-    block = replace(GATED, d_model=128, d_hidden=100, latent=96, together=together, experts=6, top_k=2)
-    branch, told = residual_of(block), list[Mapping[nn.Module, float]]()
+    block = replace(MANY, d_model=128, d_hidden=100, latent=96, together=together, experts=6, top_k=2)
+    branch, told = branch_of(block), list[Mapping[nn.Module, float]]()
     mixing, before = mixing_of(branch), torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -171,19 +102,12 @@ def test_its_observer_is_told_where_the_time_goes(threads: int, together: bool) 
     assert all(spent[module] > 0 for module in around)
 
 
-def test_another_way_to_compute_experts_is_not_compiled() -> None:
-    branch = residual_of(PLAIN)
-    mixing_of(branch).scan = lambda mixing, inputs, weights, chosen: inputs
-    with pytest.raises(NotCompiledError, match="another way"):
-        compiled(branch)
-
-
 @pytest.mark.parametrize("together", [False, True])
 def test_projections_that_are_watched_are_not_compiled(together: bool) -> None:
     class Watched(nn.Module):
         pass
 
-    branch = residual_of(replace(PLAIN, together=together))
+    branch = branch_of(replace(PLAIN, together=together))
     mixing = mixing_of(branch)
     if together:
         mixing.outward = Watched()
@@ -199,10 +123,11 @@ def routed(routing: Routing, logits: Tensor, correction: Tensor | None, top_k: i
     kernels, (m, experts) = library(), logits.shape
     assert kernels is not None
     structure = routing.structure(experts, top_k, None if correction is None else correction.data_ptr())
+    kernels.route.argtypes, kernels.route.restype = (POINTER(type(structure)), *(c_void_p,) * 4), None
     scores, merit = logits.clone(), torch.empty(experts + routing.groups)
     weights, chosen = torch.empty(m, structure.chosen), torch.empty(m, structure.chosen, dtype=torch.int32)
     for i in range(m):
-        places = (c_void_p(t.data_ptr()) for t in (scores[i], merit, chosen[i], weights[i]))
+        places = (t.data_ptr() for t in (scores[i], merit, chosen[i], weights[i]))
         kernels.route(byref(structure), *places)
     assert all(len(set(row)) == len(row) and {*row} <= {*range(experts)} for row in chosen.tolist())
     return torch.zeros(m, experts).scatter_(1, chosen.long(), weights)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -89,7 +90,8 @@ def test_a_wrong_line_is_named(tmp_path: Path, words: Tokenizer, line: str, mess
     ("name", "content", "message"),
     [
         ("a.csv", b"text\na", "a table.*read_csv"),
-        ("a.parquet", b"PAR1", "a Parquet table"),
+        ("a.data", b"PAR1", "a Parquet table.*end in .parquet"),
+        ("a.parquet", b"PAR1", "not a readable Parquet table"),
         ("a.zip", b"PK\x03\x04", "an archive"),
         ("a.txt.gz", gzip.compress(b"a b", mtime=0), "compressed.*gunzip"),
         ("a.txt", gzip.compress(b"a b", mtime=0), "compressed.*gunzip"),
@@ -178,3 +180,56 @@ def test_where_documents_begin_is_kept_with_the_ids_of_a_long_text(tmp_path: Pat
         if kept_file.name.startswith("documents-"):
             kept_file.unlink()  # as a former version left it
     assert read_documents(tmp_path / "a.jsonl", words, 64, cache=cache).starts.tolist() == first.starts.tolist()
+
+
+def test_several_files_are_one_text_each_a_document_with_the_end_of_text(tmp_path: Path, words: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("a b", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n{"text": "b b"}\n', encoding="utf-8")
+    found = read_documents([tmp_path / "a.txt", tmp_path / "b.jsonl"], words, 64)
+    assert found.ids.tolist() == [0, 1, 2, 1, 2, 1, 1, 2]
+    assert found.starts.tolist() == [0, 3, 5]
+
+
+def test_a_list_of_one_file_is_that_file(tmp_path: Path, words: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("a b", encoding="utf-8")
+    alone, listed = (read_documents(text, words, 64) for text in (tmp_path / "a.txt", [tmp_path / "a.txt"]))
+    assert listed.ids.tolist() == alone.ids.tolist() == [0, 1]
+    assert listed.starts.tolist() == alone.starts.tolist() == [0]
+
+
+def test_kept_ids_of_several_files_depend_on_each_of_them(tmp_path: Path, words: Tokenizer) -> None:
+    paths = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    paths[0].write_text("a " * (KEPT_FROM // 2), encoding="utf-8")
+    for text in ("b", "b b"):
+        paths[1].write_text(text, encoding="utf-8")
+        fresh = read_documents(paths, words, 64)
+        for _ in range(2):
+            held = read_documents(paths, words, 64, cache=tmp_path / "run")
+            assert held.ids.tolist() == fresh.ids.tolist()
+            assert held.starts.tolist() == fresh.starts.tolist()
+
+
+def test_token_files_are_put_together_but_not_with_texts(tmp_path: Path, words: Tokenizer) -> None:
+    for name, ids in (("a.npy", [1, 2]), ("b.npy", [3])):
+        np.save(tmp_path / name, np.array(ids))
+    (tmp_path / "c.txt").write_text("a", encoding="utf-8")
+    found = read_documents([tmp_path / "a.npy", tmp_path / "b.npy"], None, 64)
+    assert (found.ids.tolist(), found.starts.tolist()) == ([1, 2, 3], [0, 2])
+    with pytest.raises(DataError, match=r"a\.npy holds token ids and .*c\.txt is a text"):
+        read_documents([tmp_path / "a.npy", tmp_path / "c.txt"], words, 64)
+
+
+@pytest.mark.parametrize("text", ["a b " * 400_000, "a", ""])
+def test_every_step_of_encoding_is_told_once(tmp_path: Path, words: Tokenizer, text: str) -> None:
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    asked: list[int] = []
+    told: list[str] = []
+
+    def steps(stage: str, total: int) -> Callable[[], None]:
+        asked.append(total)
+        return lambda: told.append(stage)
+
+    found = read_documents(tmp_path / "a.txt", words, 64, steps=steps)
+    assert found.ids.tolist() == read_tokens(tmp_path / "a.txt", words, 64).tolist()
+    assert [len(told)] == asked
+    assert (len(told) > 1) == (len(text) > 1 << 18)

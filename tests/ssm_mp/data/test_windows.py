@@ -175,3 +175,24 @@ def test_an_even_draw_of_more_windows_has_those_of_fewer() -> None:
     few, many = (set(draw_evenly(pool, count, 3).ids[:, 0].tolist()) for count in (20, 60))
     assert few < many
     assert few != set(draw_evenly(pool, 20, 4).ids[:, 0].tolist())
+
+
+@given(st.lists(st.integers(0, 25), min_size=2, max_size=9), st.integers(2, 7), st.booleans())
+def test_windows_within_documents_are_those_of_each_document_alone(
+    sizes: list[int], length: int, begins: bool
+) -> None:  # fmt: skip
+    tokens = np.random.default_rng(0).permutation(sum(sizes) + 1)[: sum(sizes)]
+    starts = np.cumsum([0, *sizes[:-1]])
+    bos, taken = (999, length - 1) if begins else (None, length)
+    pool = cut(tokens, length, "book", bos, starts, across=False)
+    parts = [cut(part, length, "book", bos) for part in np.split(tokens, starts[1:])]
+    assert pool.rows.tolist() == [row for part in parts for row in part.rows.tolist()]
+    assert pool.sources is not None
+    assert pool.sources.tolist() == [i for i, size in enumerate(sizes) for _ in range(size // taken)]
+    assert pool.short == (sum(size < taken for size in sizes), len(sizes))
+
+
+def test_documents_shorter_than_a_window_are_said() -> None:
+    pool = cut(np.arange(9), 4, "book", None, np.array([0, 3, 8]), across=False)
+    assert pool.dropped() == ("2 of 3 documents of book are shorter than a window and give none",)
+    assert pool.rows.tolist() == [[3, 4, 5, 6]]

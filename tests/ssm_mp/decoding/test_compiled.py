@@ -12,6 +12,7 @@ from ssm_mp.conversion.calibrate import calibrate
 from ssm_mp.conversion.convert import Converter
 from ssm_mp.conversion.embedding_blocks import split_embedding
 from ssm_mp.decoding.compiled import MOST_SEQUENCES, CompiledDecoder
+from ssm_mp.errors import DataError
 from ssm_mp.model import LanguageModel
 from ssm_mp.precision_map import PrecisionMap
 from ssm_mp.scheme import ActivationScheme, Scheme
@@ -98,3 +99,14 @@ def test_a_token_that_is_none_has_no_finite_logits() -> None:
         decoder = CompiledDecoder.of(model, model.carry(ids[:, :3])[1], 3)
         assert decoder is not None
         assert decoder.step(torch.tensor([VOCABULARY])).isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 1), ()])
+def test_a_step_takes_one_token_of_each_sequence(shape: tuple[int, ...]) -> None:
+    model = random_model(MAMBA)
+    with torch.inference_mode():
+        decoder = CompiledDecoder.of(model, model.carry(some_windows(2).ids[:, :3])[1], 3)
+    assert decoder is not None
+    with pytest.raises(DataError, match="expected one token for each of 2 sequences, found shape"):
+        decoder.step(torch.zeros(shape, dtype=torch.int64))
+    assert decoder.position == 3

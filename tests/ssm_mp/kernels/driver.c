@@ -21,7 +21,7 @@
 #define VALGRIND_MAKE_MEM_DEFINED(at, bytes) (void)(at), (void)(bytes)
 #endif
 
-enum { INTEGERS = 16, FLOATS = 4, ALIGNED = 64, SPOILT = 3 };
+enum { INTEGERS = 16, FLOATS = 4, ALIGNED = 64, SPOILT = 3, FUNCTION = -1 };
 static const unsigned char unset[4] = {0xa5, 0xc5, 0xff, 0xff}; /* NaN; what is there before a kernel writes */
 
 typedef struct {
@@ -90,7 +90,14 @@ static void read_array(Array *array) {
     VALGRIND_MAKE_MEM_UNDEFINED(array->at, array->bytes);
 }
 
-static void *address(const Array *arrays, int64_t which, int64_t offset) { return which < 0 ? NULL : arrays[which].at + offset; }
+/* Of a place in an array; of the function whose name the array is; or of nothing. */
+static void *address(void *library, const Array *arrays, int64_t which, int64_t offset) {
+    if (which < 0) return NULL;
+    if (offset != FUNCTION) return arrays[which].at + offset;
+    void *symbol = dlsym(library, arrays[which].at);
+    if (!symbol) die("no such function");
+    return symbol;
+}
 
 /* Integers and addresses travel in registers, and then on the stack, apart from floats, which here all have registers: on
  * x86-64 (System V) and on AArch64 alike. So one type does for all kernels: what it passes too much is not looked at. */
@@ -104,13 +111,13 @@ static int64_t call(void *symbol, const int64_t *i, const double *f) {
                   f[1], f[2], f[3]);
 }
 
-static void make_call(void *symbol) {
+static void make_call(void *library, void *symbol) {
     const int64_t count = number();
     Array *arrays = calloc(count + 1, sizeof *arrays);
     for (int64_t i = 0; i < count; i++) read_array(&arrays[i]);
     for (int64_t left = number(); left > 0; left--) { /* addresses inside of structures */
         const int64_t in = number(), at = number(), to = number(), offset = number();
-        void *found = address(arrays, to, offset);
+        void *found = address(library, arrays, to, offset);
         memcpy(arrays[in].at + at, &found, sizeof found);
     }
     int64_t integers[INTEGERS] = {0}, n = 0, m = 0;
@@ -119,7 +126,7 @@ static void make_call(void *symbol) {
         const int64_t type = number(), first = number(), second = number();
         if (n == INTEGERS || m == FLOATS) die("too many arguments");
         if (type == 'i') integers[n++] = first;
-        else if (type == 'p') integers[n++] = (int64_t)(intptr_t)address(arrays, first, second);
+        else if (type == 'p') integers[n++] = (int64_t)(intptr_t)address(library, arrays, first, second);
         else if (type == 'f') memcpy(&floats[m++], &first, sizeof first); /* its bits, lowest ones first */
         else die("an argument of no known type");
     }
@@ -145,7 +152,7 @@ int main(int arguments, char **argument) {
         void *symbol = dlsym(library, name);
         const int64_t known = symbol != NULL;
         if (kind == '?') give(&known, sizeof known);
-        else if (known) make_call(symbol);
+        else if (known) make_call(library, symbol);
         else die("no such kernel");
         fflush(stdout);
     }

@@ -19,7 +19,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from tests.ssm_mp.kernels.memory import Array, Memory, arrays_of, is_unset, structures_of
+from tests.ssm_mp.kernels.memory import Array, Memory, addressof, arrays_of, is_unset, structures_of
+
+_FUNCTION = -1
+"""In place of how far from an array's start: the array is a function's name, and its address is meant."""
 
 
 class Elsewhere:
@@ -132,7 +135,7 @@ class _Call:
                 return _numbers(ord("p"), *self.place(None))
             structure = getattr(value, "_obj", value)  # of `byref`
             self._add(arrays_of(structures_of(structure)))
-            return _numbers(ord("p"), *self.place(ctypes.addressof(structure)))
+            return _numbers(ord("p"), *self.place(addressof(structure)))
         assert of in (ctypes.c_int, ctypes.c_int64), f"an argument of type {of}"
         return _numbers(ord("i"), int(value), 0)
 
@@ -140,17 +143,30 @@ class _Call:
         """The number of the array that holds an address, and how far from its start."""
         if not address:
             return -1, 0
+        name, structure = self._memory.names.get(address), self._memory.structures.get(address)
+        if name is not None:
+            self._add([Array(address, len(name))])
+        elif structure is not None:
+            self._add(arrays_of(structures_of(structure)))
         for which, array in enumerate(self.arrays):
-            if array.start <= address < array.start + array.size:
-                return which, address - array.start
+            if array.start <= address < array.start + max(1, array.size):  # one may be empty
+                return which, _FUNCTION if name is not None else address - array.start
         self._add([Array(*self._memory.array_at(address))])
         return len(self.arrays) - 1, address - self.arrays[-1].start
 
+    def _which(self, start: int) -> int | None:
+        return next((i for i, array in enumerate(self.arrays) if array.start == start), None)
+
     def packed(self) -> bytes:
         """Every array, and the addresses inside of them."""
+        before: list[Array] = []
+        while before != self.arrays:  # each may point to further ones
+            before = list(self.arrays)
+            for address in [address for array in before for address in array.addresses.values()]:
+                self.place(address)
         places = [
             (which, at, *self.place(address))
-            for which, array in enumerate(list(self.arrays))
+            for which, array in enumerate(self.arrays)
             for at, address in array.addresses.items()
         ]
         parts = [_numbers(len(self.arrays))]
@@ -169,7 +185,12 @@ class _Call:
             at += array.size
 
     def _add(self, arrays: Sequence[Array]) -> None:
-        self.arrays += [array for array in arrays if array.start not in {held.start for held in self.arrays}]
+        for array in arrays:
+            which = self._which(array.start)
+            if which is None:
+                self.arrays.append(array)
+            elif array.size > self.arrays[which].size:  # a structure where its first part was known
+                self.arrays[which] = array
 
 
 def _numbers(*values: int) -> bytes:
@@ -193,8 +214,11 @@ def main(library: str, log: str, *rest: str) -> int:
     between = rest.index("--")
     kernels = Elsewhere(rest[:between], Path(library), Path(log), memory)
     compiler.library = lambda: kernels  # type: ignore[assignment,return-value]  # before any other module takes it
-    settings.register_profile("few", deadline=None, max_examples=12)
-    found = pytest.main([*builds.OPTIONS, *rest[between + 1 :]])
+    from ssm_mp.kernels import program
+
+    program._address = lambda function: None if function is None else memory.name(function)
+    settings.register_profile("fewest", deadline=None, max_examples=4)
+    found = pytest.main([*builds.options("fewest", builds.SAYS_NOTHING_NEW), *rest[between + 1 :]])
     print(f"{kernels.calls} calls", flush=True)
     return int(found) or (99 if kernels.close() or not kernels.calls else 0)
 

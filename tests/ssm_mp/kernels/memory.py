@@ -1,4 +1,5 @@
-"""Which memory an address that goes to a kernel belongs to: that of a tensor, or of a structure of ctypes.
+"""Which memory an address that goes to a kernel belongs to: that of a tensor, of a structure of ctypes, or of the name
+that stands for a function's address.
 
 Tensors that Python makes empty are filled with a pattern, by which what no kernel has written yet is known.
 """
@@ -17,6 +18,8 @@ from torch import Tensor
 
 UNSET = bytes((0xA5, 0xC5, 0xFF, 0xFF))
 """What four bytes hold before something is written: no number as float32, the same in `driver.c`."""
+addressof = ctypes.addressof
+"""The function itself, whatever stands in its place later."""
 _OFTEN_ENOUGH = 8
 """Bytes of the pattern that are no coincidence."""
 
@@ -48,10 +51,15 @@ def is_unset(content: bytes) -> bool:
 
 
 class Memory:
-    """Remembers where the tensors lie whose addresses were asked for."""
+    """Remembers where the tensors and structures lie whose addresses were asked for.
+
+    structures, names: by their addresses, kept alive.
+    """
 
     def __init__(self) -> None:
         self._tensors: dict[int, tuple[int, int]] = {}
+        self.structures: dict[int, Any] = {}
+        self.names: dict[int, ctypes.Array[ctypes.c_char]] = {}
 
     def watch(self) -> None:
         """From now on, for good: it is for a process that runs tests and nothing else."""
@@ -61,7 +69,12 @@ class Memory:
             self.note(address := asked(tensor), tensor)
             return address
 
+        def remembered(structure: Any) -> int:
+            self.structures[address := addressof(structure)] = structure
+            return address
+
         Tensor.data_ptr = data_ptr  # type: ignore[assignment, method-assign]
+        ctypes.addressof = remembered
         torch.empty, torch.empty_like = _filled(torch.empty), _filled(torch.empty_like)
         Tensor.new_empty = _filled(Tensor.new_empty)  # type: ignore[method-assign]
 
@@ -69,6 +82,15 @@ class Memory:
         """A tensor lies at an address."""
         self._tensors.pop(address, None)  # the newest one is the last
         self._tensors[address] = (tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes())
+
+    def name(self, function: str) -> int:
+        """An address that stands for a function's."""
+        for address, held in self.names.items():
+            if held.value == function.encode():
+                return address
+        made = ctypes.create_string_buffer(function.encode())
+        self.names[address := addressof(made)] = made
+        return address
 
     def array_at(self, address: int) -> tuple[int, int]:
         """Address and size of the memory of the tensor that lies there, the newest one."""
@@ -124,10 +146,10 @@ def addresses_of(thing: Any, start: int = 0) -> Iterator[tuple[int, int]]:
         elif of is ctypes.c_void_p and value:
             yield at, value
         elif issubclass(of, ctypes._Pointer) and value:
-            yield at, ctypes.addressof(value.contents)
+            yield at, addressof(value.contents)
 
 
 def arrays_of(structures: Iterable[Any]) -> list[Array]:
     """The structures' memory, each once."""
-    found = {ctypes.addressof(each): each for each in structures}
+    found = {addressof(each): each for each in structures}
     return [Array(start, ctypes.sizeof(each), dict(addresses_of(each))) for start, each in found.items()]

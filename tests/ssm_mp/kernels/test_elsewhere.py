@@ -22,10 +22,16 @@ from tests.ssm_mp.kernels.memory import UNSET, Memory
 HERE = Path(__file__).parent
 OPTIONS = ("-std=gnu11", "-O1", "-Wall", "-Wextra", "-Werror", "-rdynamic")
 VALGRIND_KNOWS = "-march=x86-64-v3"  # no AVX-512
+QUICK = "-O1"  # what is compiled for minutes otherwise
 ARM = "-march=armv8.2-a+dotprod"
 ARM_LIBRARIES = "/usr/aarch64-linux-gnu"
-ARM_COMPILERS = {"gcc": ("aarch64-linux-gnu-gcc",), "clang": ("clang", "--target=aarch64-linux-gnu")}
 CALLS = "tests/ssm_mp/kernels/test_calls.py"
+PRODUCTS = ("tests/ssm_mp/precisions/test_matrix.py", "tests/ssm_mp/precisions/test_many.py")
+ARM_COMPILERS = {
+    "gcc": (("aarch64-linux-gnu-gcc",), builds.ELSEWHERE),
+    "clang": (("clang", "--target=aarch64-linux-gnu", QUICK), (CALLS, *PRODUCTS)),
+}
+"""Both, and the tests on what they compile: those that depend on a compiler, where it is the second one."""
 
 pytestmark = [
     pytest.mark.slow,
@@ -70,25 +76,25 @@ def run_elsewhere(
 
 def test_under_valgrind_no_kernel_leaves_its_arrays_or_reads_what_was_not_written(tmp_path: Path) -> None:
     watched = valgrind(tmp_path)
-    status, said = run_elsewhere(tmp_path, ("cc",), (VALGRIND_KNOWS,), watched, *builds.CALLED_ONE_BY_ONE)
+    status, said = run_elsewhere(tmp_path, ("cc",), (VALGRIND_KNOWS, QUICK), watched, *builds.ELSEWHERE)
     assert status == 0, said
 
 
 @pytest.mark.parametrize("compiler", ARM_COMPILERS)
 def test_on_arm_kernels_compute_what_the_references_do(tmp_path: Path, compiler: str) -> None:
-    command = ARM_COMPILERS[compiler]
+    command, tests = ARM_COMPILERS[compiler]
     require(debian.ARM_PACKAGES, debian.ARM_BINARIES)
     if not builds.found(command[0]):
         pytest.skip(f"{command[0]} is not installed")
     emulator = (debian.program("qemu-aarch64"), "-L", ARM_LIBRARIES)
-    status, said = run_elsewhere(tmp_path, command, (ARM,), emulator, *builds.CALLED_ONE_BY_ONE)
+    status, said = run_elsewhere(tmp_path, command, (ARM,), emulator, *tests)
     assert status == 0, said
 
 
 @pytest.mark.parametrize("watched", [True, False], ids=["valgrind", "guarded"])
 def test_copies_of_too_much_are_found(tmp_path: Path, watched: bool) -> None:
-    watch, fault = valgrind(tmp_path) if watched else (), HERE / "faults" / "copies_too_much.h"
-    status, said = run_elsewhere(tmp_path, ("cc",), ("-include", str(fault)), watch, "-x", CALLS)
+    watch, fault = valgrind(tmp_path) if watched else (), HERE / "faults" / "faulty.h"
+    status, said = run_elsewhere(tmp_path, ("cc",), (QUICK, "-include", str(fault)), watch, "-x", CALLS)
     assert status != 0
     assert ("Invalid read of size" if watched else "a kernel wrote behind an array") in said, said
 

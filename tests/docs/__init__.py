@@ -1,0 +1,1 @@
+"""What the README and the pages of docs/ say, held against what there is."""
