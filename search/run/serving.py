@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
+
 from search.results.page.content import PageContent
 from search.results.page.document import served
 from ssm_mp.errors import MachineError, SsmMpError
@@ -34,7 +37,7 @@ class Pages:
     _page: str = ""
 
     def now(self) -> tuple[str, str]:
-        """Its version and text. Raises SsmMpError where there is nothing to show yet."""
+        """Its version and text. Raises what keeps the search from being read."""
         with self._lock:
             if self._made is None or time.monotonic() - self._made >= _AGE:
                 self._version, self._page = served(self.gather())
@@ -58,8 +61,8 @@ def server_of(pages: Pages, port: int) -> ThreadingHTTPServer:
         def _page(self) -> None:
             try:
                 version, page = pages.now()
-            except SsmMpError as error:
-                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"nothing to show yet: {error}", again=True)
+            except (SsmMpError, SQLAlchemyError, StorageInternalError, OSError) as error:
+                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, f"nothing to show now: {error}", again=True)
                 return
             if self.headers.get("If-None-Match") == version:
                 self._send(HTTPStatus.NOT_MODIFIED, version, b"")

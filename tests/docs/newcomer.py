@@ -31,9 +31,9 @@ CHANGED = {
 
 
 def _write_text(folder: Path, ids: np.ndarray) -> None:
-    """A text of these tokens, each a character, and the tokenizer for it, which other runtimes know."""
-    characters = [*string.ascii_letters, *string.digits, "Ġ", "Ċ"]  # the last ones stand for a space and a new line
-    tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(characters)}, []))
+    """A text of these tokens, nearly each a character, and the tokenizer for it, which other runtimes know."""
+    pieces = [*string.ascii_letters, *string.digits[1:], "Ġ", "Ċ", "Ġa"]  # Ġ and Ċ: a space and a new line
+    tokenizer = Tokenizer(BPE({piece: i for i, piece in enumerate(pieces)}, [("Ġ", "a")]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     assert tokenizer.get_vocab_size() == VOCABULARY

@@ -52,8 +52,6 @@ RUN = (
 NOT_RUN = {
     "make install": "every run of the tests began with it",
     ".venv/bin/ssm-mp report studies/mine.toml --open": "opens a browser; tests/search/results/page",
-    "ssm-mp report studies/mine.toml --open": "opens a browser; tests/search/results/page",
-    "ssm-mp report studies/mine.toml --serve": "serves until it is interrupted; tests/search/run/test_serving.py",
     "make search": "minutes; its two commands are run here on a tiny model",
     "make test": "it is what runs this",
     ".venv/bin/ssm-mp search studies/reference-cumulative.toml --set search.probe=none": "minutes on the reference",

@@ -5,12 +5,13 @@ from __future__ import annotations
 import http.client
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from http.server import ThreadingHTTPServer
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from search.base.errors import StudyError
 from search.results.page.content import PageContent
@@ -36,9 +37,9 @@ class Search:
 
 
 @contextmanager
-def serving_of(search: Search) -> Iterator[int]:
+def serving_of(gather: Callable[[], PageContent]) -> Iterator[int]:
     """The port of a server of a search."""
-    with server_of(Pages(search.gather), 0) as server:
+    with server_of(Pages(gather), 0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
         try:
@@ -64,7 +65,7 @@ def test_the_page_is_given_once_and_again_when_it_has_changed(
     monkeypatch.setattr(serving, "_AGE", 0.0)
     search = Search(searched.content())
     assert search.content is not None
-    with serving_of(search) as port:
+    with serving_of(search.gather) as port:
         status, version, page = got(port)
         assert status == 200
         assert f'data-version="{version}"' in page
@@ -78,7 +79,7 @@ def test_the_page_is_given_once_and_again_when_it_has_changed(
 def test_many_who_ask_at_once_cost_one_look_at_the_search(searched: Searched, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "_AGE", 1e9)
     search = Search(searched.content())
-    with serving_of(search) as port:
+    with serving_of(search.gather) as port:
         threads = [threading.Thread(target=got, args=(port,)) for _ in range(6)]
         for thread in threads:
             thread.start()
@@ -88,15 +89,25 @@ def test_many_who_ask_at_once_cost_one_look_at_the_search(searched: Searched, mo
 
 
 def test_before_there_is_anything_to_show_it_says_what_is_missing_and_looks_again() -> None:
-    with serving_of(Search()) as port:
+    with serving_of(Search().gather) as port:
         status, _, page = got(port)
     assert status == 503
     assert "baseline.json: &lt;missing&gt;" in page
     assert 'http-equiv="refresh"' in page
 
 
+def test_a_storage_that_is_away_is_said_and_asked_again() -> None:
+    def away() -> PageContent:
+        raise OperationalError("SELECT", {}, Exception("database is <locked>"))
+
+    with serving_of(away) as port:
+        status, _, page = got(port)
+    assert status == 503
+    assert "database is &lt;locked&gt;" in page
+
+
 def test_nothing_else_is_served_and_no_other_name_is_answered(searched: Searched) -> None:
-    with serving_of(Search(searched.content())) as port:
+    with serving_of(Search(searched.content()).gather) as port:
         assert got(port, "/../study.db")[0] == 404
         assert got(port, Host="evil.example")[0] == 403
         assert got(port, Host=f"localhost:{port + 1}")[0] == 200  # another port at the near end of a tunnel
@@ -122,7 +133,7 @@ def test_an_open_page_follows_the_search_and_keeps_what_is_chosen(searched: Sear
     whole = searched.content()
     begun = replace(whole, points=whole.points[:5], certificate=None, gates=[], said="Not certified yet.")
     search = Search(begun)
-    with serving_of(search) as port:
+    with serving_of(search.gather) as port:
         window.open(f"http://{HOST}:{port}/")
         window.one('[data-select="3"]').click()
         window.pick("#trials-table select", "within the budget")

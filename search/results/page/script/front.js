@@ -43,6 +43,7 @@ class FrontChart {
       .map((number) => this.search.trial(number))
       .filter((one) => this.shown.includes(one));
     this.points = [...this.place.querySelectorAll(".front-points path")];
+    this.points[0]?.closest(".front-points").removeAttribute("aria-hidden"); // other marks say nothing of their own
     this.points.forEach((point, at) => {
       point.setAttribute("tabindex", at === 0 ? "0" : "-1");
       point.setAttribute("role", "button");

@@ -123,12 +123,17 @@ def test_points_are_reached_chosen_and_compared_by_keys_alone(searched: Searched
     assert chosen(window)[1].startswith(f"BTrial {first}")
 
 
-def test_every_control_has_a_name(searched: Searched, window: Browser) -> None:
+def test_every_control_and_every_point_of_the_front_has_a_name_that_can_be_read_aloud(
+    searched: Searched, window: Browser
+) -> None:
     window.open(left(searched))
     nodes = window.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     roles = {"button", "checkbox", "combobox", "searchbox", "textbox", "link", "region", "DisclosureTriangle"}
     found = [node for node in nodes if not node["ignored"] and node["role"]["value"] in roles]
     assert {"button", "checkbox", "searchbox", "textbox"} <= {node["role"]["value"] for node in found}
+    spoken = [node["name"]["value"] for node in found if node["role"]["value"] == "button"]
+    for point in front_json(searched):
+        assert sum(name.startswith(f"Trial {point['trial']}: ") for name in spoken) == 1
     assert [node["role"]["value"] for node in found if not node.get("name", {}).get("value", "").strip()] == []
 
 
