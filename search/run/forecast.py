@@ -16,7 +16,7 @@ import numpy as np
 from search.base.progress import slow
 from search.problem.memory import needs_of, plan_memory
 from search.problem.rounding import ROUNDED, below_8_bits
-from search.problem.run_directory import PROBES, RunDirectory
+from search.problem.run_directory import FINGERPRINT, PROBES, RunDirectory, require_same
 from search.problem.spec import StudySpec
 from search.problem.splits import Say, window_length
 from search.problem.workspace import Workspace, open_workspace
@@ -83,6 +83,7 @@ def forecast(spec: StudySpec, run: RunDirectory, say: Say) -> Forecast:
     """Look at a study without changing anything. Raises what the search itself would for input or memory."""
     bare = spec.precision.model_copy(update={"activations": "none", "rounding": "nearest", "prepare": "none"})
     workspace = open_workspace(spec.model_copy(update={"precision": bare}), say)  # nothing is calibrated, or kept
+    _require_same_windows(workspace, run)
     perplexity, evaluation, basis = _timed(workspace)
     known = _trial_seconds(spec, run, say)
     finished = 0 if known is None else known[0]
@@ -115,6 +116,13 @@ def forecast(spec: StudySpec, run: RunDirectory, say: Say) -> Forecast:
         memory_bytes=plan.bound if plan.sentence else needs.all,
         perplexity=perplexity,
     )
+
+
+def _require_same_windows(workspace: Workspace, run: RunDirectory) -> None:
+    """Raise StudyError where the run directory is of a study with other windows; the rest is the search's to check."""
+    stored, key = run.read_json(FINGERPRINT), "search windows"
+    if isinstance(stored, dict):
+        require_same({key: stored.get(key)}, {key: workspace.splits.search.digest}, str(run.path))
 
 
 def _length(workspace: Workspace) -> int:

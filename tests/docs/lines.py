@@ -24,10 +24,12 @@ EXAMPLES = {
     "mine.gguf": "made by the command",
     "mine-mlx": "made by the command",
     "drift.png": "made by the command",
+    "model.toml": "made by the command before",
 }
 """Beginnings of paths that the repository does not hold, and why not."""
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*")
-COMMANDS: dict[str, Any] = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+_GROUP: Any = typer.main.get_command(app)
+COMMANDS: dict[str, Any] = dict(_GROUP.commands)
 """The commands of `ssm-mp` by name, as typer makes them."""
 
 
@@ -75,8 +77,16 @@ def command_of(name: str) -> Any:
 
 def options_of(name: str) -> frozenset[str]:
     """The options of a command of `ssm-mp`."""
-    parameters = command_of(name).params
-    return frozenset({"--help", *(option for each in parameters for option in (*each.opts, *each.secondary_opts))})
+    return frozenset({"--help", *_options(command_of(name))})
+
+
+def options_of_all() -> frozenset[str]:
+    """The options that `ssm-mp` has before its commands, and `--quiet` behind them too."""
+    return frozenset(_options(_GROUP))
+
+
+def _options(command: Any) -> list[str]:
+    return [option for each in command.params for option in (*each.opts, *each.secondary_opts)]
 
 
 def require_path(path: str) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import shutil
+import string
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from typer.testing import CliRunner
 
@@ -21,17 +22,23 @@ from tests.tiny import LENGTH, VOCABULARY, repetitive_tokens, write_checkpoint
 MODEL = MambaConfig(vocabulary=VOCABULARY, d_model=32, d_inner=64, d_state=16, dt_rank=32, d_conv=4, n_layers=1)
 """Rows that blocks of 32 divide, and twice as wide inside, as other runtimes have it."""
 
-FILLED_IN = {
-    'path = "path/to/your/model.safetensors"': 'path = "../path/to/model.safetensors"',
-    'text = "path/to/your/text.txt"': f'text = "../tokens.npy"\nwindow = {LENGTH}',
-    'tokenizer = "path/to/your/tokenizer.json"': "calibration_windows = 4",
-    "# search_windows = 128": "search_windows = 32",
-    "# certify_windows = 512": "certify_windows = 32",
-    "# trials = 64": "trials = 10",
-    "# seeds = 12": "seeds = 4",
-    "# budget_percent = 5.0": "budget_percent = 8.0",
+CHANGED = {
+    'choices = ["fp16", "int8", "nf4", "nf3"]': 'choices = ["fp16", "int8"]',
+    "trials = 64": "trials = 10\nseeds = 4",
+    "budget_percent = 5.0": "budget_percent = 8.0",
 }
-"""What the newcomer changes in the template; the tiny model is random, so it gets a budget of its own."""
+"""What the newcomer changes in the study that is drafted; the tiny model is random, so it gets a budget of its own."""
+
+
+def _write_text(folder: Path, ids: np.ndarray) -> None:
+    """A text of these tokens, each a character, and the tokenizer for it, which other runtimes know."""
+    characters = [*string.ascii_letters, *string.digits, "Ġ", "Ċ"]  # the last ones stand for a space and a new line
+    tokenizer = Tokenizer(BPE({character: i for i, character in enumerate(characters)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    assert tokenizer.get_vocab_size() == VOCABULARY
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "text.txt").write_text(tokenizer.decode(ids.tolist()), encoding="utf-8")
 
 
 class Newcomer:
@@ -47,8 +54,11 @@ class Newcomer:
         shutil.copy(model / "model.safetensors", model.parent)
         for template in (ROOT / "studies").glob("*.toml"):
             shutil.copy(template, folder / "studies")
-        np.save(folder / "tokens.npy", repetitive_tokens(LENGTH * 120))
+        ids = repetitive_tokens(LENGTH * 1000)
+        np.save(folder / "tokens.npy", ids)
         self._write_reference(reference)
+        _write_text(model.parent, ids)
+        shutil.copy(model.parent / "tokenizer.json", model)
 
     def _write_reference(self, reference: Path) -> None:
         """A study, a tokenizer and an artifact in the places of the reference's."""
@@ -70,17 +80,15 @@ class Newcomer:
     def run(self, line: str) -> None:
         """Type a line in the folder; what fails there fails here."""
         program, *arguments = shlex.split(line)
-        if program == "cp":
-            shutil.copy(*arguments)
-            self._fill_in(Path(arguments[-1]))
-            return
         assert program.removeprefix(".venv/bin/") == "ssm-mp", line
         done = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert done.exit_code == 0, f"{line}\n{done.output}"
+        if arguments[0] == "init" and "--out" in arguments:
+            self._change(Path(arguments[arguments.index("--out") + 1]))
 
-    def _fill_in(self, study: Path) -> None:
+    def _change(self, study: Path) -> None:
         text = study.read_text(encoding="utf-8")
-        for found, wanted in FILLED_IN.items():
+        for found, wanted in CHANGED.items():
             assert text.count(found) == 1, found
             text = text.replace(found, wanted)
         study.write_text(text, encoding="utf-8")

@@ -32,11 +32,13 @@ LINES = {line: block for block in SHELL for line in lines_of(block)}
 
 RUN = (
     ".venv/bin/ssm-mp inspect path/to/model.safetensors",
-    "cp studies/my-checkpoint.toml studies/mine.toml",
+    ".venv/bin/ssm-mp init path/to/model.safetensors --text path/to/text.txt --out studies/mine.toml",
     ".venv/bin/ssm-mp search studies/mine.toml",
     ".venv/bin/ssm-mp export studies/mine.toml --out exports/mine",
     "ssm-mp inspect path/to/model.safetensors",
     "ssm-mp formats path/to/model",
+    "ssm-mp init path/to/model --text path/to/text.txt",
+    "ssm-mp search model.toml --dry-run",
     "ssm-mp export studies/mine.toml --format mlx --out exports/mine-mlx",
     "ssm-mp export studies/mine.toml --format gguf --out mine.gguf",
     "ssm-mp transfer exports/mine --format mlx --out mine-mlx",
@@ -49,6 +51,9 @@ RUN = (
 
 NOT_RUN = {
     "make install": "every run of the tests began with it",
+    ".venv/bin/ssm-mp report studies/mine.toml --open": "opens a browser; tests/search/results/page",
+    "ssm-mp report studies/mine.toml --open": "opens a browser; tests/search/results/page",
+    "ssm-mp report studies/mine.toml --serve": "serves until it is interrupted; tests/search/run/test_serving.py",
     "make search": "minutes; its two commands are run here on a tiny model",
     "make test": "it is what runs this",
     ".venv/bin/ssm-mp search studies/reference-cumulative.toml --set search.probe=none": "minutes on the reference",

@@ -20,6 +20,7 @@ from tests.docs.lines import (
     check_line,
     make_targets,
     options_of,
+    options_of_all,
     options_of_module,
     require_path,
 )
@@ -53,7 +54,8 @@ def check(code: str) -> None:
     elif _WHOLE.fullmatch(code):
         check_line(code)
     elif code.startswith("--"):
-        anywhere = {option for name in COMMANDS for option in options_of(name)} | benchmark_options()
+        anywhere = {option for name in COMMANDS for option in options_of(name)}
+        anywhere |= benchmark_options() | options_of_all()
         unknown = [word for word in shlex.split(code) if word.startswith("--") and word not in anywhere]
         if unknown:
             raise WrongLineError(f"nothing here has an option {', '.join(unknown)}")
@@ -118,7 +120,7 @@ def test_every_sampler_preset_and_format_has_its_page() -> None:
     assert [name for name in FORMATS if f"--target {name}" not in NOW["docs/formats.md"].text] == []
 
 
-@pytest.mark.parametrize("section", [name for name in StudySpec.model_fields if name != "path"])
+@pytest.mark.parametrize("section", [name for name in StudySpec.model_fields if name not in ("path", "overrides")])
 def test_every_key_of_a_study_is_there_with_its_default(section: str) -> None:
     kind = StudySpec.model_fields[section].annotation
     assert isinstance(kind, type)

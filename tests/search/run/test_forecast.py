@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from search.base.errors import StudyError
 from search.problem.run_directory import RunDirectory
 from search.problem.spec import load_spec
 from search.run.forecast import forecast
@@ -54,3 +55,5 @@ def test_what_a_run_has_made_already_is_not_asked_for_again(tmp_path: Path) -> N
     assert (found.trials, found.asked, found.probes) == (2, 8, 0)
     assert "the mean of the 6 that are finished" in found.basis
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+    with pytest.raises(StudyError, match="this study was begun with another search windows"):
+        forecast(load_spec(spec.path, ["data.search_windows=9"]), run, silent)
