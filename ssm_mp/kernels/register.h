@@ -123,6 +123,13 @@ INLINE Register decay_of(Register x) {
 #endif
 }
 
+/* 2^x for x ≤ 0, and nothing below 2^−64, which no sum of float32 numbers feels: products of smaller ones are denormal,
+ * and CPUs take a hundred cycles for each multiplication of those. NaN stays NaN. */
+INLINE Register vanishing_of(Register x) {
+    const Register zero = {0};
+    return choose(x < zero - 64.0f, zero, exp2_of(x));
+}
+
 /* e^x, clamped to what float32 holds, as in `exp16`. */
 INLINE Register exp_of(Register x) {
     const Register zero = {0}, lowest = zero - 87.3f, highest = zero + 88.0f;

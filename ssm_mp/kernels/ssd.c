@@ -169,7 +169,7 @@ INLINE void advance_rows(const Head *head, float decay, int64_t n, int rows) {
 /* One token of one head: all that counts is to read and write the state as fast as memory can. */
 static void step_of_head(const Ssd *s, int64_t b, int64_t h, int64_t from) {
     const Head head = head_of(s, b, h, from, 1);
-    const float decay = exp2_of(get(head.logs))[0];
+    const float decay = vanishing_of(get(head.logs))[0];
     for (int64_t p = 0; p < head.P; p++) head.y[p] = head.x[p] * head.D;
     int64_t n = 0;
     for (; n + 4 <= head.N; n += 4) advance_rows(&head, decay, n, 4);
@@ -184,7 +184,7 @@ static void steps_of_head(const Ssd *s, int64_t b, int64_t h, int64_t from, int6
     }
     const Head head = head_of(s, b, h, from, tokens);
     float decays[CHUNK];
-    for (int64_t t = 0; t < tokens; t += WIDTH) put(decays + t, exp2_of(get(head.logs + t)));
+    for (int64_t t = 0; t < tokens; t += WIDTH) put(decays + t, vanishing_of(get(head.logs + t)));
     for (int64_t p = 0; p < head.P; p += LANES) {
         const int count = (int)least(head.P - p, LANES);
         float driven[CHUNK * LANES], y[CHUNK * LANES];
@@ -232,14 +232,14 @@ static void decayed(const Head *head, const Shared *shared, float *scores, float
         for (int64_t j = 0; j <= t; j += WIDTH) {
             put(sums + j, get(sums + j) + head->logs[t]);
             if (t < j + WIDTH) sums[t] = 0;
-            const Register left = exp2_of(get(sums + j)) * get(head->steps + j);
+            const Register left = vanishing_of(get(sums + j)) * get(head->steps + j);
             put(row + j, left * get(shared->scores + t * CHUNK + j));
             if (t == tokens - 1) put(to_end + j, left);
         }
         memset(row + t + 1, 0, ROWS * sizeof(float));
         row[t] += head->D;
     }
-    for (int64_t t = 0; t < tokens; t += WIDTH) put(from_start + t, exp2_of(get(from_start + t)));
+    for (int64_t t = 0; t < tokens; t += WIDTH) put(from_start + t, vanishing_of(get(from_start + t)));
 }
 
 /* A chunk of one head. */

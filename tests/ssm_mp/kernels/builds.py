@@ -16,12 +16,14 @@ from ssm_mp.kernels import compiler
 ROOT = Path(__file__).parents[3]
 MACHINE = platform.machine()
 SOURCES = ROOT / "ssm_mp" / "kernels"
-_NOT_THESE = ("cuda", "triton", "mamba_ssm", "compiler", "library_cache")
+_NOT_THESE = ("cuda", "triton", "mamba_ssm", "compiler", "library_cache", "families")
 _OTHER_TESTS = ("precisions/test_compensate.py", "precisions/test_head.py", "precisions/test_many.py",
                 "precisions/test_matrix.py", "precisions/test_slices.py", "conversion/test_one_pass.py")  # fmt: skip
-# what computes without kernels, slowly
-_LEFT_OUT = ("[reference", "[chunked", "mse-False", "no_float32_copy", "(test_compensate and not the_kernel)",
-             "(test_one_pass and not the_kernel)")  # fmt: skip
+# what has no calls of kernels that other tests do not have, or computes without kernels, slowly
+_NOTHING_NEW = ("threads_change", "gives_what_the_modules", "between_multipliers", "decodes_in_compiled_calls",
+                "its_own_sequence")  # fmt: skip
+_LEFT_OUT = (*_NOTHING_NEW, "[reference", "[chunked", "mse-False", "no_float32_copy",
+             "(test_compensate and not the_kernel)", "(test_one_pass and not the_kernel)")  # fmt: skip
 _FOLDERS = (("kernels", "test_*.py"), ("blocks", "test_*compiled*.py"), ("decoding", "test_comp*.py"),
             ("programs", "test_*.py"))  # fmt: skip
 TESTS = tuple(
@@ -33,8 +35,6 @@ TESTS = tuple(
 """Those that compute with the kernels of a CPU; those of them that are slow start processes, and are left out."""
 ELSEWHERE = tuple(name for name in TESTS if "compiled" not in name or "compiled_blocks" in name)
 """Those for kernels that take long: of blocks the contract."""
-SAYS_NOTHING_NEW = ("threads_change", "gives_what_the_modules", "between_multipliers", "decodes_in_compiled_calls")
-"""Of these, tests that have no calls of kernels which others do not have."""
 
 SCRIPT = """
 import sys
@@ -50,9 +50,9 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def options(profile: str, left_out: Sequence[str] = ()) -> list[str]:
+def options(profile: str) -> list[str]:
     """Of pytest; profile: of hypothesis, one of `SCRIPT`'s."""
-    chosen = " and ".join(f"not {name}" for name in (*_LEFT_OUT, *left_out))
+    chosen = " and ".join(f"not {name}" for name in _LEFT_OUT)
     quiet = ["-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
     return [*quiet, "-m", "not slow", "-k", chosen, f"--hypothesis-profile={profile}"]
 

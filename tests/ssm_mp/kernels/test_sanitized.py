@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from tests.ssm_mp.kernels import builds
-from tests.ssm_mp.kernels.test_emulated import AMX, MANY, emulating
+from tests.ssm_mp.kernels.test_emulated import AMX, emulating
 
 FAULTS = Path(__file__).parent / "faults"
 # vectors are read at any multiple of their numbers' size, which their types say: nothing has to be switched off for it
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g1")
 EMULATED = emulating(AMX)
+PANELS = ("tests/ssm_mp/precisions/test_many.py", "tests/ssm_mp/precisions/test_head.py")  # what has such instructions
 CALLS = "tests/ssm_mp/kernels/test_calls.py"
 
 pytestmark = [
@@ -55,7 +56,7 @@ def _library(name: str) -> str:
 def test_no_kernel_leaves_its_arrays_or_does_what_is_undefined(tmp_path: Path, options: tuple[str, ...]) -> None:
     if options and builds.MACHINE != "x86_64":
         pytest.skip("emulates x86")
-    status, said = run_sanitized(tmp_path, options, MANY if options else builds.TESTS)
+    status, said = run_sanitized(tmp_path, options, PANELS if options else builds.TESTS)
     assert status == 0, said
     assert "Sanitizer" not in said
     assert "runtime error" not in said
