@@ -140,8 +140,10 @@ def test_a_newcomer_gets_to_an_exported_file_by_what_is_printed(folder: Path) ->
     asked = ["--set", "precision.choices=['fp16','int8']", "--trials", "6", "--set", "search.budget_percent=50"]
     done = ssm_mp(*shlex.split(search)[1:], *asked, cwd=folder)
     assert done.returncode == 0, done.stderr
-    report, *_, export = done.stderr.splitlines()[-3:]
+    report, page, _, export = done.stderr.splitlines()[-4:]
     assert report == "report    runs/small/report.md, with plots"
+    assert page == "explore   runs/small/report.html, in a browser"
+    assert (folder / "runs" / "small" / "report.html").stat().st_size > 0
     ended = ssm_mp(*shlex.split(export.removeprefix("export"))[1:], cwd=folder)
     assert ended.returncode == 0, ended.stderr
     load_artifact(folder / "exports" / "small")
