@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -107,13 +106,13 @@ def worker(
     from search.trials.storage import choose_storage
 
     spec, run = _study(study, run_dir, set_, force)
-    arguments, stop = passed_on(study, run_dir, overrides(set_, force=force)), Stop()
+    stop = Stop()
     with stop.listening(signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
         require_not_failed(run)
         choose_storage(spec, run, many=True, say=say)
         if _has_all_trials(spec, run):  # told before anything is loaded
             say("the study has all its trials already")
-            return _finish_last(spec, run, arguments) if finish_ else None
+            return _finish_last(spec, run) if finish_ else None
         from search.run.one_worker import run_worker
 
         try:
@@ -123,7 +122,7 @@ def worker(
         if ending == "stopped":
             _leave(stop)
     say(f"the study is {ending}")
-    return _finish_last(spec, run, arguments) if finish_ else None
+    return _finish_last(spec, run) if finish_ else None
 
 
 def finish(
@@ -135,7 +134,7 @@ def finish(
 
     spec, run = _study(study, run_dir, set_, force)
     require_not_failed(run)
-    conclude(finish_study(spec, run, say), run, json_, passed_on(study, run_dir, overrides(set_, force=force)))
+    conclude(finish_study(spec, run, say), run, json_)
 
 
 def status(
@@ -176,11 +175,8 @@ def proxy(
     serve_proxy(choose_storage(spec, run, many=True, say=say), run, host, port, say)
 
 
-def conclude(result: Result | None, run: RunDirectory, as_json: bool, arguments: Sequence[str]) -> None:
-    """Print what a search found; exit code 1 where it found nothing that is certified and good enough.
-
-    arguments: the study, as another command of this tool takes it.
-    """
+def conclude(result: Result | None, run: RunDirectory, as_json: bool) -> None:
+    """Print what a search found; exit code 1 where it found nothing that is certified and good enough."""
     from search.cli.answers import fronted
     from search.results.gates import overall
     from search.run.finish import answer
@@ -189,15 +185,16 @@ def conclude(result: Result | None, run: RunDirectory, as_json: bool, arguments:
         say("the study is not complete, so nothing was certified; start it again with the same command, it continues")
         raise typer.Exit(1)
     print_answer(answer(result), as_json, fronted)
-    for line in _next_steps(result, run, arguments):
+    for line in _next_steps(result, run):
         say(line)
     if result.winner is None or overall(result.gates) == "fail":
         raise typer.Exit(1)
 
 
-def _next_steps(result: Result, run: RunDirectory, arguments: Sequence[str]) -> Iterator[str]:
+def _next_steps(result: Result, run: RunDirectory) -> Iterator[str]:
     """Where to look next, a line each."""
     from search.problem.run_directory import PAGE, REPORT, WINNER
+    from search.run.page import export_winner_command
 
     yield f"report    {run / REPORT}, with plots"
     yield f"explore   {run / PAGE}, in a browser"
@@ -206,7 +203,7 @@ def _next_steps(result: Result, run: RunDirectory, arguments: Sequence[str]) -> 
     yield f"winner    {run / WINNER}"
     if result.transferred is not None:
         yield f"          {result.transferred.path}"
-    yield f"export    {shlex.join(('ssm-mp', 'export', *arguments, '--out', f'exports/{run.path.name}'))}"
+    yield f"export    {export_winner_command(result.spec, run)}"
 
 
 def _study(
@@ -231,7 +228,7 @@ def _has_all_trials(spec: StudySpec, run: RunDirectory) -> bool:
     return found
 
 
-def _finish_last(spec: StudySpec, run: RunDirectory, arguments: Sequence[str]) -> None:
+def _finish_last(spec: StudySpec, run: RunDirectory) -> None:
     """Finish, where no other worker does or did."""
     from search.base.errors import StudyError
     from search.problem.run_directory import CERTIFICATE
@@ -240,7 +237,7 @@ def _finish_last(spec: StudySpec, run: RunDirectory, arguments: Sequence[str]) -
     try:
         with run.owned():
             if not (run / CERTIFICATE).exists():  # asked by one worker at a time
-                conclude(finish_prepared(spec, run, say), run, False, arguments)
+                conclude(finish_prepared(spec, run, say), run, False)
     except StudyError as error:
         say(str(error))
 

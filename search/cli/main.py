@@ -284,7 +284,7 @@ def search(
     except KeyboardInterrupt:
         say("interrupted; the same command continues where it stopped")
         raise
-    return cluster.conclude(result, run, json_, passed_on(study, run_dir, overrides(set_, None, target, force=force)))
+    return cluster.conclude(result, run, json_)
 
 
 @app.command(epilog="Example:  ssm-mp front studies/reference.toml --json")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from search.problem.storage_section import Section
+from search.problem.storage_section import Section, as_tuple
 from ssm_mp.precisions.registry import PRECISIONS
 from ssm_mp.scheme import ActivationScheme, ScaleMethod, ScaleRule, Scheme
 
@@ -35,10 +35,7 @@ class PrecisionSection(Section):
     max_groups: int = Field(default=32, ge=2, le=4096)
     prepare: Literal["none", "scales"] = "none"
 
-    @field_validator("choices", "pin", "unpin", "embedding_blocks", "split", "groups", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _tuples = field_validator("choices", "pin", "unpin", "embedding_blocks", "split", "groups", mode="before")(as_tuple)
 
     @field_validator("choices")
     @classmethod

@@ -15,7 +15,7 @@ from search.base.metric import METRICS, Metric
 from search.base.paths import PathError, absolute
 from search.problem.directives import SlurmSection
 from search.problem.precision_section import PrecisionSection
-from search.problem.storage_section import Section, StorageSection
+from search.problem.storage_section import Section, StorageSection, as_tuple
 from ssm_mp.runtimes.registry import FORMATS
 
 STDLIB = "python-stdlib"
@@ -49,10 +49,7 @@ class DataSection(Section):
     certify_windows: int = Field(default=512, ge=2)
     seed: int = Field(default=0, ge=0, lt=2**32)
 
-    @field_validator("text", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _tuples = field_validator("text", mode="before")(as_tuple)
 
     @field_validator("text")
     @classmethod
@@ -134,10 +131,7 @@ class SearchSection(Section):
         """The metric."""
         return METRICS[self.metric]
 
-    @field_validator("objectives", mode="before")
-    @classmethod
-    def _as_tuple(cls, value: object) -> object:
-        return tuple(value) if isinstance(value, list) else value
+    _tuples = field_validator("objectives", mode="before")(as_tuple)
 
     @field_validator("objectives")
     @classmethod

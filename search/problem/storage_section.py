@@ -14,6 +14,11 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def as_tuple(value: object) -> object:
+    """A list of a study file as the tuple that a frozen section holds; everything else as it is."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 class StorageSection(Section):
     """`[storage]`: where trials are kept. `auto`: SQLite in the run directory for one process, a journal for many."""
 

@@ -13,6 +13,8 @@ GateVerdict = Literal["pass", "warn", "fail"]
 
 GOOD_COMPRESSION, LEAST_COMPRESSION = 1.5, 1.3
 GOOD_SPEEDUP, GATE_BATCH = 1.2, 32
+MARKS: dict[GateVerdict, str] = {"pass": "✓", "warn": "!", "fail": "✗"}
+"""A sign for each, so that no colour has to say it."""
 _ORDER: tuple[GateVerdict, ...] = ("pass", "warn", "fail")
 
 

@@ -15,7 +15,7 @@ from search.problem.groups import Groups
 from search.problem.source import Source
 from search.problem.spec import StudySpec
 from search.results.certify import Certificate
-from search.results.gates import Gate, overall
+from search.results.gates import MARKS, Gate, overall
 from search.results.outlook import outlook
 from search.results.tested import basis, head_of, order, rows_of
 from search.sampling.surrogate import Surrogate
@@ -27,7 +27,6 @@ from ssm_mp.runtimes.transfer import Transferred
 
 _MOST_MEMBERS = 4
 """Members of a group that the report names; of more, how many there are."""
-_MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,7 +192,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) ->
 
 
 def _gates(gates: Sequence[Gate]) -> str:
-    rows = [(f"{_MARKS[gate.verdict]} {gate.verdict}", gate.name, gate.figures) for gate in gates]
+    rows = [(f"{MARKS[gate.verdict]} {gate.verdict}", gate.name, gate.figures) for gate in gates]
     return _table(("verdict", "gate", "figures"), rows, left=3)
 
 

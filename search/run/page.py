@@ -100,12 +100,11 @@ def _export(spec: StudySpec, run: RunDirectory) -> tuple[str, str]:
 def _facts(spec: StudySpec, run: RunDirectory) -> list[tuple[str, str]]:
     """What was searched, how, and where it is kept."""
     weights = "" if spec.checkpoint.weights is None else f", weights {spec.checkpoint.weights}"
-    text = spec.data.text if isinstance(spec.data.text, str) else ", ".join(spec.data.text)
     target = [] if spec.export.target is None else [("for", f"{spec.export.target} files")]
     return [
         ("study file", str(spec.path)),
         ("checkpoint", f"{spec.checkpoint.path}{weights}"),
-        ("text", text),
+        ("text", ", ".join(spec.data.texts)),
         ("choices", ", ".join(spec.precision.choices)),
         ("activations", spec.precision.activations),
         *target,

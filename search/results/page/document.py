@@ -22,7 +22,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from search.results.gates import overall
+from search.results.gates import MARKS, overall
 from search.results.page.content import PageContent
 from search.results.page.tiles import tiles_of
 
@@ -34,7 +34,6 @@ SCRIPTS = (
 STYLES = ("colours", "page", "charts", "tables")
 """Parts of its style."""
 _VERSION = "not yet known"
-_MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
 
 def render(content: PageContent) -> str:
@@ -61,7 +60,7 @@ def _rendered(content: PageContent, version: str) -> str:
         data=embedded(content.to_json()),
         provenance=json.dumps(content.provenance, indent=2, ensure_ascii=False),
         verdict=overall(content.gates) if content.gates else None,
-        marks=_MARKS,
+        marks=MARKS,
         style=Markup("".join(_part(f"style/{name}.css") for name in STYLES)),
         vega=Markup(vega),
         script=Markup(own),

@@ -31,4 +31,4 @@ def test_a_study_that_another_worker_finishes_meanwhile_is_not_finished_again(
 
     monkeypatch.setattr(RunDirectory, "owned", late)
     monkeypatch.setattr("search.run.one_process.finish_prepared", again)
-    cluster._finish_last(load_spec(write_study(tmp_path)), run, [])
+    cluster._finish_last(load_spec(write_study(tmp_path)), run)
