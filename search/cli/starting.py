@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search.base.saying import say
+from search.base.whole_file import write_whole
 from search.cli.options import Json, Weights, print_answer, typed
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def init(
     names = tuple(typed(name, "--text") for name in text)
     named = None if tokenizer is None else typed(tokenizer, "--tokenizer")
     draft = _draft(study, checkpoint, weights, names, text_field, named)
-    _write(study, drafted(draft, str(study)))
+    write_whole(study, drafted(draft, str(study)), new_folders=True)
     load_spec(study)
     content = {
         "study": str(study),
@@ -122,17 +123,3 @@ def _name_of(checkpoint: Path) -> str:
 def _seen_from(study: Path, path: str) -> str:
     """A path as the study file says it: relative paths from the file's own folder, others as they are."""
     return path if Path(path).is_absolute() or path.startswith(("~", "$")) else os.path.relpath(path, study.parent)
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole. Raises MachineError."""
-    from ssm_mp.errors import MachineError
-
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise MachineError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -13,6 +13,7 @@ from typing import Any
 from search.base.errors import StudyError
 from search.base.file_lock import FileLock
 from search.base.paths import shown
+from search.base.whole_file import write_whole
 from search.problem.groups import GROUPS, groups_in
 from search.problem.spec import StudySpec
 from ssm_mp.errors import MachineError
@@ -149,13 +150,7 @@ class RunDirectory:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a text whole: under another name first, then renamed."""
-        partial = self / f".{name}.{os.getpid()}.partial"
-        try:
-            partial.write_text(shown(text), encoding="utf-8", errors="backslashreplace")
-            partial.replace(self / name)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise MachineError(f"{self / name}: cannot be written ({error})") from None
+        write_whole(self / name, shown(text), errors="backslashreplace")
 
     def read_json(self, name: str) -> Any:
         """The content of a file, None where there is none."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from ssm_mp.data.missing_field import missing_field
 from ssm_mp.errors import DataError, MissingError
 
 _ROWS = 1024
@@ -46,11 +47,7 @@ def _require_column(path: Path, schema: object, field: str) -> None:
 
     kinds = {column.name: column.type for column in schema}  # type: ignore[attr-defined]  # a pyarrow.Schema
     if field not in kinds:
-        known = ", ".join(repr(name) for name in list(kinds)[:8])
-        raise DataError(
-            f"{path}: no column {field!r}; there are {known or 'none'}. Say which holds the text: "
-            '[data] text_field = "…"'
-        )
+        raise missing_field(str(path), "column", field, kinds)
     kind = kinds[field]
     held = kind.value_type if types.is_dictionary(kind) else kind
     if not (types.is_string(held) or types.is_large_string(held) or types.is_string_view(held)):

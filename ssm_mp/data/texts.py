@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from ssm_mp.data.missing_field import missing_field
 from ssm_mp.data.parquet import parquet_texts
 from ssm_mp.errors import DataError
 
@@ -170,11 +171,7 @@ def _field(content: Any, field: str, where: str) -> str:
     if not isinstance(content, dict):
         raise DataError(f"{where}: expected an object with the field {field!r}, found {type(content).__name__}")
     if field not in content:
-        known = ", ".join(repr(key) for key in list(content)[:8])
-        raise DataError(
-            f"{where}: no field {field!r}; there are {known or 'none'}. Say which holds the text: "
-            '[data] text_field = "…"'
-        )
+        raise missing_field(where, "field", field, content)
     text = content[field]
     if not isinstance(text, str):
         raise DataError(f"{where}: the field {field!r} is {type(text).__name__}, expected a text")

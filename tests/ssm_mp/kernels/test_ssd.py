@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_what_is_no_number_spoils_what_comes_after_it_in_its_head_only(way: str)
     assert last[0, 1].isnan().all()
     assert y[0, :, 0].isfinite().all()
     assert y[0, :96, 1].isfinite().all()  # tokens of the same tile may be spoilt
+
+
+def test_decays_are_exact_down_to_what_no_sum_feels_and_nothing_below() -> None:
+    length, halvings = 100, 10
+    x, ones = torch.zeros(1, length, 1, 16), torch.ones(1, length, 1, 1)
+    x[0, 0] = 1.0
+    y, last = calls.ssd_scan(
+        x, ones[..., 0], torch.tensor([-halvings * math.log(2.0)]), ones, ones, torch.zeros(1), torch.zeros(1),
+        (1.0, 1.0), None,
+    )  # fmt: skip
+    felt = 64 // halvings + 1
+    torch.testing.assert_close(y[0, :felt, 0, 0], 2.0 ** (-halvings * torch.arange(felt)), rtol=1e-5, atol=0)
+    assert (y[0, felt:] == 0).all()  # and no denormal number, which some CPUs multiply a hundred times as slowly
+    assert (last == 0).all()
 
 
 @pytest.mark.parametrize("case", ["odd sizes, two groups", "steps of thousands", "limits on both sides"])

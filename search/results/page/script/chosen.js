@@ -89,32 +89,14 @@ function componentColumns(search, comparing) {
   };
   const besides = [
     { ...words("theirs", "in B", (row) => row.theirs), cell: theirs },
-    numbers(
-      "theirBytes",
-      "bytes in B",
-      (row) => row.theirBytes,
-      (row) => counted(row.theirBytes),
-      FALLING,
-    ),
+    counts("theirBytes", "bytes in B", (row) => row.theirBytes),
   ];
   return [
     words("name", "component", (row) => row.component.name),
     words("kind", "kind", (row) => row.component.kind),
-    numbers(
-      "parameters",
-      "parameters",
-      (row) => row.component.parameters,
-      (row) => counted(row.component.parameters),
-      FALLING,
-    ),
+    counts("parameters", "parameters", (row) => row.component.parameters),
     { ...words("held", comparing ? "in A" : "precision", (row) => row.held), cell: held },
-    numbers(
-      "bytes",
-      comparing ? "bytes in A" : "bytes",
-      (row) => row.bytes,
-      (row) => counted(row.bytes),
-      FALLING,
-    ),
+    counts("bytes", comparing ? "bytes in A" : "bytes", (row) => row.bytes),
     ...(comparing ? besides : []),
     numbers(
       "cost",

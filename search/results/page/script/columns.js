@@ -11,6 +11,9 @@ const numbers = (key, head, value, text, more = {}) => ({
 
 const FALLING = { descending: true };
 
+/** A column of whole numbers, the largest first. */
+const counts = (key, head, value) => numbers(key, head, value, (row) => counted(value(row)), FALLING);
+
 /** The columns of the trials; pressed: which are A and B; press(trial, action): what their buttons do. */
 function trialColumns(search, pressed, press) {
   const { metric } = search;
@@ -63,13 +66,7 @@ function trialColumns(search, pressed, press) {
           ),
         ]
       : []),
-    numbers(
-      "windows",
-      "windows",
-      (row) => row.windows,
-      (row) => counted(row.windows),
-      FALLING,
-    ),
+    counts("windows", "windows", (row) => row.windows),
     words("origin", "origin", (row) => row.origin),
     words("roles", "is", (row) => search.roles(row).join(", ")),
     { key: "compare", head: "", cell: compare },
@@ -96,13 +93,7 @@ function sensitivityColumns(search) {
   return [
     words("component", "component", (row) => row.component + group(row)),
     words("precision", "lowered to", (row) => `${row.from} → ${row.precision}`),
-    numbers(
-      "saved",
-      "bytes saved",
-      (row) => row.saved,
-      (row) => counted(row.saved),
-      FALLING,
-    ),
+    counts("saved", "bytes saved", (row) => row.saved),
     numbers(
       "cost",
       `cost, ${metric.unit}`,
